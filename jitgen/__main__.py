@@ -1,0 +1,5 @@
+"""`python -m jitgen`: the command line."""
+
+from .cli import main
+
+main()

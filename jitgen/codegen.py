@@ -1,0 +1,149 @@
+"""Rendering: a Kernel to CUDA C++. Pure: the same kernel gives the same bytes."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .expr import Accumulator, Apply, Cast, Constant, Expr, Operand
+from .ir import (
+    Evaluate,
+    ExtentParameter,
+    ForK,
+    Kernel,
+    Load,
+    Parameter,
+    PointerParameter,
+    Promote,
+    Store,
+    StrideParameter,
+    TensorMapParameter,
+    walk,
+)
+from .schedule import REGISTER_SPLIT
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def render(kernel: Kernel) -> str:
+    """The CUDA source of `kernel`; it includes only headers of `headers()`."""
+    operand_parameters = [p for p in kernel.parameters if p.name.startswith("operand_")]
+    template = _environment().get_template(f"{kernel.family}.cu.j2")
+    return template.render(
+        kernel=kernel,
+        d_type=kernel.problem.d_dtype.cuda,
+        constants=constants(kernel),
+        parameters=[declaration(p) for p in kernel.parameters],
+        operand_parameters=[declaration(p) for p in operand_parameters],
+        operand_arguments=", ".join(p.name for p in operand_parameters),
+        epilogue=render_expr(kernel.problem.epilogue),
+    )
+
+
+@cache
+def headers() -> dict[str, str]:
+    """Every device header by the name under which it is included."""
+    folder = resources.files("jitgen.templates") / "include" / "jitgen"
+    return {
+        f"jitgen/{file.name}": file.read_text()
+        for file in sorted(folder.iterdir(), key=lambda file: file.name)
+        if file.name.endswith(".cuh")
+    }
+
+
+def constants(kernel: Kernel) -> dict[str, int]:
+    """Every number that the source takes from the problem, the schedule and the program, by its CUDA name."""
+    schedule, traversal = kernel.schedule, kernel.body.traversal
+    loop = next(stmt for stmt in walk(kernel.body.body) if isinstance(stmt, ForK))
+    loads = {load.src.name: load for load in loop.body if isinstance(load, Load)}
+    promote = next(stmt for stmt in loop.body if isinstance(stmt, Promote))
+    store = next(stmt for stmt in walk(kernel.body.body) if isinstance(stmt, Store))
+    producer_registers, math_registers = REGISTER_SPLIT[schedule.num_math_warpgroups]
+    return {
+        "kN": kernel.problem.n,
+        "kK": loop.extent,
+        "kBlockM": traversal.block_m,
+        "kBlockN": traversal.block_n,
+        "kBlockK": loop.step,
+        "kNumStages": schedule.num_stages,
+        "kNumMathWarpgroups": schedule.num_math_warpgroups,
+        "kNumWaves": schedule.num_waves,
+        "kClusterM": traversal.cluster_m,
+        "kClusterN": traversal.cluster_n,
+        "kRasterGroup": traversal.group,
+        "kScaleN": promote.windows[1].block,
+        "kNumSfbRows": loads["sfb"].dst.shape[0],
+        "kStoreColumns": store.box[1],
+        "kStoreSpan": store.src.swizzle_bytes,
+        "kProducerRegisters": producer_registers,
+        "kMathRegisters": math_registers,
+        "kSmemA": kernel.smem.a,
+        "kSmemB": kernel.smem.b,
+        "kSmemD": kernel.smem.d,
+        "kSmemScales": kernel.smem.scales,
+        "kSmemBarriers": kernel.smem.barriers,
+        "kSmemBytes": kernel.smem.total_bytes,
+    }
+
+
+def declaration(parameter: Parameter) -> str:
+    """The C++ declaration of a kernel parameter."""
+    match parameter:
+        case TensorMapParameter():
+            return f"const __grid_constant__ TensorMap {parameter.name}"
+        case PointerParameter():
+            return f"const {parameter.tensor.dtype.cuda}* {parameter.name}"
+        case StrideParameter():
+            return f"i64 {parameter.name}"
+        case ExtentParameter():
+            return f"u32 {parameter.name}"
+
+
+def render_expr(expr: Expr) -> str:
+    """`expr` as C++ over `acc`, `operands`, `row`, `column` and `valid`: a pair of adjacent columns."""
+    match expr:
+        case Accumulator():
+            return "acc"
+        case Constant():
+            return f"epilogue::constant({_float_literal(expr.value)})"
+        case Operand():
+            pointer = f"operands.operand_{expr.name}"
+            if not expr.axes:
+                return f"epilogue::constant(__ldg({pointer}))"
+            index = "column" if expr.axes == ("n",) else f"row * {pointer}_stride + column"
+            return f"epilogue::load_pair({pointer}, {index}, valid)"
+        case Apply():
+            return f"epilogue::{expr.op}({', '.join(render_expr(arg) for arg in expr.args)})"
+        case Cast():
+            return f"epilogue::cast<{expr.dtype.cuda}>({render_expr(expr.arg)})"
+    raise TypeError(f"no rendering of {type(expr).__name__}")
+
+
+def _float_literal(value: float) -> str:
+    bits = int(np.float32(value).view(np.uint32))
+    return f"__uint_as_float(0x{bits:08x}u)"
+
+
+@cache
+def _environment() -> Environment:
+    """Jinja with delimiters that PTX and C++ never use; an undefined name is an error."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    folder = resources.files("jitgen.templates")
+    return Environment(
+        loader=FunctionLoader(lambda name: (folder / name).read_text()),
+        variable_start_string="${",
+        variable_end_string="}",
+        block_start_string="/*%",
+        block_end_string="%*/",
+        comment_start_string="/*#",
+        comment_end_string="#*/",
+        line_statement_prefix="//%",
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )

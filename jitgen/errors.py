@@ -1,0 +1,39 @@
+"""Every error that jitgen raises on purpose. A message names the rule, what was got, and the remedy."""
+
+
+class JitgenError(Exception):
+    """Base of all errors raised by jitgen."""
+
+
+class ProblemError(JitgenError, ValueError):
+    """The problem, or a tensor given for it, breaks a rule: dtype, shape, stride, layout."""
+
+
+class ScheduleError(JitgenError, ValueError):
+    """The schedule cannot run this problem on this target."""
+
+
+class VerifyError(JitgenError):
+    """A lowered kernel breaks a rule of the tile IR: a fault of jitgen, not of its user."""
+
+
+class DeviceError(JitgenError, RuntimeError):
+    """The machine cannot do what was asked: no GPU, the wrong architecture, a driver failure."""
+
+
+class CompileError(JitgenError, RuntimeError):
+    """NVRTC refused a kernel, or its log holds an advisory, a spill or a stack frame.
+
+    Attributes
+    ----------
+    log : str
+        The compiler's log, complete.
+    """
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(f"{message}\n{log}" if log else message)
+        self.log = log
+
+
+class StoreError(JitgenError, RuntimeError):
+    """The kernel store cannot be used: permissions, ownership, a lock that is never released."""

@@ -1,0 +1,226 @@
+"""The interpreter: runs a Kernel on NumPy arrays. It is the meaning of every op of the tile IR.
+
+numerics="hopper" predicts the GPU's result bit for bit (epilogues with gelu or silu: within the bound that
+jitgen.expr.OPERATIONS states); numerics="exact" computes in float64 and rounds once, when D is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+from .dtypes import DType
+from .errors import ProblemError
+from .expr import Accumulator, Apply, Cast, Constant, Expr, Operand
+from .ir import (
+    Axis,
+    Evaluate,
+    ForK,
+    Kernel,
+    Load,
+    Mma,
+    Promote,
+    Stmt,
+    Store,
+    Tensor,
+    Window,
+    Zero,
+)
+from .numerics import fma_f32, round_to, wgmma_e4m3
+
+Array = NDArray[Any]
+Numerics = Literal["hopper", "exact"]
+
+
+def interpret(
+    kernel: Kernel,
+    tensors: Mapping[str, Array],
+    *,
+    numerics: Numerics = "hopper",
+    tiles: Iterable[tuple[int, int]] | None = None,
+) -> Array:
+    """D [m, n] in the problem's dtype, computed tile by tile as the kernel says.
+
+    Parameters
+    ----------
+    tensors : the kernel's tensors by name, d left out: a float8_e4m3fn [m, k], b float8_e4m3fn [n, k],
+        sfa float32 [m, ceil(k/128)], sfb float32 [ceil(n/128), ceil(k/128)], and the epilogue's operands
+    numerics : "hopper" or "exact", see above
+    tiles : origins (row, column) of the tiles to compute; all of them if None. The rest of D is then NaN.
+
+    Raises
+    ------
+    ProblemError : a tensor is missing, or has another dtype or shape than the kernel's
+    """
+    m = _check_tensors(kernel, tensors)
+    if numerics not in ("hopper", "exact"):
+        raise ProblemError(f'numerics must be "hopper" or "exact", got {numerics!r}')
+    n = kernel.problem.n
+    d = np.full((m, n), np.nan, kernel.problem.d_dtype.numpy)
+    if tiles is None:
+        tiles = kernel.body.traversal.tiles(m, n)
+    for row, column in tiles:
+        machine = _Machine(tensors, d, {"m": row, "n": column, "k": 0}, numerics == "exact")
+        machine.run(kernel.body.body)
+    return d
+
+
+@dataclass
+class _Machine:
+    """One thread block at work on one tile: its buffers by name, and the origin of the tile in each axis."""
+
+    tensors: Mapping[str, Array]
+    d: Array
+    origin: dict[Axis, int]
+    exact: bool
+    buffers: dict[str, Array] = field(default_factory=dict)
+
+    def run(self, stmts: tuple[Stmt, ...]) -> None:
+        for stmt in stmts:
+            match stmt:
+                case ForK():
+                    for block in range(stmt.num_blocks):
+                        self.origin["k"] = block * stmt.step
+                        self.run(stmt.body)
+                case Zero():
+                    self.buffers[stmt.dst.name] = np.zeros(stmt.dst.shape, self.real)
+                case Load():
+                    self.load(stmt)
+                case Mma():
+                    a, b = self.buffers[stmt.a.name], self.buffers[stmt.b.name]
+                    exact = self.exact
+                    self.buffers[stmt.dst.name] = _matmul_f64(a, b) if exact else wgmma_e4m3(a, b)
+                case Promote():
+                    self.promote(stmt)
+                case Evaluate():
+                    value = self.evaluate(stmt.expr, self.buffers[stmt.src.name])
+                    self.buffers[stmt.dst.name] = self.rounded(value, stmt.dst.dtype)
+                case Store():
+                    target = self.clipped(stmt.dst, stmt.windows, self.d.shape)
+                    rows, columns = (s.stop - s.start for s in target)
+                    self.d[target] = self.buffers[stmt.src.name][:rows, :columns]
+
+    @property
+    def real(self) -> type:
+        return np.float64 if self.exact else np.float32
+
+    def rounded(self, value: Array, dtype: DType) -> Array:
+        return value.astype(dtype.numpy) if self.exact else round_to(value, dtype)
+
+    def load(self, op: Load) -> None:
+        """The windows of a tensor; zeros beyond its end."""
+        source = self.tensors[op.src.name]
+        inside = source[self.clipped(op.src, op.windows, source.shape)]
+        tile = np.zeros(op.dst.shape, op.dst.dtype.numpy)
+        tile[: inside.shape[0], : inside.shape[1]] = inside
+        self.buffers[op.dst.name] = tile
+
+    def clipped(self, tensor: Tensor, windows: tuple[Window, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """The slices of `tensor` that the windows cover."""
+        slices = []
+        for window, extent in zip(windows, shape, strict=True):
+            start = self.origin[window.axis] // window.block
+            stop = (self.origin[window.axis] + window.size - 1) // window.block + 1
+            slices.append(slice(min(start, extent), min(stop, extent)))
+        return tuple(slices)
+
+    def promote(self, op: Promote) -> None:
+        """acc = fma(rn(scale_m * scale_n), part, acc), each scale spread over its block of positions."""
+        spread = []
+        for scale, window in zip(op.scales, op.windows, strict=True):
+            first = self.origin[window.axis]
+            index = (first + np.arange(window.size)) // window.block - first // window.block
+            values = self.buffers[scale.name][:, 0].astype(self.real)
+            spread.append(values[np.minimum(index, len(values) - 1)])  # positions beyond the tensor: any scale
+        with np.errstate(over="ignore", invalid="ignore"):
+            scale = spread[0][:, None] * spread[1][None, :]
+            acc, part = self.buffers[op.acc.name], self.buffers[op.part.name]
+            self.buffers[op.acc.name] = acc + scale * part if self.exact else fma_f32(scale, part, acc)
+
+    def evaluate(self, expr: Expr, acc: Array) -> Array:
+        """The expression's value over the tile; operands are zero beyond the tensor's end."""
+        match expr:
+            case Accumulator():
+                return acc
+            case Constant():
+                return np.asarray(expr.value, self.real)
+            case Operand():
+                return self.operand(expr, acc.shape)
+            case Apply():
+                args = [self.evaluate(arg, acc) for arg in expr.args]
+                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                    return _OPERATIONS[expr.op](*args)
+            case Cast():
+                value = self.evaluate(expr.arg, acc)
+                return value if self.exact else round_to(value, expr.dtype).astype(np.float32)
+        raise TypeError(f"no meaning of {type(expr).__name__}")
+
+    def operand(self, operand: Operand, shape: tuple[int, ...]) -> Array:
+        source = self.tensors[operand.name]
+        if not operand.axes:
+            return np.asarray(source, self.real).reshape(())
+        value = np.zeros(shape[-len(operand.axes) :], self.real)
+        sizes = dict(zip(("m", "n"), shape, strict=True))
+        slices = tuple(
+            slice(self.origin[axis], min(self.origin[axis] + sizes[axis], extent))  # type: ignore[index]
+            for axis, extent in zip(operand.axes, source.shape, strict=True)
+        )
+        inside = source[slices]
+        value[tuple(slice(0, extent) for extent in inside.shape)] = inside
+        return value
+
+
+def _matmul_f64(a: Array, b: Array) -> Array:
+    with np.errstate(invalid="ignore"):
+        return a.astype(np.float64) @ b.astype(np.float64).T
+
+
+def _relu(x: Array) -> Array:
+    return np.where((x > 0) | np.isnan(x), x, x.dtype.type(0))
+
+
+def _silu(x: Array) -> Array:
+    exponential = np.exp(-x.astype(np.float64)).astype(x.dtype)
+    return x / (x.dtype.type(1) + exponential)
+
+
+def _gelu(x: Array) -> Array:
+    one_half, factor = x.dtype.type(0.5), -x.dtype.type(math.sqrt(0.5))
+    return (one_half * x) * _erfc(x * factor).astype(x.dtype)
+
+
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+_OPERATIONS: dict[str, Callable[..., Array]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "maximum": np.maximum,
+    "relu": _relu,
+    "silu": _silu,
+    "gelu": _gelu,
+}
+
+
+def _check_tensors(kernel: Kernel, tensors: Mapping[str, Array]) -> int:
+    """The run-time extent m, taken from a; raises unless every tensor is as the kernel declares it."""
+    expected = {tensor.name: tensor for tensor in kernel.tensors if tensor.name != "d"}
+    if set(tensors) != set(expected):
+        raise ProblemError(f"kernel takes tensors {', '.join(expected)}; got {', '.join(tensors)}")
+    m = tensors["a"].shape[0]
+    for name, tensor in expected.items():
+        array = tensors[name]
+        shape = tuple(-(-m // dim.block) if dim.extent is None else dim.num_elements for dim in tensor.dims)
+        if tuple(array.shape) != shape or array.dtype != tensor.dtype.numpy:
+            raise ProblemError(
+                f"{name} is {array.dtype}{list(array.shape)}, the kernel takes {tensor.dtype.numpy}{list(shape)}"
+            )
+    return int(m)
+
+

@@ -1,0 +1,343 @@
+"""The tile IR: one program for one thread block, run by the interpreter and rendered by the code generator.
+
+    kernel ::= Kernel(name, problem, schedule, tensors, smem, body)
+    body   ::= ForTiles(traversal, stmt*)
+    stmt   ::= ForK(extent, step, stmt*) | op
+    op     ::= Zero(dst)                        dst = 0
+             | Load(dst, src, windows, ...)     dst = src[windows], 0 where a window leaves the tensor
+             | Mma(dst, a, b)                   dst = a @ b^T, a chain of k32 tensor-core steps that starts at 0
+             | Promote(acc, part, scales)       acc = fma(rn(scales[0] * scales[1]), part, acc)
+             | Evaluate(dst, src, expr)         dst = expr(src), rounded to dst's dtype
+             | Store(dst, src, windows)         dst[windows] = src, clipped at the tensor's end
+
+A Window says which elements of one tensor dimension belong to the current tile: those that scale or hold
+the tile's `size` positions along `axis`, one element for every `block` positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from .dtypes import DType
+from .expr import Expr
+from .problem import Gemm
+from .schedule import Schedule, SmemPlan
+from .target import Target
+
+Axis = Literal["m", "n", "k"]
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension of a tensor: `axis` cut into blocks; `extent` positions, None if known at run time."""
+
+    axis: Axis
+    extent: int | None
+    block: int = 1
+
+    @property
+    def num_elements(self) -> int | None:
+        return None if self.extent is None else -(-self.extent // self.block)
+
+    def __str__(self) -> str:
+        size = str(self.num_elements) if self.extent is not None else self.axis
+        return size if self.extent is not None or self.block == 1 else f"{self.axis}/{self.block}"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A kernel argument in global memory."""
+
+    name: str
+    dtype: DType
+    dims: tuple[Dim, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.dims))}]"
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tile on the chip; pipelined buffers have one copy a stage. `swizzle_bytes` is the TMA swizzle span."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    space: Literal["smem", "registers"]
+    pipelined: bool = False
+    swizzle_bytes: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        count = self.dtype.size_bytes
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        swizzle = f" swizzle {self.swizzle_bytes}" if self.swizzle_bytes else ""
+        return f"{self.name}: {self.dtype}[{shape}] in {self.space}{swizzle}"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Along `axis`, `size` positions from the tile's origin, one element for every `block` of them."""
+
+    axis: Axis
+    size: int
+    block: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.axis}:+{self.size}" + (f"/{self.block}" if self.block > 1 else "")
+
+
+@dataclass(frozen=True)
+class Zero:
+    dst: Buffer
+
+    def __str__(self) -> str:
+        return f"{self.dst.name} = 0"
+
+
+@dataclass(frozen=True)
+class Load:
+    """`via`: "tma" for swizzled tiles, split over `multicast` blocks of the cluster, or "cp_async" for scales,
+    contiguous unless `any_strides`.
+    """
+
+    dst: Buffer
+    src: Tensor
+    windows: tuple[Window, ...]
+    via: Literal["tma", "cp_async"]
+    multicast: int = 1
+    any_strides: bool = False
+
+    def __str__(self) -> str:
+        note = f" multicast {self.multicast}" if self.multicast > 1 else ""
+        return f"{self.dst.name} = load {self.src.name}[{', '.join(map(str, self.windows))}] via {self.via}{note}"
+
+
+    @property
+    def box(self) -> tuple[int, ...]:
+        """The part of the tile that one block of the cluster loads."""
+        return (self.dst.shape[0] // self.multicast, *self.dst.shape[1:])
+
+
+@dataclass(frozen=True)
+class Mma:
+    dst: Buffer
+    a: Buffer
+    b: Buffer
+
+    def __str__(self) -> str:
+        return f"{self.dst.name} = mma({self.a.name}, {self.b.name})"
+
+
+@dataclass(frozen=True)
+class Promote:
+    """`windows`: for each scale buffer the window of its rows (of the m, then of the n axis)."""
+
+    acc: Buffer
+    part: Buffer
+    scales: tuple[Buffer, Buffer]
+    windows: tuple[Window, Window]
+
+    def __str__(self) -> str:
+        return f"{self.acc.name} = fma({self.scales[0].name} * {self.scales[1].name}, {self.part.name}, {self.acc.name})"
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """`operands`: the tensors that the expression reads, straight from global memory."""
+
+    dst: Buffer
+    src: Buffer
+    expr: Expr
+    operands: tuple[Tensor, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dst.name} = cast({self.expr}, {self.dst.dtype}) where acc = {self.src.name}"
+
+
+@dataclass(frozen=True)
+class Store:
+    """`box`: the part of the tile that one TMA store writes."""
+
+    dst: Tensor
+    src: Buffer
+    windows: tuple[Window, ...]
+    box: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"store {self.dst.name}[{', '.join(map(str, self.windows))}] = {self.src.name} via tma"
+
+
+@dataclass(frozen=True)
+class ForK:
+    """`body` for each of the ceil(extent / step) K blocks, in ascending order."""
+
+    extent: int
+    step: int
+    body: tuple[Stmt, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.extent // self.step)
+
+
+@dataclass(frozen=True)
+class Traversal:
+    """The order in which persistent clusters walk the tiles of D: groups of tile rows, columns within them."""
+
+    block_m: int
+    block_n: int
+    cluster_m: int
+    cluster_n: int
+    group: int
+
+    def grid(self, m: int, n: int) -> tuple[int, int]:
+        """Cluster tiles along m and n that cover an m x n output."""
+        return -(-m // (self.block_m * self.cluster_m)), -(-n // (self.block_n * self.cluster_n))
+
+    def cluster_tile(self, index: int, m: int, n: int) -> tuple[int, int]:
+        """The (m, n) cluster-tile coordinates of the `index`-th cluster tile."""
+        rows, columns = self.grid(m, n)
+        first = index // (self.group * columns) * self.group
+        size = min(self.group, rows - first)
+        within = index - first * columns
+        return first + within % size, within // size
+
+    def tiles(self, m: int, n: int) -> Iterator[tuple[int, int]]:
+        """The (row, column) origin of every block's tile, in traversal order, those outside D included."""
+        rows, columns = self.grid(m, n)
+        for index in range(rows * columns):
+            tile_m, tile_n = self.cluster_tile(index, m, n)
+            for rank in range(self.cluster_m * self.cluster_n):
+                row = tile_m * self.cluster_m + rank % self.cluster_m
+                column = tile_n * self.cluster_n + rank // self.cluster_m
+                yield row * self.block_m, column * self.block_n
+
+
+@dataclass(frozen=True)
+class ForTiles:
+    traversal: Traversal
+    body: tuple[Stmt, ...]
+
+
+Stmt = Zero | Load | Mma | Promote | Evaluate | Store | ForK
+
+
+@dataclass(frozen=True)
+class TensorMapParameter:
+    """A TMA descriptor of `tensor`: `box` rows x columns, shared memory swizzled over `swizzle_bytes`."""
+
+    tensor: Tensor
+    box: tuple[int, ...]
+    swizzle_bytes: int
+
+    @property
+    def name(self) -> str:
+        return f"map_{self.tensor.name}"
+
+
+@dataclass(frozen=True)
+class PointerParameter:
+    """The address of a tensor's first element."""
+
+    tensor: Tensor
+    name: str
+
+
+@dataclass(frozen=True)
+class StrideParameter:
+    """The stride of dimension `dim` of a tensor, in elements, as a signed 64-bit integer."""
+
+    tensor: Tensor
+    dim: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ExtentParameter:
+    """A run-time extent, as an unsigned 32-bit integer."""
+
+    name: Axis
+
+
+Parameter = TensorMapParameter | PointerParameter | StrideParameter | ExtentParameter
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A lowered kernel: what the interpreter runs, the template renders and the verifier checks."""
+
+    name: str
+    family: str
+    problem: Gemm
+    schedule: Schedule
+    target: Target
+    tensors: tuple[Tensor, ...]
+    smem: SmemPlan
+    body: ForTiles
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a block: the math warpgroups and the producer's."""
+        return 128 * (self.schedule.num_math_warpgroups + 1)
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The kernel's arguments, in order: TMA maps, scales with what strides they have, extents, operands."""
+        maps: list[Parameter] = []
+        scales: list[Parameter] = []
+        epilogue: list[Parameter] = []
+        for stmt in walk(self.body.body):
+            if isinstance(stmt, Load) and stmt.via == "tma":
+                maps.append(TensorMapParameter(stmt.src, stmt.box, stmt.dst.swizzle_bytes))
+            elif isinstance(stmt, Load):
+                name = stmt.src.name
+                scales.append(PointerParameter(stmt.src, name))
+                if stmt.any_strides:
+                    dims = enumerate(stmt.src.dims)
+                    scales += [StrideParameter(stmt.src, i, f"{name}_stride_{dim.axis}") for i, dim in dims]
+            elif isinstance(stmt, Store):
+                maps.append(TensorMapParameter(stmt.dst, stmt.box, stmt.src.swizzle_bytes))
+            elif isinstance(stmt, Evaluate):
+                for tensor in stmt.operands:
+                    name = f"operand_{tensor.name}"
+                    epilogue.append(PointerParameter(tensor, name))
+                    if len(tensor.dims) == 2:
+                        epilogue.append(StrideParameter(tensor, 0, f"{name}_stride"))
+        return (*maps, *scales, ExtentParameter("m"), *epilogue)
+
+    def __str__(self) -> str:
+        lines = [f"kernel {self.name}({', '.join(map(str, self.tensors))})"]
+        lines += [f"  schedule {self.schedule}", f"  smem {self.smem.total_bytes} B"]
+        t = self.body.traversal
+        lines.append(
+            f"  for tile m:{t.block_m} n:{t.block_n} cluster {t.cluster_m}x{t.cluster_n} in groups of {t.group} rows:"
+        )
+        lines += _format(self.body.body, 4)
+        return "\n".join(lines)
+
+
+def walk(stmts: tuple[Stmt, ...]) -> Iterator[Stmt]:
+    """Every statement, loops before their bodies."""
+    for stmt in stmts:
+        yield stmt
+        if isinstance(stmt, ForK):
+            yield from walk(stmt.body)
+
+
+def _format(stmts: tuple[Stmt, ...], indent: int) -> list[str]:
+    lines = []
+    for stmt in stmts:
+        if isinstance(stmt, ForK):
+            lines.append(f"{' ' * indent}for k in 0..{stmt.extent} by {stmt.step}:")
+            lines += _format(stmt.body, indent + 2)
+        else:
+            lines.append(f"{' ' * indent}{stmt}")
+    return lines

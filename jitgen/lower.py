@@ -1,0 +1,113 @@
+"""Lowering: Problem and Schedule to the tile program that is interpreted, rendered and verified."""
+
+from __future__ import annotations
+
+from .dtypes import F32
+from .expr import Operand, acc, operands
+from .ir import (
+    Buffer,
+    Dim,
+    Evaluate,
+    ForK,
+    ForTiles,
+    Kernel,
+    Load,
+    Mma,
+    Promote,
+    Store,
+    Tensor,
+    Traversal,
+    Window,
+    Zero,
+)
+from .problem import Gemm, check_problem
+from .schedule import BLOCK_K, Schedule, check_schedule, num_sfb_rows, smem_plan
+from .target import SM90A, Target
+
+
+def lower(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> Kernel:
+    """The tile program of `problem` under `schedule`.
+
+    Raises
+    ------
+    ProblemError, ScheduleError : a rule of check_problem or check_schedule is broken
+    """
+    check_problem(problem)
+    check_schedule(problem, schedule, target)
+    m, n, k = Dim("m", None), Dim("n", problem.n), Dim("k", problem.k)
+    a = Tensor("a", problem.a_dtype, (m, k))
+    b = Tensor("b", problem.b_dtype, (n, k))
+    sfa = Tensor("sfa", F32, (Dim("m", None, problem.a_scale.rows), Dim("k", problem.k, problem.a_scale.k)))
+    sfb = Tensor("sfb", F32, (Dim("n", problem.n, problem.b_scale.rows), Dim("k", problem.k, problem.b_scale.k)))
+    d = Tensor("d", problem.d_dtype, (m, n))
+    extra = tuple(_operand_tensor(operand, {"m": m, "n": n}) for operand in operands(problem.epilogue))
+    return Kernel(
+        name=kernel_name(problem, schedule),
+        family="gemm",
+        problem=problem,
+        schedule=schedule,
+        target=target,
+        tensors=(a, b, sfa, sfb, d, *extra),
+        smem=smem_plan(problem, schedule),
+        body=_gemm_body(problem, schedule, (a, b, sfa, sfb, d), extra),
+    )
+
+
+def kernel_name(problem: Gemm, schedule: Schedule) -> str:
+    """The kernel's `extern "C"` name: stable, and telling in a profiler."""
+    s = schedule
+    name = (
+        f"gemm_{problem.a_dtype}_{problem.d_dtype}_n{problem.n}_k{problem.k}_{s.block_m}x{s.block_n}x{BLOCK_K}"
+        f"_s{s.num_stages}_w{s.num_math_warpgroups}_c{s.cluster_m}x{s.cluster_n}_g{s.raster_group}"
+    )
+    return name if problem.epilogue == acc else f"{name}_epilogue"
+
+
+def store_span_bytes(schedule: Schedule, element_bytes: int) -> int:
+    """Bytes of a row of one TMA store box: the widest swizzle span that divides a row of the tile."""
+    return next(span for span in (128, 64, 32) if schedule.block_n * element_bytes % span == 0)
+
+
+def _operand_tensor(operand: Operand, dims: dict[str, Dim]) -> Tensor:
+    return Tensor(operand.name, operand.dtype, tuple(dims[axis] for axis in operand.axes))
+
+
+def _gemm_body(
+    problem: Gemm, schedule: Schedule, tensors: tuple[Tensor, ...], extra: tuple[Tensor, ...]
+) -> ForTiles:
+    a, b, sfa, sfb, d = tensors
+    rows, columns = schedule.block_m, schedule.block_n
+    span = store_span_bytes(schedule, problem.d_dtype.size_bytes)
+    store_box = (rows // schedule.num_math_warpgroups, span // problem.d_dtype.size_bytes)
+    smem_a = Buffer("smem_a", a.dtype, (rows, BLOCK_K), "smem", pipelined=True, swizzle_bytes=128)
+    smem_b = Buffer("smem_b", b.dtype, (columns, BLOCK_K), "smem", pipelined=True, swizzle_bytes=128)
+    smem_sfa = Buffer("smem_sfa", F32, (rows, 1), "smem", pipelined=True)
+    smem_sfb = Buffer("smem_sfb", F32, (num_sfb_rows(problem, columns), 1), "smem", pipelined=True)
+    smem_d = Buffer("smem_d", d.dtype, (rows, columns), "smem", swizzle_bytes=span)
+    part = Buffer("part", F32, (rows, columns), "registers")
+    sums = Buffer("acc", F32, (rows, columns), "registers")
+    over_m, over_n, over_k = Window("m", rows), Window("n", columns), Window("k", BLOCK_K)
+    scale_m = Window("m", rows, problem.a_scale.rows)
+    scale_n = Window("n", columns, problem.b_scale.rows)
+    scale_k = Window("k", BLOCK_K, problem.a_scale.k)
+    k_loop = ForK(
+        problem.k,
+        BLOCK_K,
+        (
+            Load(smem_a, a, (over_m, over_k), "tma", multicast=schedule.cluster_n),
+            Load(smem_b, b, (over_n, over_k), "tma", multicast=schedule.cluster_m),
+            Load(smem_sfa, sfa, (scale_m, scale_k), "cp_async", any_strides=True),
+            Load(smem_sfb, sfb, (scale_n, scale_k), "cp_async"),
+            Mma(part, smem_a, smem_b),
+            Promote(sums, part, (smem_sfa, smem_sfb), (scale_m, scale_n)),
+        ),
+    )
+    return ForTiles(
+        Traversal(rows, columns, schedule.cluster_m, schedule.cluster_n, schedule.raster_group),
+        (
+            Zero(sums),
+            k_loop,
+            Evaluate(smem_d, sums, problem.epilogue, extra),
+            Store(d, smem_d, (over_m, over_n), store_box),
+        ),
+    )

@@ -1,0 +1,122 @@
+"""Problems: what the user fixed. A problem says what is computed, never how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .dtypes import BF16, E4M3, F32, DType
+from .errors import ProblemError
+from .expr import Expr, acc, check_expr
+
+MAX_EXTENT = 2**31 - 1  # coordinates of a TMA box are int32
+
+
+@dataclass(frozen=True)
+class ScaleBlock:
+    """Granularity of scales: one float32 scale for every `rows` x `k` block of an operand [rows, k]."""
+
+    rows: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.k}"
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """D = epilogue((A * sfa) @ (B * sfb)^T): A [m, k], B [n, k], both K-major; m is a run-time extent.
+
+    sfa is float32 [m, ceil(k / a_scale.k)] and sfb float32 [ceil(n / b_scale.rows), ceil(k / b_scale.k)].
+    """
+
+    n: int
+    k: int
+    d_dtype: DType = BF16
+    epilogue: Expr = acc
+    a_dtype: DType = E4M3
+    b_dtype: DType = E4M3
+    a_scale: ScaleBlock = ScaleBlock(1, 128)
+    b_scale: ScaleBlock = ScaleBlock(128, 128)
+
+    def __str__(self) -> str:
+        text = (
+            f"gemm {self.a_dtype}[m, {self.k}] scaled {self.a_scale}"
+            f" x {self.b_dtype}[{self.n}, {self.k}] scaled {self.b_scale} -> {self.d_dtype}[m, {self.n}]"
+        )
+        return text if self.epilogue == acc else f"{text}, {self.epilogue}"
+
+
+@dataclass(frozen=True)
+class Support:
+    """The answer of `supports`: true or false, the broken rule, and the nearest legal problem."""
+
+    reason: str = ""
+    nearest: Gemm | None = None
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+def supports(problem: Gemm) -> Support:
+    """Whether jitgen can run `problem`; if not, the first broken rule and the nearest legal problem."""
+    try:
+        check_problem(problem)
+    except ProblemError as error:
+        return Support(str(error), _nearest(problem))
+    return Support()
+
+
+def check_problem(problem: Gemm) -> None:
+    """Raise ProblemError, naming the rule and the nearest legal value, unless `problem` is legal."""
+    if not isinstance(problem, Gemm):
+        raise ProblemError(f"a problem is a Gemm, got {type(problem).__name__}")
+    _check_extent("n", problem.n, 8, "rows of D are stored in units of 16 bytes")
+    _check_extent("k", problem.k, 16, "rows of A and B are loaded in units of 16 bytes")
+    for name, dtype in (("a", problem.a_dtype), ("b", problem.b_dtype)):
+        if dtype != E4M3:
+            raise ProblemError(f"{name} has dtype {dtype.name}, must be {E4M3.name}")
+    if problem.d_dtype not in (BF16, F32):
+        raise ProblemError(f"d has dtype {problem.d_dtype.name}, must be {BF16.name} or {F32.name}")
+    for name, block, legal in (
+        ("a_scale", problem.a_scale, ScaleBlock(1, 128)),
+        ("b_scale", problem.b_scale, ScaleBlock(128, 128)),
+    ):
+        if block != legal:
+            raise ProblemError(f"{name} has one scale a {block} block, must be {legal}")
+    check_expr(problem.epilogue)
+
+
+def _check_extent(name: str, value: int, multiple: int, why: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ProblemError(f"{name} must be an int, got {value!r}")
+    if not 0 < value <= MAX_EXTENT or value % multiple:
+        raise ProblemError(
+            f"{name} = {value} must be a positive multiple of {multiple} ({why}):"
+            f" the nearest is {_nearest_multiple(value, multiple)}"
+        )
+
+
+def _nearest_multiple(value: int, multiple: int) -> int:
+    """The nearest legal extent; upwards between two, so that padding never loses data."""
+    return min(max(-(-value // multiple), 1), MAX_EXTENT // multiple) * multiple
+
+
+def _nearest(problem: Gemm) -> Gemm | None:
+    """The nearest legal problem, or None where an expression cannot be mended."""
+    if not isinstance(problem, Gemm) or not isinstance(problem.n, int) or not isinstance(problem.k, int):
+        return None
+    fixed = replace(
+        problem,
+        n=_nearest_multiple(problem.n, 8),
+        k=_nearest_multiple(problem.k, 16),
+        a_dtype=E4M3,
+        b_dtype=E4M3,
+        d_dtype=problem.d_dtype if problem.d_dtype in (BF16, F32) else BF16,
+        a_scale=ScaleBlock(1, 128),
+        b_scale=ScaleBlock(128, 128),
+    )
+    try:
+        check_problem(fixed)
+    except ProblemError:
+        return None
+    return fixed

@@ -1,0 +1,175 @@
+"""Schedules: how a problem is mapped to the GPU. A schedule never changes what is computed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .errors import ScheduleError
+from .problem import Gemm
+from .target import SM90A, Target
+
+BLOCK_K = 128  # bytes of an SW128 row of E4M3, and elements between two promotions
+WGMMA_M = 64
+WARPGROUP_THREADS = 128
+SWIZZLE_ATOM_BYTES = 1024  # 8 rows of 128 bytes: base alignment of an SW128 tile
+REGISTER_OVERHEAD = 40  # registers of a math thread beside its accumulators, observed with NVRTC 13.0
+
+# Registers a thread of (producer, math) warpgroups by number of math warpgroups: `setmaxnreg` moves the
+# register file of 65,536 from the producer to the math warpgroups, in steps of 8.
+REGISTER_SPLIT = {1: (40, 240), 2: (40, 232), 3: (32, 160)}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tile sizes and their mapping to warps, clusters and the grid.
+
+    block_m, block_n : rows and columns of D that one thread block computes at a time
+    num_stages : depth of the shared-memory pipeline, in K blocks of 128
+    num_math_warpgroups : warpgroups that share the rows of the tile, 64 or 128 rows each
+    cluster_m, cluster_n : thread blocks of a cluster along m (they share B) and along n (they share A)
+    raster_group : tile rows that are walked together, so that their B tiles stay in L2
+    """
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    num_math_warpgroups: int = 2
+    cluster_m: int = 1
+    cluster_n: int = 1
+    raster_group: int = 8
+
+    def __str__(self) -> str:
+        return (
+            f"{self.block_m}x{self.block_n}x{BLOCK_K} stages={self.num_stages}"
+            f" math_warpgroups={self.num_math_warpgroups} cluster={self.cluster_m}x{self.cluster_n}"
+            f" raster_group={self.raster_group}"
+        )
+
+    @property
+    def cluster_size(self) -> int:
+        return self.cluster_m * self.cluster_n
+
+    @property
+    def num_waves(self) -> int:
+        """Slices of 64 rows that one math warpgroup computes, one after the other."""
+        return self.block_m // (WGMMA_M * self.num_math_warpgroups)
+
+
+@dataclass(frozen=True)
+class SmemPlan:
+    """Offsets in bytes of each buffer in dynamic shared memory; per-stage buffers are arrays of stages."""
+
+    a: int
+    b: int
+    d: int
+    scales: int
+    barriers: int
+    total_bytes: int
+
+
+def num_sfb_rows(problem: Gemm, block_n: int) -> int:
+    """Most rows of sfb that a tile of `block_n` columns touches."""
+    rows = problem.b_scale.rows
+    starts = range(0, min(problem.n, math.lcm(rows, block_n)), block_n)  # the pattern repeats there
+    return max((min(start + block_n, problem.n) - 1) // rows - start // rows + 1 for start in starts)
+
+
+def num_scales(problem: Gemm, schedule: Schedule) -> int:
+    """Scales of one stage: one a row of A, then the rows of sfb."""
+    return schedule.block_m + num_sfb_rows(problem, schedule.block_n)
+
+
+def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
+    """Where each buffer lies: swizzled tiles first, on 1024-byte boundaries."""
+    sizes = {
+        "a": schedule.num_stages * schedule.block_m * BLOCK_K * problem.a_dtype.size_bytes,
+        "b": schedule.num_stages * schedule.block_n * BLOCK_K * problem.b_dtype.size_bytes,
+        "d": schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes,
+        "scales": schedule.num_stages * num_scales(problem, schedule) * 4,
+        "barriers": 2 * 8 * schedule.num_stages,
+    }
+    offset, offsets = 0, {}
+    for name, size in sizes.items():
+        alignment = 16 if name in ("scales", "barriers") else SWIZZLE_ATOM_BYTES
+        offset = -(-offset // alignment) * alignment
+        offsets[name] = offset
+        offset += size
+    return SmemPlan(**offsets, total_bytes=offset)
+
+
+def max_stages(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> int:
+    """The deepest pipeline that fits into shared memory beside the rest of `schedule`'s tile; may be 0."""
+    stage = (schedule.block_m + schedule.block_n) * BLOCK_K + num_scales(problem, schedule) * 4 + 16
+    tile_d = schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes
+    return (target.smem_per_block_bytes - tile_d - 2 * SWIZZLE_ATOM_BYTES) // stage
+
+
+def accumulator_registers(schedule: Schedule) -> int:
+    """Registers that a math thread's accumulators take: the promoted ones and one wgmma's."""
+    return (schedule.num_waves + 1) * schedule.block_n // 2
+
+
+def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> None:
+    """Raise ScheduleError, naming the rule and the remedy, unless `schedule` can run `problem`."""
+    for name, low, high, step in (
+        ("block_m", 64, 256, 64),
+        ("block_n", 16, 256, 16),
+        ("num_stages", 2, 32, 1),
+        ("num_math_warpgroups", 1, 3, 1),
+        ("cluster_m", 1, 4, 1),
+        ("cluster_n", 1, 4, 1),
+        ("raster_group", 1, 1024, 1),
+    ):
+        value = getattr(schedule, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ScheduleError(f"{name} must be an int, got {value!r}")
+        if not low <= value <= high or value % step:
+            raise ScheduleError(f"{name} = {value} must be in {low}..{high} in steps of {step}")
+    _check_warpgroups(schedule)
+    _check_clusters(schedule)
+    rows = num_sfb_rows(problem, schedule.block_n)
+    if rows > 2:
+        raise ScheduleError(
+            f"block_n = {schedule.block_n} touches {rows} rows of sfb in one tile, at most 2 are kept:"
+            " choose 128, 160, 192 or 256"
+        )
+    plan = smem_plan(problem, schedule)
+    if plan.total_bytes > target.smem_per_block_bytes:
+        raise ScheduleError(
+            f"schedule needs {plan.total_bytes} B of shared memory, {target.arch} allows"
+            f" {target.smem_per_block_bytes}: lower num_stages ({schedule.num_stages};"
+            f" {max(max_stages(problem, schedule, target), 0)} fit) or block_n ({schedule.block_n})"
+        )
+
+
+def _check_warpgroups(schedule: Schedule) -> None:
+    rows = WGMMA_M * schedule.num_math_warpgroups
+    if schedule.block_m % rows or schedule.num_waves > 2:
+        raise ScheduleError(
+            f"block_m = {schedule.block_m} must be 64 or 128 rows for each of"
+            f" num_math_warpgroups = {schedule.num_math_warpgroups}"
+        )
+    budget = REGISTER_SPLIT[schedule.num_math_warpgroups][1]
+    need = accumulator_registers(schedule) + REGISTER_OVERHEAD
+    if need > budget:
+        raise ScheduleError(
+            f"accumulators need {need} registers a thread, {budget} are to be had:"
+            f" lower block_n ({schedule.block_n}) or raise num_math_warpgroups"
+            f" ({schedule.num_math_warpgroups})"
+        )
+
+
+def _check_clusters(schedule: Schedule) -> None:
+    if schedule.cluster_size > 4 or 3 in (schedule.cluster_m, schedule.cluster_n):
+        raise ScheduleError(
+            f"cluster = {schedule.cluster_m}x{schedule.cluster_n} must have 1, 2 or 4 blocks in all"
+        )
+    for name, rows, parts in (
+        ("block_m", schedule.block_m, schedule.cluster_n),
+        ("block_n", schedule.block_n, schedule.cluster_m),
+    ):
+        if rows % (8 * parts):
+            raise ScheduleError(
+                f"{name} = {rows} is loaded in {parts} parts by the cluster: it must be a multiple of {8 * parts}"
+            )

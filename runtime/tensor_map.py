@@ -1,0 +1,67 @@
+"""TMA descriptors: a matrix in global memory, and the box that one copy moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .driver import check, driver
+
+
+@dataclass(frozen=True)
+class TensorMapSpec:
+    """A row-major matrix at `address` and the box [rows, columns] of it that one TMA instruction moves.
+
+    What lies outside the matrix is read as zero and never written. The rules of the hardware (CUDA driver API,
+    cuTensorMapEncodeTiled): address and row pitch multiples of 16 bytes, box extents at most 256, a box row at
+    most `swizzle_bytes`.
+    """
+
+    address: int
+    element_bytes: int
+    rows: int
+    columns: int
+    pitch_bytes: int
+    box_rows: int
+    box_columns: int
+    swizzle_bytes: int
+
+
+def encode(spec: TensorMapSpec) -> Any:
+    """The descriptor, as the driver's 128-byte CUtensorMap.
+
+    Raises
+    ------
+    DeviceError : the driver refuses the matrix or the box
+    """
+    api = driver()
+    types, swizzles = api.CUtensorMapDataType, api.CUtensorMapSwizzle
+    data_type = {
+        1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        2: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        4: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+    }[spec.element_bytes]
+    swizzle = {
+        32: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
+        64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+        128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
+    }[spec.swizzle_bytes]
+
+    def words(*values: int) -> list[Any]:
+        return [api.cuuint32_t(value) for value in values]
+
+    return check(
+        api.cuTensorMapEncodeTiled(
+            data_type,
+            2,
+            spec.address,
+            [api.cuuint64_t(spec.columns), api.cuuint64_t(spec.rows)],
+            [api.cuuint64_t(spec.pitch_bytes)],
+            words(spec.box_columns, spec.box_rows),
+            words(1, 1),
+            api.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzle,
+            api.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            api.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )

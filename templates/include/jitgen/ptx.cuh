@@ -1,0 +1,83 @@
+// Thin wrappers of the PTX that the kernels use, named after the instructions (PTX ISA 9.0).
+#pragma once
+#include "jitgen/types.cuh"
+
+namespace jitgen {
+
+__device__ __forceinline__ u32 smem_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ u32 lane_index() {
+    u32 lane;
+    asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
+__device__ __forceinline__ bool elect_one() {
+    u32 elected;
+    asm volatile(
+        "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+    return elected != 0;
+}
+
+// Registers a thread: raises block until the pool has them, so the other warpgroups must lower theirs.
+template <u32 kRegisters> __device__ __forceinline__ void setmaxnreg_inc() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <u32 kRegisters> __device__ __forceinline__ void setmaxnreg_dec() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Barrier among `kThreads` threads of the block; id 0 is __syncthreads.
+template <u32 kThreads> __device__ __forceinline__ void named_barrier_sync(u32 id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
+// Orders ordinary shared-memory accesses before those of the async proxy (wgmma, TMA).
+__device__ __forceinline__ void fence_proxy_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The low 32 bits of v, moved as one 16-byte, 8-byte or 4-byte asynchronous copy; zero where `valid` is false.
+__device__ __forceinline__ void cp_async_4(u32 smem, const void* global, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(global), "r"(valid ? 4 : 0)
+                 : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements: a warp stores 16 rows x 16 columns, lane l giving the address of row l % 16
+// in column group l / 16.
+__device__ __forceinline__ void stmatrix_x4(u32 smem, u32 r0, u32 r1, u32 r2, u32 r3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r0), "r"(r1),
+                 "r"(r2), "r"(r3)
+                 : "memory");
+}
+
+__device__ __forceinline__ void st_shared(u32 smem, float2 v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(smem), "f"(v.x), "f"(v.y) : "memory");
+}
+
+__device__ __forceinline__ float ld_shared(u32 smem) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(smem) : "memory");
+    return v;
+}
+
+// Two float32 rounded to bf16, to nearest even; `low` ends up at the lower address.
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+}  // namespace jitgen

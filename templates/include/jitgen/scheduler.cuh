@@ -1,0 +1,25 @@
+// The persistent tile traversal: the device side of jitgen.ir.Traversal.
+#pragma once
+#include "jitgen/types.cuh"
+
+namespace jitgen {
+
+struct TileCoordinates {
+    u32 m, n;
+};
+
+// Cluster tiles in groups of kGroup tile rows, column by column within a group, so that a group's B tiles stay in L2.
+template <u32 kGroup, u32 kColumns> struct Traversal {
+    u32 rows;
+
+    __device__ __forceinline__ u32 size() const { return rows * kColumns; }
+
+    __device__ __forceinline__ TileCoordinates tile(u32 index) const {
+        const u32 first = index / (kGroup * kColumns) * kGroup;
+        const u32 group_rows = min(kGroup, rows - first);
+        const u32 within = index - first * kColumns;
+        return {first + within % group_rows, within / group_rows};
+    }
+};
+
+}  // namespace jitgen

@@ -1,0 +1,199 @@
+"""The architecture, as the imports that it allows.
+
+A module may import what the table gives it and nothing else. The compiler is a chain of layers:
+each layer may use every layer before it. A new module must be entered here.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+FOUNDATION = ("errors", "dtypes", "target")
+COMPILER = (
+    ("expr",),  # epilogue expressions
+    ("problem",),  # what is computed: fixed by the user
+    ("schedule",),  # how it is mapped to the GPU: what may be tuned
+    ("ir",),  # the tile program that both become
+    ("numerics",),  # arithmetic of the tensor core, in NumPy
+    ("lower", "verify", "interpret", "codegen"),  # make it, check it, run it, print it
+)
+
+# Module or package -> what it may import. A package stands for all modules in it, unless one of
+# them has a line of its own; the modules of a package may import each other.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "dtypes": {"errors"},
+    "target": {"errors"},
+}
+_before = set(FOUNDATION)
+for _layer in COMPILER:
+    ALLOWED |= {module: set(_before) for module in _layer}
+    _before |= set(_layer)
+ALLOWED |= {
+    "runtime": set(FOUNDATION),  # NVRTC, kernel store, driver: knows no problem and no kernel
+    "tuning": _before | {"runtime"},  # candidates, cost model, measured records
+    "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
+    "api": _before | {"runtime", "tuning"},  # what users call
+    "jitgen": _before | {"api"},  # __init__.py: the public names
+    "demo": _before | {"api", "jitgen"},
+    "cli": _before | {"runtime", "tuning", "tuning.bench", "api", "demo", "jitgen"},
+    "__main__": {"cli"},
+}
+
+# Libraries that most users lack or wait for: who may import them, and only inside functions.
+LAZY: dict[str, set[str]] = {
+    "torch": {"api", "demo", "tuning.bench"},
+    "cuda": {"runtime"},
+    "jinja2": {"codegen"},
+    "tokenizers": {"demo"},
+    "safetensors": {"demo"},
+}
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "jitgen"
+SUBPACKAGES = ("runtime", "tuning")  # through their symlinks
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: its absolute module, and whether the import runs with the module."""
+
+    target: str
+    line: int
+    is_eager: bool
+
+
+def _module_name(path: Path) -> str:
+    """`tuning.bench` for jitgen/tuning/bench.py, `jitgen` for jitgen/__init__.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    if parts[-1] == "__init__":
+        parts = parts[:-1]
+    return ".".join(parts) or "jitgen"
+
+
+def _modules() -> dict[str, Path]:
+    folders = (PACKAGE, *(PACKAGE / name for name in SUBPACKAGES))
+    return {_module_name(path): path for folder in folders for path in sorted(folder.glob("*.py"))}
+
+
+MODULES = _modules()
+
+
+def _row(module: str) -> str:
+    """The line of ALLOWED for `module`: its own, or else its package's."""
+    return module if module in ALLOWED else module.partition(".")[0]
+
+
+def _imports(tree: ast.Module, path: Path) -> Iterator[Import]:
+    parts = ("jitgen", *path.relative_to(PACKAGE).parent.parts)
+    for node, is_eager in _walk(tree, is_eager=True):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, is_eager)
+        elif isinstance(node, ast.ImportFrom):
+            anchor = parts[: len(parts) - node.level + 1] if node.level else ()
+            source = ".".join((*anchor, *filter(None, [node.module])))
+            for alias in node.names:
+                yield Import(f"{source}.{alias.name}", node.lineno, is_eager)
+
+
+def _walk(node: ast.AST, *, is_eager: bool) -> Iterator[tuple[ast.AST, bool]]:
+    """Every node, and whether it runs when the module is imported."""
+    is_for_mypy = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    for child in ast.iter_child_nodes(node):
+        eager = is_eager and not is_for_mypy and not is_function
+        yield child, eager
+        yield from _walk(child, is_eager=eager)
+
+
+def _edge(target: str) -> str:
+    """The module of jitgen that importing `target` reaches: the longest prefix that is one."""
+    inside = target.removeprefix("jitgen").removeprefix(".")
+    while inside and inside not in ALLOWED and inside not in MODULES:
+        inside = inside.rpartition(".")[0]
+    return inside or "jitgen"
+
+
+def _is_allowed(module: str, edge: str) -> bool:
+    same_package = module.partition(".")[0] == edge.partition(".")[0] != "jitgen"
+    return same_package or _row(edge) in ALLOWED[_row(module)]
+
+
+def _violations(module: str, source: str, path: Path) -> list[str]:
+    found = []
+    for item in _imports(ast.parse(source), path):
+        where = f"{module}:{item.line}"
+        root = item.target.partition(".")[0]
+        if root == "jitgen":
+            edge = _edge(item.target)
+            if not _is_allowed(module, edge):
+                found.append(f"{where} must not import {edge}")
+        elif root in ("runtime", "tuning", "templates"):
+            found.append(f"{where} imports bare {root}: write jitgen.{root}, or relative")
+        elif root in LAZY:
+            if _row(module) not in LAZY[root]:
+                found.append(f"{where} must not import {root}")
+            elif item.is_eager:
+                found.append(f"{where} must import {root} inside a function")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_what_is_allowed(module: str) -> None:
+    assert _row(module) in ALLOWED, f"enter {module} in ALLOWED: which layer is it?"
+    path = MODULES[module]
+    assert not _violations(module, path.read_text(), path)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "error"),
+    [
+        ("expr.py", "from .problem import Gemm", "must not import problem"),
+        ("ir.py", "from . import api", "must not import api"),
+        ("errors.py", "from .dtypes import F32", "must not import dtypes"),
+        ("lower.py", "def f():\n    import jitgen.codegen", "must not import codegen"),
+        ("schedule.py", "import jitgen", "must not import jitgen"),
+        ("runtime/store.py", "from ..problem import Gemm", "must not import problem"),
+        ("runtime/store.py", "from runtime import key", "imports bare runtime"),
+        ("tuning/tune.py", "from ..api import gemm", "must not import api"),
+        ("runtime/driver.py", "from cuda.bindings import driver", "inside a function"),
+        ("tuning/model.py", "def f():\n    import torch", "must not import torch"),
+        ("api.py", "try:\n    import torch\nexcept ImportError: ...", "inside a function"),
+    ],
+)
+def test_rule_rejects(path: str, source: str, error: str) -> None:
+    violations = _violations(_module_name(PACKAGE / path), source, PACKAGE / path)
+    assert len(violations) == 1
+    assert error in violations[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("dtypes.py", "from .errors import ProblemError"),
+        ("interpret.py", "from . import numerics, ir"),
+        ("runtime/store.py", "from . import key\nfrom ..errors import StoreError"),
+        ("runtime/driver.py", "def f():\n    from cuda.bindings import driver"),
+        ("tuning/bench.py", "from ..api import gemm\nfrom .space import candidates"),
+        ("api.py", "if TYPE_CHECKING:\n    import torch"),
+    ],
+)
+def test_rule_accepts(path: str, source: str) -> None:
+    assert not _violations(_module_name(PACKAGE / path), source, PACKAGE / path)
+
+
+def test_import_jitgen_needs_no_environment_and_no_heavy_library() -> None:
+    code = f"import jitgen, sys; print(*(name for name in {tuple(LAZY)} if name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
