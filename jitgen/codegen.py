@@ -23,7 +23,7 @@ from .ir import (
     TensorMapParameter,
     walk,
 )
-from .schedule import REGISTER_SPLIT
+from .schedule import NUM_SCALE_STAGES, REGISTER_SPLIT
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -58,17 +58,17 @@ def headers() -> dict[str, str]:
 def constants(kernel: Kernel) -> dict[str, int]:
     """Every number that the source takes from the problem, the schedule and the program, by its CUDA name."""
     schedule, traversal = kernel.schedule, kernel.body.traversal
-    loop = next(stmt for stmt in walk(kernel.body.body) if isinstance(stmt, ForK))
-    loads = {load.src.name: load for load in loop.body if isinstance(load, Load)}
-    promote = next(stmt for stmt in loop.body if isinstance(stmt, Promote))
+    chunks, blocks = (stmt for stmt in walk(kernel.body.body) if isinstance(stmt, ForK))
+    loads = {stmt.src.name: stmt for stmt in walk(kernel.body.body) if isinstance(stmt, Load)}
+    promote = next(stmt for stmt in blocks.body if isinstance(stmt, Promote))
     store = next(stmt for stmt in walk(kernel.body.body) if isinstance(stmt, Store))
     producer_registers, math_registers = REGISTER_SPLIT[schedule.num_math_warpgroups]
     return {
         "kN": kernel.problem.n,
-        "kK": loop.extent,
+        "kK": chunks.extent,
         "kBlockM": traversal.block_m,
         "kBlockN": traversal.block_n,
-        "kBlockK": loop.step,
+        "kBlockK": blocks.step,
         "kNumStages": schedule.num_stages,
         "kNumMathWarpgroups": schedule.num_math_warpgroups,
         "kNumWaves": schedule.num_waves,
@@ -77,6 +77,8 @@ def constants(kernel: Kernel) -> dict[str, int]:
         "kRasterGroup": traversal.group,
         "kScaleN": promote.windows[1].block,
         "kNumSfbRows": loads["sfb"].dst.shape[0],
+        "kScaleBlocks": loads["sfa"].dst.shape[1],
+        "kNumScaleStages": NUM_SCALE_STAGES,
         "kStoreColumns": store.box[1],
         "kStoreSpan": store.src.swizzle_bytes,
         "kProducerRegisters": producer_registers,

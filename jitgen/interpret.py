@@ -33,6 +33,7 @@ from .ir import (
     Zero,
 )
 from .numerics import fma_f32, round_to, wgmma_e4m3
+from .schedule import BLOCK_K
 
 Array = NDArray[Any]
 Numerics = Literal["hopper", "exact"]
@@ -80,14 +81,17 @@ class _Machine:
     origin: dict[Axis, int]
     exact: bool
     buffers: dict[str, Array] = field(default_factory=dict)
+    loaded_k: dict[str, int] = field(default_factory=dict)
 
     def run(self, stmts: tuple[Stmt, ...]) -> None:
         for stmt in stmts:
             match stmt:
                 case ForK():
-                    for block in range(stmt.num_blocks):
-                        self.origin["k"] = block * stmt.step
+                    begin = self.origin["k"]
+                    for k in range(begin, min(begin + stmt.extent, self.tensors["a"].shape[1]), stmt.step):
+                        self.origin["k"] = k
                         self.run(stmt.body)
+                    self.origin["k"] = begin
                 case Zero():
                     self.buffers[stmt.dst.name] = np.zeros(stmt.dst.shape, self.real)
                 case Load():
@@ -120,6 +124,7 @@ class _Machine:
         tile = np.zeros(op.dst.shape, op.dst.dtype.numpy)
         tile[: inside.shape[0], : inside.shape[1]] = inside
         self.buffers[op.dst.name] = tile
+        self.loaded_k[op.dst.name] = self.origin["k"]
 
     def clipped(self, tensor: Tensor, windows: tuple[Window, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
         """The slices of `tensor` that the windows cover."""
@@ -136,7 +141,8 @@ class _Machine:
         for scale, window in zip(op.scales, op.windows, strict=True):
             first = self.origin[window.axis]
             index = (first + np.arange(window.size)) // window.block - first // window.block
-            values = self.buffers[scale.name][:, 0].astype(self.real)
+            block = (self.origin["k"] - self.loaded_k[scale.name]) // BLOCK_K
+            values = self.buffers[scale.name][:, block].astype(self.real)
             spread.append(values[np.minimum(index, len(values) - 1)])  # positions beyond the tensor: any scale
         with np.errstate(over="ignore", invalid="ignore"):
             scale = spread[0][:, None] * spread[1][None, :]

@@ -6,7 +6,7 @@
     op     ::= Zero(dst)                        dst = 0
              | Load(dst, src, windows, ...)     dst = src[windows], 0 where a window leaves the tensor
              | Mma(dst, a, b)                   dst = a @ b^T, a chain of k32 tensor-core steps that starts at 0
-             | Promote(acc, part, scales)       acc = fma(rn(scales[0] * scales[1]), part, acc)
+             | Promote(acc, part, scales)       acc = fma(rn(scales[0] * scales[1]), part, acc), the K block's scales
              | Evaluate(dst, src, expr)         dst = expr(src), rounded to dst's dtype
              | Store(dst, src, windows)         dst[windows] = src, clipped at the tensor's end
 
@@ -138,7 +138,9 @@ class Mma:
 
 @dataclass(frozen=True)
 class Promote:
-    """`windows`: for each scale buffer the window of its rows (of the m, then of the n axis)."""
+    """`windows`: for each scale buffer, the window of its rows (of the m, then of the n axis). Its columns are
+    the K blocks from where it was loaded.
+    """
 
     acc: Buffer
     part: Buffer
@@ -177,15 +179,14 @@ class Store:
 
 @dataclass(frozen=True)
 class ForK:
-    """`body` for each of the ceil(extent / step) K blocks, in ascending order."""
+    """`body` for each `step` of k in ascending order, over `extent` positions from where the loop around it stands.
+
+    Nothing is done beyond the end of k.
+    """
 
     extent: int
     step: int
     body: tuple[Stmt, ...]
-
-    @property
-    def num_blocks(self) -> int:
-        return -(-self.extent // self.step)
 
 
 @dataclass(frozen=True)
@@ -336,7 +337,7 @@ def _format(stmts: tuple[Stmt, ...], indent: int) -> list[str]:
     lines = []
     for stmt in stmts:
         if isinstance(stmt, ForK):
-            lines.append(f"{' ' * indent}for k in 0..{stmt.extent} by {stmt.step}:")
+            lines.append(f"{' ' * indent}for {stmt.extent} of k by {stmt.step}:")
             lines += _format(stmt.body, indent + 2)
         else:
             lines.append(f"{' ' * indent}{stmt}")

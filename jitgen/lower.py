@@ -21,7 +21,7 @@ from .ir import (
     Zero,
 )
 from .problem import Gemm, check_problem
-from .schedule import BLOCK_K, Schedule, check_schedule, num_sfb_rows, smem_plan
+from .schedule import BLOCK_K, SCALE_BLOCKS, Schedule, check_schedule, num_sfb_rows, smem_plan
 from .target import SM90A, Target
 
 
@@ -81,25 +81,33 @@ def _gemm_body(
     store_box = (rows // schedule.num_math_warpgroups, span // problem.d_dtype.size_bytes)
     smem_a = Buffer("smem_a", a.dtype, (rows, BLOCK_K), "smem", pipelined=True, swizzle_bytes=128)
     smem_b = Buffer("smem_b", b.dtype, (columns, BLOCK_K), "smem", pipelined=True, swizzle_bytes=128)
-    smem_sfa = Buffer("smem_sfa", F32, (rows, 1), "smem", pipelined=True)
-    smem_sfb = Buffer("smem_sfb", F32, (num_sfb_rows(problem, columns), 1), "smem", pipelined=True)
+    smem_sfa = Buffer("smem_sfa", F32, (rows, SCALE_BLOCKS), "smem", pipelined=True)
+    sfb_shape = (num_sfb_rows(problem, columns), SCALE_BLOCKS)
+    smem_sfb = Buffer("smem_sfb", F32, sfb_shape, "smem", pipelined=True)
     smem_d = Buffer("smem_d", d.dtype, (rows, columns), "smem", swizzle_bytes=span)
     part = Buffer("part", F32, (rows, columns), "registers")
     sums = Buffer("acc", F32, (rows, columns), "registers")
     over_m, over_n, over_k = Window("m", rows), Window("n", columns), Window("k", BLOCK_K)
     scale_m = Window("m", rows, problem.a_scale.rows)
     scale_n = Window("n", columns, problem.b_scale.rows)
-    scale_k = Window("k", BLOCK_K, problem.a_scale.k)
-    k_loop = ForK(
-        problem.k,
+    scale_k = Window("k", BLOCK_K * SCALE_BLOCKS, problem.a_scale.k)
+    block_loop = ForK(
+        scale_k.size,
         BLOCK_K,
         (
             Load(smem_a, a, (over_m, over_k), "tma", multicast=schedule.cluster_n),
             Load(smem_b, b, (over_n, over_k), "tma", multicast=schedule.cluster_m),
-            Load(smem_sfa, sfa, (scale_m, scale_k), "cp_async", any_strides=True),
-            Load(smem_sfb, sfb, (scale_n, scale_k), "cp_async"),
             Mma(part, smem_a, smem_b),
             Promote(sums, part, (smem_sfa, smem_sfb), (scale_m, scale_n)),
+        ),
+    )
+    k_loop = ForK(
+        problem.k,
+        scale_k.size,
+        (
+            Load(smem_sfa, sfa, (scale_m, scale_k), "cp_async", any_strides=True),
+            Load(smem_sfb, sfb, (scale_n, scale_k), "cp_async"),
+            block_loop,
         ),
     )
     return ForTiles(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import ScheduleError
 from .problem import Gemm
 from .target import SM90A, Target
 
 BLOCK_K = 128  # bytes of an SW128 row of E4M3, and elements between two promotions
+SCALE_BLOCKS = 8  # K blocks whose scales are loaded together: 32 bytes of a row-major sfa, one L2 sector
+NUM_SCALE_STAGES = 2
 WGMMA_M = 64
 WARPGROUP_THREADS = 128
 SWIZZLE_ATOM_BYTES = 1024  # 8 rows of 128 bytes: base alignment of an SW128 tile
@@ -17,7 +19,7 @@ REGISTER_OVERHEAD = 40  # registers of a math thread beside its accumulators, ob
 
 # Registers a thread of (producer, math) warpgroups by number of math warpgroups: `setmaxnreg` moves the
 # register file of 65,536 from the producer to the math warpgroups, in steps of 8.
-REGISTER_SPLIT = {1: (40, 240), 2: (40, 232), 3: (32, 160)}
+REGISTER_SPLIT = {1: (40, 240), 2: (40, 232), 3: (40, 152)}
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class SmemPlan:
-    """Offsets in bytes of each buffer in dynamic shared memory; per-stage buffers are arrays of stages."""
+    """Offsets in bytes of each buffer in dynamic shared memory; pipelined buffers are arrays of stages."""
 
     a: int
     b: int
@@ -75,19 +77,14 @@ def num_sfb_rows(problem: Gemm, block_n: int) -> int:
     return max((min(start + block_n, problem.n) - 1) // rows - start // rows + 1 for start in starts)
 
 
-def num_scales(problem: Gemm, schedule: Schedule) -> int:
-    """Scales of one stage: one a row of A, then the rows of sfb."""
-    return schedule.block_m + num_sfb_rows(problem, schedule.block_n)
-
-
 def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
     """Where each buffer lies: swizzled tiles first, on 1024-byte boundaries."""
     sizes = {
         "a": schedule.num_stages * schedule.block_m * BLOCK_K * problem.a_dtype.size_bytes,
         "b": schedule.num_stages * schedule.block_n * BLOCK_K * problem.b_dtype.size_bytes,
         "d": schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes,
-        "scales": schedule.num_stages * num_scales(problem, schedule) * 4,
-        "barriers": 2 * 8 * schedule.num_stages,
+        "scales": NUM_SCALE_STAGES * _scale_stage_bytes(problem, schedule),
+        "barriers": 8 * num_barriers(schedule),
     }
     offset, offsets = 0, {}
     for name, size in sizes.items():
@@ -98,11 +95,21 @@ def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
     return SmemPlan(**offsets, total_bytes=offset)
 
 
+def num_barriers(schedule: Schedule) -> int:
+    """mbarriers of a block: full and empty for each stage of tiles and of scales, and one turn a math warpgroup."""
+    return 2 * (schedule.num_stages + NUM_SCALE_STAGES) + schedule.num_math_warpgroups
+
+
 def max_stages(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> int:
     """The deepest pipeline that fits into shared memory beside the rest of `schedule`'s tile; may be 0."""
-    stage = (schedule.block_m + schedule.block_n) * BLOCK_K + num_scales(problem, schedule) * 4 + 16
-    tile_d = schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes
-    return (target.smem_per_block_bytes - tile_d - 2 * SWIZZLE_ATOM_BYTES) // stage
+    one = smem_plan(problem, replace(schedule, num_stages=1)).total_bytes
+    stage = (schedule.block_m + schedule.block_n) * BLOCK_K + 2 * 8
+    return max(1 + (target.smem_per_block_bytes - one) // stage, 0)
+
+
+def _scale_stage_bytes(problem: Gemm, schedule: Schedule) -> int:
+    """Scales of SCALE_BLOCKS K blocks: for each, one a row of A, then those of the rows of sfb."""
+    return SCALE_BLOCKS * (schedule.block_m + num_sfb_rows(problem, schedule.block_n)) * 4
 
 
 def accumulator_registers(schedule: Schedule) -> int:
@@ -139,7 +146,7 @@ def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) ->
         raise ScheduleError(
             f"schedule needs {plan.total_bytes} B of shared memory, {target.arch} allows"
             f" {target.smem_per_block_bytes}: lower num_stages ({schedule.num_stages};"
-            f" {max(max_stages(problem, schedule, target), 0)} fit) or block_n ({schedule.block_n})"
+            f" {max_stages(problem, schedule, target)} fit) or block_n ({schedule.block_n})"
         )
 
 

@@ -20,7 +20,7 @@ from .ir import (
     Zero,
     walk,
 )
-from .schedule import REGISTER_OVERHEAD, REGISTER_SPLIT, SWIZZLE_ATOM_BYTES
+from .schedule import NUM_SCALE_STAGES, REGISTER_OVERHEAD, REGISTER_SPLIT, SWIZZLE_ATOM_BYTES, num_barriers
 
 MAX_BOX = 256  # elements of a TMA box in each dimension (CUDA driver API, cuTensorMapEncodeTiled)
 
@@ -39,7 +39,9 @@ def verify(kernel: Kernel) -> None:
     for stmt in walk(kernel.body.body):
         match stmt:
             case ForK():
-                _require(stmt.extent == kernel.problem.k, stmt, f"covers {stmt.extent} of k = {kernel.problem.k}")
+                around = tile.get("k", kernel.problem.k)
+                _require(stmt.extent == around, stmt, f"covers {stmt.extent} of {around} positions of k")
+                _require("k" not in tile or around % stmt.step == 0, stmt, f"{stmt.step} does not divide {around}")
                 tile["k"] = stmt.step
             case Load():
                 _check_load(stmt, tile, kernel)
@@ -147,7 +149,8 @@ def _check_promote(op: Promote, tile: dict[str, int]) -> None:
     _require(op.acc.shape == op.part.shape, op, "shapes do not fit")
     _check_windows(op, op.windows, tile)
     _require(tuple(window.axis for window in op.windows) == ("m", "n"), op, "scales rows, then columns")
-    _require(all(scale.dtype == F32 and scale.shape[1] == 1 for scale in op.scales), op, "one float32 scale a K block")
+    _require(all(scale.dtype == F32 for scale in op.scales), op, "scales are float32")
+    _require(op.scales[0].shape[1] == op.scales[1].shape[1], op, "scales cover different K blocks")
 
 
 def _check_store(op: Store, tile: dict[str, int]) -> None:
@@ -162,14 +165,18 @@ def _check_store(op: Store, tile: dict[str, int]) -> None:
 def _check_smem(kernel: Kernel) -> None:
     """Buffers do not overlap, swizzled tiles are aligned, and all fit."""
     plan, stages = kernel.smem, kernel.schedule.num_stages
-    buffers = {op.dst.name: op.dst for op in walk(kernel.body.body) if isinstance(op, (Load, Evaluate))}
-    num_bytes = {name: buffer.num_bytes * (stages if buffer.pipelined else 1) for name, buffer in buffers.items()}
+    copies = {"tma": stages, "cp_async": NUM_SCALE_STAGES}
+    num_bytes = {
+        op.dst.name: op.dst.num_bytes * (copies[op.via] if isinstance(op, Load) else 1)
+        for op in walk(kernel.body.body)
+        if isinstance(op, (Load, Evaluate))
+    }
     regions = [
         (plan.a, num_bytes["smem_a"], SWIZZLE_ATOM_BYTES),
         (plan.b, num_bytes["smem_b"], SWIZZLE_ATOM_BYTES),
         (plan.d, num_bytes["smem_d"], SWIZZLE_ATOM_BYTES),
         (plan.scales, num_bytes["smem_sfa"] + num_bytes["smem_sfb"], 16),
-        (plan.barriers, 2 * 8 * stages, 8),
+        (plan.barriers, 8 * num_barriers(kernel.schedule), 8),
     ]
     end = 0
     for offset, size, alignment in regions:

@@ -46,9 +46,13 @@ def _driver() -> Any:
 
         (status,) = bindings.cuInit(0)
     except (ImportError, RuntimeError) as error:
-        raise DeviceError(f"no CUDA driver can be loaded ({error}); `jitgen doctor` tells more") from error
+        raise DeviceError(
+            f"no CUDA driver can be loaded ({error}); `jitgen doctor` tells more"
+        ) from error
     if status != bindings.CUresult.CUDA_SUCCESS:
-        raise DeviceError(f"the CUDA driver finds no usable GPU ({status.name}); `jitgen doctor` tells more")
+        raise DeviceError(
+            f"the CUDA driver finds no usable GPU ({status.name}); `jitgen doctor` tells more"
+        )
     return bindings
 
 

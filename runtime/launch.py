@@ -41,7 +41,9 @@ Argument = TensorMapSpec | Pointer | Int64 | UInt32
 class Launch:
     """A kernel with its arguments and grid: everything but the stream. It never changes, so threads may share it."""
 
-    def __init__(self, kernel: LoadedKernel, arguments: Sequence[Argument], *, grid: int, num_threads: int) -> None:
+    def __init__(
+        self, kernel: LoadedKernel, arguments: Sequence[Argument], *, grid: int, num_threads: int
+    ) -> None:
         self._kernel = kernel  # keeps the code loaded
         self._storage = [_store(argument) for argument in arguments]
         addresses = [_address(cell) for cell in self._storage]

@@ -6,16 +6,18 @@ import functools
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import CompileError
+from ..errors import CompileError, StoreError
 from ..target import SM90A, Target
 
 # `--ptxas-options=-v` takes one ptxas option ("-v,-x" is an error) and puts the resource report
 # into the program log. Without `--no-source-include`, NVRTC takes an include that was not passed in
 # memory from the working directory: a kernel would depend on where the process was started.
-DEFAULT_OPTIONS = ("-std=c++17", "--no-source-include", "--ptxas-options=-v")
+# Without `--no-cache`, NVRTC answers a second compile on a machine with a driver from a cache of its
+# own, and the log then lacks the report.
+DEFAULT_OPTIONS = ("-std=c++17", "--no-source-include", "--no-cache", "--ptxas-options=-v")
 
 _PATH_OPTIONS = ("-I", "--include-path", "-include", "--pre-include")
 _REMEDY = "pip install nvidia-cuda-nvrtc cuda-bindings"
@@ -41,6 +43,24 @@ class Resources:
     stack_bytes: int
     static_smem_bytes: int
     compile_seconds: float  # wall clock, so not a property of the cubin
+
+    @classmethod
+    def from_json(cls, data: object) -> Resources:
+        """The resources that `dataclasses.asdict` made `data` of.
+
+        Raises
+        ------
+        StoreError : a field is missing, unknown, or of another type
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(data, dict) or set(data) != set(names):
+            raise StoreError(
+                f"resources need exactly the fields {', '.join(names)}; got {data!r:.200}"
+            )
+        for name, value in data.items():
+            if type(value) is not int and not (name == "compile_seconds" and type(value) is float):
+                raise StoreError(f"resources: {name} is {value!r:.200}, not a number of its type")
+        return cls(**data)
 
 
 @dataclass(frozen=True)

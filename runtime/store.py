@@ -22,9 +22,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import filelock
 import platformdirs
@@ -138,11 +137,11 @@ class KernelStore:
         StoreError : `source` is not the key's, a lock was not released in time, or the file system
             has no locks
         """
-        if sha256_hex(source.encode()) != key.source_sha256:
-            raise StoreError(f"source of {name} is not the one its key was made of: use make_key")
         entry, _ = self._lookup(key)
         if entry:
             return entry
+        if sha256_hex(source.encode()) != key.source_sha256:
+            raise StoreError(f"source of {name} is not the one its key was made of: use make_key")
         with self._single_flight(key.digest):
             entry, damage = self._lookup(key)
             if entry:
@@ -173,9 +172,9 @@ class KernelStore:
             in_memory = list(self._memory.values())
         yield from (entry for entry in in_memory if entry.key.digest not in seen)
 
-    def _open_root(self, root: Path) -> Path | None:
-        if not root.is_absolute():  # "~/..." where there is neither HOME nor an account
-            self._fall_back(f"no home folder: {root}")
+    def _open_root(self, root: Path | None) -> Path | None:
+        if root is None:
+            self._fall_back("this user has no home folder")
             return None
         try:
             root.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +230,7 @@ class KernelStore:
             if self._root and self._locking and self._writable:
                 folder = self._root / "locks"
                 try:
-                    _make_private(folder)
+                    _make_private(self._root, folder)
                     lock = filelock.FileLock(folder / f"{digest}.lock", mode=0o600)
                     held.enter_context(lock.acquire(timeout=max(0.0, deadline - time.monotonic())))
                     held.enter_context(_holder_file(folder / f"{digest}.holder"))
@@ -266,16 +265,18 @@ class KernelStore:
         final = self._root / key.digest[:2] / key.digest
         scratch = self._root / "tmp" / f"{key.digest}.{os.getpid()}.{secrets.token_hex(4)}"
         try:
-            for folder in (self._root, scratch.parent, scratch):
-                _make_private(folder)
+            _make_private(self._root, scratch.parent, scratch)
             _write_entry(scratch, key, name, source, compiled)
             if heal:
                 _remove_damaged(final, scratch.with_name(f"{scratch.name}.damaged"))
             _make_private(final.parent)
-            os.rename(scratch, final)
+            try:
+                os.rename(scratch, final)
+            except OSError as error:
+                if error.errno not in _LOST_RACE:
+                    raise
+                return final if final.is_dir() else None
         except OSError as error:
-            if error.errno in _LOST_RACE and final.is_dir():
-                return final
             self._fall_back(str(error))
             return None
         finally:
@@ -299,16 +300,21 @@ class KernelStore:
             self._counts[counter] += 1
 
 
-def default_root() -> Path:
-    """`kernels` in $JITGEN_CACHE_DIR or, without it, in the user's cache folder."""
+def default_root() -> Path | None:
+    """`kernels` in $JITGEN_CACHE_DIR or else in the user's cache folder; None if there is none."""
     if base := os.environ.get("JITGEN_CACHE_DIR"):
         return Path(base).absolute() / "kernels"
-    return Path(platformdirs.user_cache_dir("jitgen")) / "kernels"
+    try:  # neither HOME nor an account: older platformdirs leave "~", newer ones raise
+        root = Path(platformdirs.user_cache_dir("jitgen")) / "kernels"
+    except RuntimeError:
+        return None
+    return root if root.is_absolute() else None
 
 
-def _make_private(folder: Path) -> None:
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(folder, 0o700)
+def _make_private(*folders: Path) -> None:
+    for folder in folders:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
 
 
 def _distrust(info: os.stat_result, is_kind: Callable[[int], bool]) -> str:
@@ -344,11 +350,6 @@ def _write_entry(folder: Path, key: KernelKey, name: str, source: str, compiled:
             stream.write(data)
             stream.flush()
             os.fsync(descriptor)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_entry(folder: Path) -> Entry | None:
@@ -375,8 +376,10 @@ def _parse_entry(folder: Path, cubin: bytes, source: bytes, manifest: bytes) -> 
     data = json.loads(manifest)
     if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{MANIFEST} is not of format version {FORMAT_VERSION}")
-    if set(data) != _MANIFEST_FIELDS or not isinstance(data["name"], str):
+    if set(data) != _MANIFEST_FIELDS:
         raise ValueError(f"{MANIFEST} needs exactly the fields {sorted(_MANIFEST_FIELDS)}")
+    if not isinstance(data["name"], str) or not isinstance(data["log"], str):
+        raise ValueError(f"{MANIFEST} has a name or a log that is no text")
     key = KernelKey.from_json(data["key"])
     if key.digest != folder.name:
         raise ValueError(f"{MANIFEST} is that of kernel {key.digest}")
@@ -384,26 +387,15 @@ def _parse_entry(folder: Path, cubin: bytes, source: bytes, manifest: bytes) -> 
         raise ValueError(f"{CUBIN} has another SHA-256 than {MANIFEST} says")
     if sha256_hex(source) != key.source_sha256:
         raise ValueError(f"{SOURCE} has another SHA-256 than {MANIFEST} says")
-    resources = _parse_resources(data["resources"])
+    resources = Resources.from_json(data["resources"])
     return Entry(key, data["name"], cubin, source.decode(), resources, folder)
-
-
-def _parse_resources(data: Any) -> Resources:
-    names = {field.name for field in fields(Resources)}
-    if not isinstance(data, dict) or set(data) != names:
-        raise ValueError(f"resources need exactly the fields {sorted(names)}")
-    for name, value in data.items():
-        if type(value) is not int and not (name == "compile_seconds" and type(value) is float):
-            raise ValueError(f"resources: {name} is {value!r:.100}")
-    return Resources(**data)
 
 
 def _remove_damaged(folder: Path, grave: Path) -> None:
     """Move the entry, or the folder around it if that is not trusted, to `grave` and delete it."""
     around = folder.parent
-    damaged = around if _distrust(os.lstat(around), stat.S_ISDIR) else folder
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(damaged, grave)
+    with contextlib.suppress(FileNotFoundError):  # another process may heal it too
+        os.rename(around if _distrust(os.lstat(around), stat.S_ISDIR) else folder, grave)
         if grave.is_dir() and not grave.is_symlink():
             shutil.rmtree(grave, ignore_errors=True)
         else:

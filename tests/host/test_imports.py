@@ -40,10 +40,12 @@ ALLOWED |= {
     "runtime": set(FOUNDATION),  # NVRTC, kernel store, driver: knows no problem and no kernel
     "tuning": _before | {"runtime"},  # candidates, cost model, measured records
     "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
-    "api": _before | {"runtime", "tuning"},  # what users call
+    "arrays": set(_before),  # the rules that a caller's arrays must keep
+    "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
+    "api": _before | {"runtime", "tuning", "arrays", "build"},  # what users call
     "jitgen": _before | {"api"},  # __init__.py: the public names
     "demo": _before | {"api", "jitgen"},
-    "cli": _before | {"runtime", "tuning", "tuning.bench", "api", "demo", "jitgen"},
+    "cli": _before | {"runtime", "build", "tuning", "tuning.bench", "api", "demo", "jitgen"},
     "__main__": {"cli"},
 }
 

@@ -21,11 +21,13 @@ __device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives on the barrier at the same offset in block `rank` of the cluster.
+// Arrives on the barrier at the same offset in block `rank` of the cluster. Its release has block scope: a release
+// (or an acquire in the wait below) of cluster scope would flush and invalidate L1 at every stage, for nothing, since
+// what a consumer read of the stage is in its registers by now.
 __device__ __forceinline__ void mbarrier_arrive_remote(u32 barrier, u32 rank) {
     asm volatile(
         "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
         "r"(rank)
         : "memory");
 }
@@ -35,25 +37,14 @@ __device__ __forceinline__ void mbarrier_arrive_cp_async(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// kCluster: arrivals may come from other blocks of the cluster, so the acquire must span it.
-template <bool kCluster> __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
+__device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
     u32 done = 0;
-    while (!done) {
-        if constexpr (kCluster) {
-            asm volatile(
-                "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-                "selp.u32 %0, 1, 0, p;\n}"
-                : "=r"(done)
-                : "r"(barrier), "r"(parity)
-                : "memory");
-        } else {
-            asm volatile(
-                "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                : "=r"(done)
-                : "r"(barrier), "r"(parity)
-                : "memory");
-        }
-    }
+    while (!done)
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
 }
 
 // A position in a ring of kStages; `phase` flips at each turn. Producers wait on empty barriers with

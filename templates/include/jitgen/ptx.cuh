@@ -49,7 +49,7 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The low 32 bits of v, moved as one 16-byte, 8-byte or 4-byte asynchronous copy; zero where `valid` is false.
+// Copies 4 bytes asynchronously; where `valid` is false it writes zero and does not read `global`.
 __device__ __forceinline__ void cp_async_4(u32 smem, const void* global, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(global), "r"(valid ? 4 : 0)
                  : "memory");

@@ -1,0 +1,54 @@
+"""Options and fixtures of the host tests: golden files, random seeds, bitwise comparison."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+SameBits = Callable[..., None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="rewrite tests/golden from what the generator prints now; read the diff before you commit it",
+    )
+    parser.addoption("--seed", type=int, help="seed of the `rng` fixture, to repeat a failure")
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Fresh random numbers in every run; a failing test shows the seed."""
+    # A default, because pytest reads this file too late for options where it is run as `pytest tests`.
+    seed = request.config.getoption("--seed", default=None)
+    seed = secrets.randbits(32) if seed is None else seed
+    print(f"repeat with: pytest --seed {seed} '{request.node.nodeid}'")
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def same_bits() -> SameBits:
+    """same_bits(got, want, note): equal dtype, shape and bits; NaNs and zeros too."""
+
+    def check(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any], note: object = "") -> None:
+        assert (got.dtype, got.shape) == (want.dtype, want.shape), note
+        unsigned = np.dtype(f"u{got.dtype.itemsize}")
+        got_bits = np.ascontiguousarray(got).view(unsigned)
+        want_bits = np.ascontiguousarray(want).view(unsigned)
+        bad = np.argwhere(got_bits != want_bits)
+        if len(bad):
+            first = tuple(map(int, bad[0]))
+            digits = 2 * got.dtype.itemsize
+            pytest.fail(
+                f"{len(bad)} of {got.size} elements differ, the first at {first}:"
+                f" got {got[first]} = {got_bits[first]:#0{digits + 2}x},"
+                f" want {want[first]} = {want_bits[first]:#0{digits + 2}x}\n{note}",
+                pytrace=False,
+            )
+
+    return check

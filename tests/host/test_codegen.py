@@ -1,0 +1,400 @@
+"""The generated source: pure, readable, complete, and equal to the files in tests/golden."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jitgen import (
+    BF16,
+    F32,
+    Gemm,
+    Schedule,
+    acc,
+    cast,
+    gelu,
+    matrix,
+    maximum,
+    relu,
+    scalar,
+    silu,
+    vector,
+)
+from jitgen.codegen import constants, headers, render, render_expr
+from jitgen.expr import OPERATIONS, Apply, Expr, as_expr
+from jitgen.ir import Kernel
+from jitgen.lower import lower
+from jitgen.runtime.nvrtc import headers_used
+from jitgen.tuning.space import candidates
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+
+EVERYTHING = (
+    cast(maximum(gelu(acc * scalar("alpha") + vector("bias")), 0.5), BF16) * vector("gain", F32)
+    - silu(relu(matrix("residual")))
+    + matrix("wide", F32)
+)
+# One of each kind: the plain bf16 kernel, the smallest f32 one, a cluster along m, a cluster along n.
+GOLDEN_KERNELS = {
+    "bf16-n2112-k7168-128x128": (Gemm(2112, 7168), Schedule(128, 128, 5, 2)),
+    "f32-n8-k16-64x16": (Gemm(8, 16, F32), Schedule(64, 16, 2, 1)),
+    "bf16-bias-residual-256x96-cluster2x1": (
+        Gemm(576, 576, BF16, acc + vector("bias") + matrix("residual")),
+        Schedule(256, 96, 3, 2, 2, 1),
+    ),
+    "f32-everything-192x112-cluster1x2": (
+        Gemm(72, 144, F32, EVERYTHING),
+        Schedule(192, 112, 3, 3, 1, 2, raster_group=16),
+    ),
+}
+PROBLEMS = [
+    Gemm(n, k, d_dtype, epilogue)
+    for n, k, d_dtype, epilogue in (
+        (8, 16, BF16, acc),
+        (72, 128, F32, acc + vector("bias")),
+        (576, 576, BF16, EVERYTHING),
+        (2112, 7168, BF16, acc),
+        (2112, 7168, F32, acc),
+    )
+]
+
+
+def name_of(problem: Gemm) -> str:
+    return f"n{problem.n}-k{problem.k}-{problem.d_dtype}"
+
+
+def kernels_of(problem: Gemm, step: int = 7) -> list[Kernel]:
+    """Some candidates of every tile shape and cluster."""
+    return [lower(problem, schedule) for schedule in list(candidates(problem))[::step]]
+
+
+def constexprs(source: str) -> dict[str, int]:
+    """The constants given as plain numbers, by name."""
+    found = re.findall(r"^constexpr u32 (k\w+) = (\d+);$", source, re.MULTILINE)
+    assert len(dict(found)) == len(found)
+    return {name: int(value) for name, value in found}
+
+
+# --- golden sources -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOLDEN_KERNELS)
+def test_render_equals_golden(name: str, request: pytest.FixtureRequest) -> None:
+    source = render(lower(*GOLDEN_KERNELS[name]))
+    path = GOLDEN / f"{name}.cu"
+    if request.config.getoption("--update-golden", default=False):
+        path.write_text(source)
+    assert path.exists(), f"{path} is missing: run pytest tests/host --update-golden"
+    if source != path.read_text():
+        golden = path.read_text().splitlines()
+        lines = source.splitlines()
+        first = next(
+            (i for i, (new, old) in enumerate(zip(lines, golden, strict=False)) if new != old),
+            min(len(lines), len(golden)),
+        )
+        pytest.fail(
+            f"{path.name} differs from line {first + 1}:\n  golden    {''.join(golden[first : first + 1])}\n"
+            f"  generated {''.join(lines[first : first + 1])}\n"
+            "run pytest tests/host --update-golden if that is meant, and read the diff",
+            pytrace=False,
+        )
+
+
+def test_golden_has_a_kernel_for_each_file() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.cu")} == set(GOLDEN_KERNELS)
+
+
+# --- purity -------------------------------------------------------------------------------------
+
+RENDER_ALL = """
+import hashlib, sys
+from jitgen import *
+from jitgen.codegen import headers, render
+from jitgen.lower import lower
+from jitgen.tuning.space import candidates
+epilogue = gelu(acc * scalar("alpha") + vector("bias")) - matrix("residual") + matrix("wide", F32)
+digest = hashlib.sha256()
+for problem in (Gemm(72, 144, F32, epilogue), Gemm(2112, 7168)):
+    for schedule in candidates(problem):
+        digest.update(render(lower(problem, schedule)).encode())
+for name, text in headers().items():
+    digest.update(f"{name}\\n{text}".encode())
+print(digest.hexdigest())
+"""
+
+
+def test_render_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    digests = []
+    for seed, cwd in (("0", ROOT), ("1", tmp_path), ("4242", Path("/"))):
+        env = {
+            "PYTHONHASHSEED": seed,
+            "PYTHONPATH": str(ROOT),
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path),
+            "TZ": f"UTC+{seed[0]}",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", RENDER_ALL], cwd=cwd, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        digests.append(done.stdout.strip())
+    assert len(digests[0]) == hashlib.sha256().digest_size * 2
+    assert len(set(digests)) == 1
+
+
+def test_render_repeats_itself() -> None:
+    one, other = (lower(*GOLDEN_KERNELS["f32-everything-192x112-cluster1x2"]) for _ in range(2))
+    assert render(one) == render(other) == render(one)
+
+
+def test_render_of_equal_problems_is_equal() -> None:
+    """A cache that takes one for the other must be right to."""
+    exprs = [acc * 0.0, acc * -0.0, acc + 0.0, acc + -0.0, acc * 1, acc * 1.0, acc * 1.5]
+    schedule = Schedule(64, 64, 4, 1)
+    sources: dict[Gemm, str] = {}
+    for expr in exprs:
+        problem = Gemm(72, 144, BF16, expr)
+        source = render(lower(problem, schedule))
+        assert sources.setdefault(problem, source) == source, str(expr)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_render_differs_for_every_schedule(problem: Gemm) -> None:
+    sources = [render(lower(problem, schedule)) for schedule in candidates(problem)]
+    assert len(set(sources)) == len(sources)
+
+
+# --- form ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_render_leaves_no_template_marks_paths_or_dates(problem: Gemm) -> None:
+    for kernel in kernels_of(problem):
+        source = render(kernel)
+        for mark in ("${", "//%", "/*%", "%*/", "/*#", "{{", "}}", "{%", "Undefined", "None"):
+            assert mark not in source, f"{mark} in {kernel.schedule}"
+        assert not re.search(r'(?<![\w.])/(?:work|home|root|tmp|usr|mnt|Users)\b', source)
+        assert str(ROOT) not in source
+        assert not re.search(r"\b20\d\d-\d\d|\b\d\d:\d\d\b|__DATE__|__TIME__|__FILE__", source)
+        assert source.isascii()
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_render_is_short_and_ends_with_a_newline(problem: Gemm) -> None:
+    for kernel in kernels_of(problem):
+        source = render(kernel)
+        assert len(source.splitlines()) <= 400
+        assert source.endswith("}\n")
+        assert not source.endswith("\n\n")
+        assert not re.search(r"[ \t]+$", source, re.MULTILINE)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_render_reads_top_down(problem: Gemm) -> None:
+    """Banner, includes, constants, static_asserts with reasons, then the one kernel."""
+    for kernel in kernels_of(problem):
+        source = render(kernel)
+        lines = source.splitlines()
+        assert lines[0] == f"// {kernel.problem}"
+        assert lines[1] == f"// {kernel.schedule}"
+        positions = [
+            source.index('#include "'),
+            source.index("constexpr u32 k"),
+            source.index("static_assert("),
+            source.index("__global__"),
+        ]
+        assert positions == sorted(positions)
+        assert source.count("__global__") == 1
+        assert len(re.findall(rf'extern "C" __global__ [^;{{]*?\b{kernel.name}\(', source)) == 1
+        assert all('"' in line for line in re.findall(r"static_assert\(.*", source))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_render_includes_only_its_headers(problem: Gemm) -> None:
+    for kernel in kernels_of(problem):
+        source = render(kernel)
+        included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', source, re.MULTILINE)
+        assert included == sorted(set(included))
+        assert set(included) <= set(headers())
+        assert set(headers_used(source, headers())) <= set(headers())
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_render_gives_every_number_of_the_schedule_a_name(problem: Gemm) -> None:
+    for kernel in kernels_of(problem, step=1):
+        source, schedule, plan = render(kernel), kernel.schedule, kernel.smem
+        found = constexprs(source)
+        want = {
+            "kN": problem.n,
+            "kK": problem.k,
+            "kBlockM": schedule.block_m,
+            "kBlockN": schedule.block_n,
+            "kBlockK": 128,
+            "kNumStages": schedule.num_stages,
+            "kNumMathWarpgroups": schedule.num_math_warpgroups,
+            "kClusterM": schedule.cluster_m,
+            "kClusterN": schedule.cluster_n,
+            "kRasterGroup": schedule.raster_group,
+            "kSmemA": plan.a,
+            "kSmemB": plan.b,
+            "kSmemD": plan.d,
+            "kSmemScales": plan.scales,
+            "kSmemBarriers": plan.barriers,
+            "kSmemBytes": plan.total_bytes,
+        }
+        assert {name: found.get(name) for name in want} == want, str(schedule)
+        assert set(constants(kernel).items()) <= set(found.items())
+        # No field of the schedule is left out.
+        assert {f.name for f in dataclasses.fields(schedule)} == {
+            "block_m",
+            "block_n",
+            "num_stages",
+            "num_math_warpgroups",
+            "cluster_m",
+            "cluster_n",
+            "raster_group",
+        }
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_render_uses_every_constant_that_it_defines(problem: Gemm) -> None:
+    for kernel in kernels_of(problem):
+        source = render(kernel)
+        unused = [name for name in constexprs(source) if len(re.findall(rf"\b{name}\b", source)) < 2]
+        assert unused == []
+
+
+def test_render_does_not_depend_on_the_schedule_below_the_constants() -> None:
+    """A schedule is values, not text: one kernel body for all of a kind (no cluster, same operands)."""
+    bodies = set()
+    for schedule in candidates(Gemm(2112, 7168)):
+        if schedule.cluster_size == 1:
+            kernel = lower(Gemm(2112, 7168), schedule)
+            source = render(kernel).replace(kernel.name, "KERNEL")
+            source = re.sub(r"^constexpr u32 k\w+ = \d+;$", "", source, flags=re.MULTILINE)
+            bodies.add(source.replace(f"// {schedule}\n", ""))
+    assert len(bodies) == 1
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_render_declares_the_parameters_in_order(problem: Gemm) -> None:
+    for kernel in kernels_of(problem):
+        source = render(kernel)
+        signature = source[source.index(f"{kernel.name}(") + len(kernel.name) + 1 :]
+        declared = [part.split()[-1] for part in signature[: signature.index(")")].split(",")]
+        assert declared == [parameter.name for parameter in kernel.parameters]
+
+
+# --- templates and headers ----------------------------------------------------------------------
+
+
+def test_templates_contain_no_asm() -> None:
+    templates = sorted((ROOT / "templates").glob("*.j2"))
+    assert templates
+    for path in templates:
+        assert not re.search(r"\basm\b|__asm", path.read_text()), path.name
+
+
+def test_headers_contain_no_template_marks() -> None:
+    assert headers()
+    for name, text in headers().items():
+        assert re.fullmatch(r"jitgen/\w+\.cuh", name)
+        assert "#pragma once" in text
+        for mark in ("${", "//%", "/*%"):
+            assert mark not in text, name
+
+
+def test_headers_include_only_each_other() -> None:
+    for name, text in headers().items():
+        for included in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', text, re.MULTILINE):
+            assert included in headers(), name
+
+
+def test_headers_are_those_in_the_repository() -> None:
+    folder = ROOT / "templates" / "include"
+    files = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.cuh")}
+    assert headers() == files
+
+
+# --- expressions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expr", "text"),
+    [
+        (acc, "acc"),
+        (acc + acc, "epilogue::add(acc, acc)"),
+        (acc - acc, "epilogue::sub(acc, acc)"),
+        (acc * acc, "epilogue::mul(acc, acc)"),
+        (maximum(acc, acc), "epilogue::maximum(acc, acc)"),
+        (relu(acc), "epilogue::relu(acc)"),
+        (silu(acc), "epilogue::silu(acc)"),
+        (gelu(acc), "epilogue::gelu(acc)"),
+        (cast(acc, BF16), "epilogue::cast<bf16>(acc)"),
+        (cast(acc, F32), "epilogue::cast<float>(acc)"),
+    ],
+    ids=str,
+)
+def test_render_expr_is_a_call_of_the_header(expr: Expr, text: str) -> None:
+    assert render_expr(expr) == text
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_render_expr_has_a_device_function_for_every_operation(op: str) -> None:
+    arguments = (acc,) * OPERATIONS[op][0]
+    assert render_expr(Apply(op, arguments)).startswith(f"epilogue::{op}(acc")
+    text = headers()["jitgen/epilogue.cuh"]
+    assert re.search(rf"\bfloat2 {op}\(|JITGEN_MAP\({op},", text)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, 0.1, -3.5e38 / 2, 1e-45, 2.0**-126, 16777217.0])
+def test_render_expr_gives_constants_bit_for_bit(value: float) -> None:
+    bits = int(np.float32(value).view(np.uint32))
+    text = render_expr(as_expr(value))
+    assert [int(found, 16) for found in re.findall(r"0x([0-9a-f]+)u?", text)] == [bits]
+
+
+def test_render_expr_reads_each_operand_where_it_is_declared() -> None:
+    for expr, name in ((vector("x"), "x"), (matrix("y", F32), "y"), (scalar("z"), "z")):
+        assert f"operands.operand_{name}" in render_expr(expr)
+    assert "row *" in render_expr(matrix("y"))
+    assert "row" not in render_expr(vector("x"))
+    assert "column" not in render_expr(scalar("z"))
+
+
+@pytest.mark.parametrize("expr", [Expr(), Apply("add", (acc, 3.0))], ids=["bare", "number"])  # type: ignore[arg-type]
+def test_render_expr_rejects_unknown_nodes(expr: Any) -> None:
+    with pytest.raises(TypeError, match="no rendering"):
+        render_expr(expr)
+
+
+def test_render_takes_the_epilogue_from_the_program() -> None:
+    """The Kernel is the one source of truth: what Evaluate says is what is rendered."""
+    from jitgen.errors import VerifyError
+    from jitgen.ir import Evaluate
+    from jitgen.verify import verify
+
+    kernel = lower(Gemm(72, 144), Schedule(64, 64, 4, 1))
+    body = tuple(
+        dataclasses.replace(stmt, expr=relu(acc)) if isinstance(stmt, Evaluate) else stmt
+        for stmt in kernel.body.body
+    )
+    other = dataclasses.replace(kernel, body=dataclasses.replace(kernel.body, body=body))
+    try:
+        verify(other)
+    except VerifyError:
+        return  # refused, so that nobody renders it
+    assert "epilogue::relu(acc)" in render(other)

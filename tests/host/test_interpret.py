@@ -1,0 +1,743 @@
+"""The interpreter against float64, against an independent model of the hardware, and against itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from jitgen import (
+    BF16,
+    F32,
+    Gemm,
+    Schedule,
+    acc,
+    cast,
+    gelu,
+    matrix,
+    maximum,
+    relu,
+    scalar,
+    silu,
+    vector,
+)
+from jitgen.errors import ProblemError
+from jitgen.expr import OPERATIONS, Expr, as_expr
+from jitgen.interpret import interpret
+from jitgen.lower import lower
+from jitgen.tuning.space import candidates
+
+Array = NDArray[Any]
+Tensors = dict[str, Array]
+SameBits = Callable[..., None]
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+BFLOAT = np.dtype(ml_dtypes.bfloat16)
+NAN_F32, NAN_BF16, NAN_E4M3 = 0x7FFFFFFF, 0x7FFF, 0x7F  # what the GPU writes: HOPPER.md section 2, PTX ISA
+
+SMALL = Schedule(64, 64, 4, 1)
+MS, NS, KS = (0, 1, 7, 129), (8, 72), (16, 144, 576)
+
+
+# --- data and reference -------------------------------------------------------------------------
+
+
+def make_tensors(rng: np.random.Generator, m: int, n: int, k: int, *, exact: bool = False) -> Tensors:
+    """Operands of every magnitude; `exact`: few exponents and scales 2^i, so that float64 sums are exact."""
+    if exact:
+        a, b = (rng.integers(-16, 17, (rows, k)).astype(np.float32) for rows in (m, n))
+        scale: Callable[..., Array] = lambda *shape: np.exp2(rng.integers(-2, 3, shape))  # noqa: E731
+    else:
+        a, b = (
+            rng.standard_normal((rows, k)) * np.exp2(rng.integers(-6, 5, (rows, k))) for rows in (m, n)
+        )
+        scale = lambda *shape: np.exp(rng.uniform(-5, 5, shape)) * rng.choice([-1, 1], shape)  # noqa: E731
+    return {
+        "a": a.astype(FP8),
+        "b": b.astype(FP8),
+        "sfa": scale(m, -(-k // 128)).astype(np.float32),
+        "sfb": scale(-(-n // 128), -(-k // 128)).astype(np.float32),
+    }
+
+
+def f64(array: Array) -> NDArray[np.float64]:
+    return np.asarray(array, np.float64)
+
+
+def blocks_of(t: Mapping[str, Array]) -> list[tuple[Array, Array, Array]]:
+    """For each block of 128 of k: the scale of every element of D, and both operands, in float64."""
+    m, k = t["a"].shape
+    n = t["b"].shape[0]
+    rows = np.arange(n) // 128
+    return [
+        (
+            f64(t["sfa"])[:, i, None] * f64(t["sfb"])[rows, i][None, :],
+            f64(t["a"])[:, i * 128 : (i + 1) * 128],
+            f64(t["b"])[:, i * 128 : (i + 1) * 128],
+        )
+        for i in range(-(-k // 128))
+    ]
+
+
+def reference(t: Mapping[str, Array]) -> NDArray[np.float64]:
+    """The GEMM in float64: dequantize, multiply, add."""
+    m, n = t["a"].shape[0], t["b"].shape[0]
+    return sum((s * (a @ b.T) for s, a, b in blocks_of(t)), np.zeros((m, n)))
+
+
+def tolerance(t: Mapping[str, Array]) -> NDArray[np.float64]:
+    """A bound on |acc - reference| that follows from HOPPER.md section 2, for each element of D.
+
+    One k32 step aligns 32 products and the accumulator c to units of u = 2^(E - 13), where E is the largest
+    exponent among them, and truncates each: 33 errors below u. It then truncates the sum to 13 fraction bits:
+    an error below 2^-13 of its magnitude. 2^E <= max(P, |c|), where P is the largest 2^(ea + eb), with
+    the exponents of the operands clamped below at -6. All of it truncates toward zero, so |c| and the sum never
+    exceed S, the sum of |a b| over the block's steps so far:
+
+        error of a step < 2^-13 * (33 * max(P, S before) + S after)
+
+    Promotion forms rn(sa * sb), off by 2^-24 of it, and rounds each fma by 2^-24 of the running sum, which is
+    at most the sum of |s| S over the blocks so far. Second-order terms: 1 % on top.
+    """
+    m, n = t["a"].shape[0], t["b"].shape[0]
+    error, total = np.zeros((m, n)), np.zeros((m, n))
+    for s, a, b in blocks_of(t):
+        size = np.zeros((m, n))
+        of_block = np.zeros((m, n))
+        for k in range(0, a.shape[1], 32):
+            a_k, b_k = np.abs(a[:, k : k + 32]), np.abs(b[:, k : k + 32])
+            power_a, power_b = (
+                np.where(x > 0, np.exp2(np.floor(np.log2(np.maximum(x, 2.0**-6)))), 0) for x in (a_k, b_k)
+            )
+            largest = np.zeros((m, n))
+            for i in range(a_k.shape[1]):
+                np.maximum(largest, power_a[:, i, None] * power_b[None, :, i], out=largest)
+            before, size = size, size + a_k @ b_k.T
+            of_block += 2.0**-13 * (33 * np.maximum(largest, before) + size)
+        total += np.abs(s) * size
+        error += np.abs(s) * of_block + 2.0**-24 * np.abs(s) * size + 2.0**-24 * total
+    return 1.01 * error
+
+
+def half_ulp(value: Array, dtype: Any) -> Array:
+    """Half a unit in the last place of |value| in `dtype`: the error of rounding to nearest."""
+    bits, lowest = (8, -126) if dtype == BF16 else (24, -126)
+    exponent = np.frexp(np.maximum(np.abs(value), 2.0**lowest))[1] - 1
+    return np.ldexp(1.0, np.maximum(exponent, lowest) - bits)
+
+
+def run(
+    problem: Gemm, tensors: Mapping[str, Array], schedule: Schedule = SMALL, **options: Any
+) -> Array:
+    return interpret(lower(problem, schedule), tensors, **options)
+
+
+def shapes(*, ms: tuple[int, ...] = MS) -> pytest.MarkDecorator:
+    values = [(m, n, k) for m in ms for n in NS for k in KS]
+    return pytest.mark.parametrize(("m", "n", "k"), values, ids=[f"m{m}-n{n}-k{k}" for m, n, k in values])
+
+
+# --- against float64 ----------------------------------------------------------------------------
+
+
+@shapes()
+@pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
+def test_interpret_hopper_is_within_the_derived_bound_of_float64(
+    rng: np.random.Generator, m: int, n: int, k: int, d_dtype: Any
+) -> None:
+    tensors = make_tensors(rng, m, n, k)
+    d = run(Gemm(n, k, d_dtype), tensors)
+    assert (d.shape, d.dtype) == ((m, n), d_dtype.numpy)
+    want = reference(tensors)
+    bound = tolerance(tensors)
+    bound += half_ulp(np.abs(want) + bound, d_dtype)
+    excess = np.abs(f64(d) - want) - bound
+    assert np.all(excess <= 0), (
+        f"m{m} n{n} k{k}: beyond the bound at {np.unravel_index(excess.argmax(), excess.shape)}"
+    )
+
+
+@shapes()
+@pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
+def test_interpret_exact_equals_float64_after_rounding(
+    rng: np.random.Generator, same_bits: SameBits, m: int, n: int, k: int, d_dtype: Any
+) -> None:
+    tensors = make_tensors(rng, m, n, k, exact=True)
+    d = run(Gemm(n, k, d_dtype), tensors, numerics="exact")
+    # Sums of small integers times 2^-4..2^4 are exact in float64, and in float32: one rounding is left.
+    want = reference(tensors)
+    assert np.array_equal(want, want.astype(np.float32))
+    same_bits(d, (want + 0.0).astype(np.float32).astype(d_dtype.numpy), f"m{m} n{n} k{k}")
+
+
+def test_interpret_exact_is_float64_for_any_scales(rng: np.random.Generator) -> None:
+    tensors = make_tensors(rng, 129, 72, 576)
+    d = run(Gemm(72, 576, F32), tensors, numerics="exact")
+    want = reference(tensors)
+    size = sum(np.abs(s) * (np.abs(a) @ np.abs(b).T) for s, a, b in blocks_of(tensors))
+    # Float64 sums of 576 terms in another order differ by at most 576 * 2^-52 of the sum of their sizes.
+    assert np.all(np.abs(f64(d) - want) <= half_ulp(want, F32) * (1 + 2.0**-20) + 576 * 2.0**-52 * size)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_interpret_exact_rounds_once(sign: float) -> None:
+    tensors = {
+        "a": np.zeros((1, 144), FP8),
+        "b": np.zeros((8, 144), FP8),
+        "sfa": np.array([[1.0, 2.0**-40]], np.float32),
+        "sfb": np.ones((1, 2), np.float32),
+    }
+    tensors["a"][0, [0, 1, 128]] = sign, sign * 2.0**-4, sign
+    tensors["b"][:, [0, 1, 128]] = 1.0, 2.0**-4, 1.0
+    # 1 + 2^-8 + 2^-40 is above the middle of 1 and 1 + 2^-7, the neighbours in bf16. Rounded to float32 first, it
+    # would be the middle, and go to 1.
+    d = run(Gemm(8, 144, BF16), tensors, numerics="exact")
+    assert np.all(f64(d) == sign * (1 + 2.0**-7))
+
+
+def test_interpret_hopper_differs_from_exact(rng: np.random.Generator) -> None:
+    tensors = make_tensors(rng, 64, 64, 576)
+    hopper = run(Gemm(64, 576, F32), tensors)
+    exact = run(Gemm(64, 576, F32), tensors, numerics="exact")
+    assert np.mean(hopper != exact) > 0.5  # 13 fraction bits against 24
+
+
+def test_interpret_rejects_unknown_numerics(rng: np.random.Generator) -> None:
+    tensors = make_tensors(rng, 1, 8, 16)
+    with pytest.raises(ProblemError, match=r'"hopper" or "exact".*fast'):
+        run(Gemm(8, 16), tensors, numerics="fast")
+
+
+# --- against MMA-Sim and exact fractions --------------------------------------------------------
+
+
+def round_fraction(x: Fraction, bits: int) -> Fraction:
+    """x to nearest even at `bits` significant bits, with float32's exponents (subnormals too, no overflow)."""
+    if x == 0:
+        return x
+    exponent = math.floor(math.log2(abs(x)))
+    exponent += (abs(x) >= Fraction(2) ** (exponent + 1)) - (abs(x) < Fraction(2) ** exponent)
+    unit = Fraction(2) ** (max(exponent, -126) - bits + 1)
+    return round(x / unit) * unit  # Python rounds Fractions to nearest even
+
+
+def mmasim_gemm(t: Tensors, bits: int) -> list[list[Fraction]]:
+    """D from MMA-Sim's Hopper WGMMA and exact fractions: nothing of jitgen is in it."""
+    torch = pytest.importorskip("torch")
+    from mmasim.nv_ptx.sim import WGMMA
+
+    m, k = t["a"].shape
+    n, num_blocks = t["b"].shape[0], -(-k // 128)
+    model = WGMMA("Hopper", f"m64n{n}k32.f32.e4m3.e4m3")
+    padded = []
+    for name, rows in (("a", 64), ("b", n)):
+        codes = np.zeros((rows, num_blocks * 128), np.uint8)
+        codes[: t[name].shape[0], :k] = t[name].view(np.uint8)
+        padded.append(torch.from_numpy(codes).view(torch.float8_e4m3fn))
+    a, b = padded
+    d = [[Fraction(0)] * n for _ in range(m)]
+    for block in range(num_blocks):
+        part = torch.zeros(64, n)
+        for i in range(block * 128, (block + 1) * 128, 32):
+            part = model(a[:, i : i + 32], b[:, i : i + 32].T, part)
+        for row in range(m):
+            for column in range(n):
+                product = Fraction(float(t["sfa"][row, block])) * Fraction(
+                    float(t["sfb"][column // 128, block])
+                )
+                s = round_fraction(product, 24)
+                step = s * Fraction(float(part[row, column])) + d[row][column]
+                d[row][column] = round_fraction(step, 24)
+    return [[round_fraction(value, bits) for value in values] for values in d]
+
+
+@pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(9, 24, 272), (3, 136, 144), (64, 8, 16)], ids=["k272", "n136", "k16"]
+)
+def test_interpret_hopper_equals_mmasim_and_exact_fractions(
+    rng: np.random.Generator, same_bits: SameBits, m: int, n: int, k: int, d_dtype: Any
+) -> None:
+    tensors = make_tensors(rng, m, n, k)
+    want = mmasim_gemm(tensors, 8 if d_dtype == BF16 else 24)
+    values = np.array([[float(value) for value in row] for row in want]).reshape(m, n)
+    as_f32 = values.astype(np.float32)
+    assert np.array_equal(as_f32, values)
+    d = run(Gemm(n, k, d_dtype), tensors, Schedule(64, 144 if n > 128 else 32, 4, 1))
+    same_bits(d + d.dtype.type(0), as_f32.astype(d_dtype.numpy) + d.dtype.type(0), f"m{m} n{n} k{k}")
+
+
+# --- one meaning for all schedules and layouts --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(129, 72, 144), (7, 576, 144), (200, 264, 1168)], ids=["n72", "n576", "k1168"]
+)
+def test_interpret_gives_the_same_bits_for_every_schedule(
+    rng: np.random.Generator, same_bits: SameBits, m: int, n: int, k: int
+) -> None:
+    problem = Gemm(n, k, F32, acc + vector("bias"))
+    tensors = make_tensors(rng, m, n, k) | {"bias": rng.standard_normal(n).astype(BFLOAT)}
+    schedules = list(candidates(problem))
+    # One cluster shape a tile shape, all in turn.
+    picked = [s for i, s in enumerate(schedules) if i % 3 == i // 3 % 3]
+    if k > 1000:
+        picked = picked[:: len(picked) // 6]
+    picked.append(Schedule(128, 64, 2, 2, 2, 2, raster_group=1))
+    want = run(problem, tensors)
+    for schedule in picked:
+        same_bits(run(problem, tensors, schedule), want, f"{problem}\n{schedule}")
+
+
+@shapes(ms=(7, 129))
+def test_interpret_takes_sfa_row_major_or_m_major(
+    rng: np.random.Generator, same_bits: SameBits, m: int, n: int, k: int
+) -> None:
+    tensors = make_tensors(rng, m, n, k)
+    m_major = tensors | {"sfa": np.asfortranarray(tensors["sfa"])}
+    strided = tensors | {"sfa": np.repeat(np.repeat(tensors["sfa"], 3, axis=0), 2, axis=1)[::3, ::2]}
+    want = run(Gemm(n, k), tensors)
+    same_bits(run(Gemm(n, k), m_major), want)
+    same_bits(run(Gemm(n, k), strided), want)
+
+
+def test_interpret_repeats_itself(rng: np.random.Generator, same_bits: SameBits) -> None:
+    tensors = make_tensors(rng, 129, 72, 576)
+    copies = {name: tensor.copy() for name, tensor in tensors.items()}
+    kernel = lower(Gemm(72, 576), Schedule(128, 64, 3, 2))
+    want = interpret(kernel, tensors)
+    for _ in range(3):
+        same_bits(interpret(kernel, tensors), want)
+    for name, tensor in tensors.items():
+        same_bits(tensor, copies[name], f"{name} was written")
+
+
+def test_interpret_rows_do_not_depend_on_m(rng: np.random.Generator, same_bits: SameBits) -> None:
+    tensors = make_tensors(rng, 129, 72, 576)
+    want = run(Gemm(72, 576), tensors)
+    for m in (1, 64, 65, 128):
+        fewer = tensors | {"a": tensors["a"][:m], "sfa": tensors["sfa"][:m]}
+        same_bits(run(Gemm(72, 576), fewer), want[:m], f"m{m}")
+
+
+def test_interpret_padding_of_k_with_zeros_changes_nothing(
+    rng: np.random.Generator, same_bits: SameBits
+) -> None:
+    tensors = make_tensors(rng, 7, 72, 144)
+    padded = dict(tensors)
+    for name in ("a", "b"):
+        padded[name] = np.zeros((tensors[name].shape[0], 256), FP8)
+        padded[name][:, :144] = tensors[name]
+    same_bits(run(Gemm(72, 256), padded), run(Gemm(72, 144), tensors))
+
+
+# --- tiles --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
+def test_interpret_tiles_equal_the_full_run_and_leave_the_rest_nan(
+    rng: np.random.Generator, same_bits: SameBits, d_dtype: Any
+) -> None:
+    m, n, k = 333, 264, 144
+    tensors = make_tensors(rng, m, n, k)
+    for schedule in (Schedule(64, 64, 4, 1), Schedule(128, 96, 3, 2, 2, 1), Schedule(192, 64, 2, 3)):
+        kernel = lower(Gemm(n, k, d_dtype), schedule)
+        full = interpret(kernel, tensors)
+        origins = [o for o in kernel.body.traversal.tiles(m, n) if o[0] < m and o[1] < n]
+        some = [origins[i] for i in rng.choice(len(origins), 3, replace=False)]
+        sample = interpret(kernel, tensors, tiles=some)
+        inside = np.zeros((m, n), bool)
+        for row, column in some:
+            inside[row : row + schedule.block_m, column : column + schedule.block_n] = True
+        assert 0 < inside.sum() < m * n
+        same_bits(sample[inside], full[inside], f"{schedule}, tiles {some}")
+        assert np.isnan(f64(sample[~inside])).all()
+
+
+def test_interpret_of_no_tiles_is_nan(rng: np.random.Generator) -> None:
+    d = run(Gemm(72, 144), make_tensors(rng, 7, 72, 144), tiles=[])
+    assert np.isnan(f64(d)).all()
+
+
+def test_interpret_takes_tiles_from_an_iterator(rng: np.random.Generator, same_bits: SameBits) -> None:
+    tensors = make_tensors(rng, 129, 72, 144)
+    kernel = lower(Gemm(72, 144), SMALL)
+    tiles = kernel.body.traversal.tiles(129, 72)
+    same_bits(interpret(kernel, tensors, tiles=tiles), interpret(kernel, tensors))
+
+
+# --- epilogues ----------------------------------------------------------------------------------
+
+M, N, K = 129, 72, 144
+
+
+def operands_of(rng: np.random.Generator) -> Tensors:
+    return {
+        "bias": rng.standard_normal(N).astype(BFLOAT),
+        "gain": rng.standard_normal(N).astype(np.float32),
+        "residual": (100 * rng.standard_normal((M, N))).astype(BFLOAT),
+        "wide": rng.standard_normal((M, N)).astype(np.float32),
+        "alpha": np.asarray(rng.standard_normal(), np.float32),
+    }
+
+
+def pick(tensors: Tensors, *names: str) -> Tensors:
+    return {name: tensors[name] for name in names}
+
+
+def to_bf16(x: Array) -> Array:
+    """Nearest even, by integers: bf16 is the upper half of a float32."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return rounded.astype(np.uint16).view(BFLOAT)
+
+
+def bf16_values(x: Array) -> Array:
+    return np.asarray(to_bf16(x), np.float32)
+
+
+def up(tensor: Array) -> Array:
+    return np.asarray(tensor, np.float32)
+
+
+# Expression, operands, and its value in float32 from the accumulators x and the operands t: +, - and * of NumPy
+# round float32 to nearest even, as the GPU does.
+EXACT_EPILOGUES: dict[str, tuple[Expr, tuple[str, ...], Callable[[Array, Tensors], Array]]] = {
+    "bias": (acc + vector("bias"), ("bias",), lambda x, t: x + up(t["bias"])),
+    "bias f32": (acc + vector("gain", F32), ("gain",), lambda x, t: x + t["gain"]),
+    "residual": (acc + matrix("residual"), ("residual",), lambda x, t: x + up(t["residual"])),
+    "residual f32": (matrix("wide", F32) - acc, ("wide",), lambda x, t: t["wide"] - x),
+    "scalar": (acc * scalar("alpha"), ("alpha",), lambda x, t: x * t["alpha"]),
+    "constants": (0.1 * acc - 3, (), lambda x, t: np.float32(0.1) * x - np.float32(3)),
+    "relu": (relu(acc), (), lambda x, t: np.where(x > 0, x, np.float32(0))),
+    "cast": (cast(acc, BF16) + 0.5, (), lambda x, t: bf16_values(x) + np.float32(0.5)),
+    "cast f32": (cast(acc, F32), (), lambda x, t: x),
+    "maximum": (
+        maximum(acc, matrix("residual")),
+        ("residual",),
+        lambda x, t: np.where(x > up(t["residual"]), x, up(t["residual"])),
+    ),
+    "all": (
+        relu(acc * scalar("alpha") + vector("bias")) * vector("gain", F32) + matrix("residual"),
+        ("alpha", "bias", "gain", "residual"),
+        lambda x, t: (
+            np.where(x * t["alpha"] + up(t["bias"]) > 0, x * t["alpha"] + up(t["bias"]), np.float32(0))
+            * t["gain"]
+            + up(t["residual"])
+        ),
+    ),
+    "used twice": (acc * acc + acc, (), lambda x, t: x * x + x),
+    "no accumulator": (matrix("residual") * 2, ("residual",), lambda x, t: up(t["residual"]) * 2),
+}
+
+
+@pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("name", EXACT_EPILOGUES)
+def test_interpret_epilogue_rounds_each_operation_to_float32(
+    rng: np.random.Generator, same_bits: SameBits, name: str, d_dtype: Any
+) -> None:
+    expr, names, value = EXACT_EPILOGUES[name]
+    tensors, operands = make_tensors(rng, M, N, K), operands_of(rng)
+    sums = run(Gemm(N, K, F32), tensors)
+    want = value(sums, operands)
+    assert want.dtype == np.float32
+    d = run(Gemm(N, K, d_dtype, expr), tensors | pick(operands, *names), Schedule(64, 48, 2, 1))
+    same_bits(d, to_bf16(want) if d_dtype == BF16 else want, str(expr))
+
+
+# "exact" rounds once, when D is stored: a cast in between has no float64 meaning to compare with.
+@pytest.mark.parametrize("name", [name for name in EXACT_EPILOGUES if "cast" not in name])
+def test_interpret_exact_epilogue_is_that_of_float64(rng: np.random.Generator, name: str) -> None:
+    expr, names, value = EXACT_EPILOGUES[name]
+    tensors, operands = make_tensors(rng, M, N, K, exact=True), operands_of(rng)
+    wide = {name: f64(tensor) for name, tensor in operands.items()}
+    want = f64(value(reference(tensors), wide)) if name != "constants" else np.float32(0.1) * reference(tensors) - 3
+    if name != "no accumulator":
+        assert want.dtype == np.float64
+    d = run(Gemm(N, K, F32, expr), tensors | pick(operands, *names), numerics="exact")
+    assert np.all(np.abs(f64(d) - want) <= half_ulp(want, F32) * (1 + 2.0**-20))
+
+
+@pytest.mark.parametrize(
+    ("expr", "names", "value"),
+    [
+        (vector("gain", F32), ("gain",), lambda t: t["gain"]),
+        (vector("gain", F32) * 2, ("gain",), lambda t: t["gain"] * 2),
+        (scalar("alpha"), ("alpha",), lambda t: t["alpha"]),
+        (vector("gain", F32) * scalar("alpha"), ("gain", "alpha"), lambda t: t["gain"] * t["alpha"]),
+        (acc * 0 + 1 - acc * 0, (), lambda t: np.float32(1)),
+        (as_expr(3.0), (), lambda t: np.float32(3)),
+        (cast(as_expr(3.0), BF16), (), lambda t: np.float32(3)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Expr) else "",
+)
+@pytest.mark.parametrize("numerics", ["hopper", "exact"])
+def test_interpret_epilogue_spreads_over_the_tile(
+    rng: np.random.Generator, same_bits: SameBits, expr: Expr, names: Any, value: Any, numerics: str
+) -> None:
+    tensors, operands = make_tensors(rng, M, N, K, exact=True), operands_of(rng)
+    d = run(Gemm(N, K, F32, expr), tensors | pick(operands, *names), numerics=numerics)
+    want = np.broadcast_to(np.asarray(value(operands), np.float32), (M, N))
+    if numerics == "hopper" or len(names) < 2:
+        same_bits(d, want, str(expr))
+    else:
+        assert np.all(np.abs(f64(d) - f64(want)) <= half_ulp(f64(want), F32) * (1 + 2.0**-20))
+
+
+def spread_sums(rng: np.random.Generator, low: float, high: float) -> Tensors:
+    """A GEMM whose accumulators lie all over [low, high]: one product an element, scaled by rows."""
+    tensors = {
+        "a": np.zeros((M, 16), FP8),
+        "b": np.zeros((N, 16), FP8),
+        "sfa": rng.uniform(low, high, (M, 1)).astype(np.float32),
+        "sfb": np.ones((1, 1), np.float32),
+    }
+    tensors["a"][:, 0] = 1.0
+    tensors["b"][:, 0] = rng.uniform(0.5, 1, N)
+    return tensors
+
+
+def ulp(x: Array) -> Array:
+    return 2 * half_ulp(x, F32)
+
+
+def exact_gelu(x: float) -> float:
+    return 0.5 * x * math.erfc(-x / math.sqrt(2))
+
+
+def exact_silu(x: float) -> float:
+    return x / (1 + math.exp(-x))
+
+
+def test_interpret_silu_is_within_its_bound_of_float64(rng: np.random.Generator) -> None:
+    # Beyond -88 exp(-x) leaves float32.
+    tensors = spread_sums(rng, -88, 88)
+    sums = f64(run(Gemm(N, 16, F32), tensors))
+    d = f64(run(Gemm(N, 16, F32, silu(acc)), tensors))
+    want = np.vectorize(exact_silu)(sums)
+    # Three roundings by half a unit (of exp, of 1 + it, of the quotient), each worth a unit at most.
+    assert np.all(np.abs(d - want) <= 3 * ulp(want))
+    assert OPERATIONS["silu"][1] >= 3
+
+
+def test_interpret_silu_underflows_to_zero_where_exp_overflows(rng: np.random.Generator) -> None:
+    tensors = spread_sums(rng, -1000, -200)
+    sums = run(Gemm(N, 16, F32), tensors)
+    assert sums.max() < -89
+    d = run(Gemm(N, 16, F32, silu(acc)), tensors)
+    assert np.all(d.view(np.uint32) == 0x80000000)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.5, 1.5), (-6, 13), (-12, -6)], ids=lambda v: str(v))
+def test_interpret_gelu_is_within_its_bound_of_float64(
+    rng: np.random.Generator, low: float, high: float
+) -> None:
+    tensors = spread_sums(rng, low, high)
+    sums = f64(run(Gemm(N, 16, F32), tensors))
+    d = f64(run(Gemm(N, 16, F32, gelu(acc)), tensors))
+    want = np.vectorize(exact_gelu)(sums)
+    # The argument z of erfc is off by 2^-24 (rounded) and 0.3 * 2^-24 (the constant), which erfc multiplies by
+    # |z erfc'(z) / erfc(z)|; erfc and the product are rounded. 2^-24 of a value is at most one unit of it.
+    z = -sums / math.sqrt(2)
+    condition = np.abs(z) * 2 / math.sqrt(math.pi) * np.exp(-z * z) / np.vectorize(math.erfc)(z)
+    units = 1.3 * condition + 2
+    assert np.all(np.abs(d - want) <= units * ulp(want))
+    # Where erfc does not amplify, the bound that OPERATIONS states holds against the true function too.
+    tame = sums > -1.5
+    assert np.all(np.abs(d - want)[tame] <= OPERATIONS["gelu"][1] * ulp(want)[tame])
+
+
+@pytest.mark.parametrize("op", ["silu", "gelu"])
+def test_interpret_exact_activation_is_that_of_float64(rng: np.random.Generator, op: str) -> None:
+    function, expr = {"silu": (exact_silu, silu(acc)), "gelu": (exact_gelu, gelu(acc))}[op]
+    tensors = spread_sums(rng, -12, 12)
+    want = np.vectorize(function)(reference(tensors))
+    d = run(Gemm(N, 16, F32, expr), tensors, numerics="exact")
+    assert np.all(np.abs(f64(d) - want) <= half_ulp(want, F32) * (1 + 2.0**-20))
+
+
+# --- NaN, infinities and signs of zero ----------------------------------------------------------
+
+
+def nan_of(d_dtype: Any) -> int:
+    return NAN_BF16 if d_dtype == BF16 else NAN_F32
+
+
+def bits(d: Array) -> Array:
+    return d.view(np.uint16 if d.dtype == BFLOAT else np.uint32)
+
+
+@pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("code", [0x7F, 0xFF], ids=hex)
+def test_interpret_nan_in_a_and_b_spreads_over_row_and_column_only(
+    rng: np.random.Generator, same_bits: SameBits, code: int, d_dtype: Any
+) -> None:
+    tensors = make_tensors(rng, 129, 72, 576)
+    clean = run(Gemm(72, 576, d_dtype), tensors)
+    tensors["a"].view(np.uint8)[[3, 128], [575, 0]] = code
+    tensors["b"].view(np.uint8)[70, 130] = code
+    d = run(Gemm(72, 576, d_dtype), tensors)
+    poisoned = np.zeros((129, 72), bool)
+    poisoned[[3, 128]] = True
+    poisoned[:, 70] = True
+    assert np.all(bits(d)[poisoned] == nan_of(d_dtype))
+    same_bits(d[~poisoned], clean[~poisoned])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
+def test_interpret_bad_scales_spread_over_their_block_only(
+    rng: np.random.Generator, same_bits: SameBits, bad: float, d_dtype: Any
+) -> None:
+    tensors = make_tensors(rng, 7, 264, 272)
+    clean = run(Gemm(264, 272, d_dtype), tensors)
+    tensors["sfa"][5, 2] = bad
+    tensors["sfb"][1, 0] = bad
+    d = run(Gemm(264, 272, d_dtype), tensors, Schedule(64, 192, 2, 1))
+    poisoned = np.zeros((7, 264), bool)
+    poisoned[5] = True
+    poisoned[:, 128:256] = True
+    assert not np.isfinite(f64(d[poisoned])).any()
+    same_bits(d[~poisoned], clean[~poisoned])
+    nans = np.isnan(f64(d))
+    assert np.all(bits(d)[nans] == nan_of(d_dtype))
+    if np.isnan(bad):
+        assert nans[poisoned].all()
+
+
+def test_interpret_infinite_scale_times_zero_is_nan() -> None:
+    tensors = {
+        "a": np.zeros((2, 16), FP8),
+        "b": np.ones((8, 16), FP8),
+        "sfa": np.array([[np.inf], [np.inf]], np.float32),
+        "sfb": np.ones((1, 1), np.float32),
+    }
+    tensors["a"][1] = -1.0
+    d = run(Gemm(8, 16, F32), tensors)
+    assert np.all(bits(d)[0] == NAN_F32)
+    assert np.all(d[1] == -np.inf)
+
+
+def test_interpret_overflow_gives_infinity(rng: np.random.Generator) -> None:
+    tensors = make_tensors(rng, 2, 8, 16)
+    tensors["a"][...], tensors["b"][...] = 448.0, 448.0
+    tensors["sfa"][:] = np.array([[1e20], [-1e20]], np.float32)
+    tensors["sfb"][:] = 1e15
+    assert np.all(f64(run(Gemm(8, 16, BF16), tensors)) == [[np.inf], [-np.inf]])
+
+
+# Every NaN result is 0x7FFFFFFF on the GPU, whatever NaN went in (CUDA programming guide, floating-point standard).
+NAN_EPILOGUES: dict[str, Expr] = {
+    "x + nan": acc + matrix("bad", F32),
+    "nan + x": matrix("bad", F32) + acc,
+    "nan - x": matrix("bad", F32) - acc,
+    "x * nan": acc * matrix("bad", F32),
+    "maximum(x, nan)": maximum(acc, matrix("bad", F32)),
+    "maximum(nan, x)": maximum(matrix("bad", F32), acc),
+    "relu(nan)": relu(matrix("bad", F32)),
+}
+
+
+@pytest.mark.parametrize("payload", [0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FC12345], ids=hex)
+@pytest.mark.parametrize("name", NAN_EPILOGUES)
+def test_interpret_epilogue_gives_the_gpus_nan(
+    rng: np.random.Generator, name: str, payload: int
+) -> None:
+    tensors = make_tensors(rng, 7, 72, 16)
+    tensors["bad"] = np.full((7, 72), payload, np.uint32).view(np.float32)
+    d = run(Gemm(72, 16, F32, NAN_EPILOGUES[name]), tensors)
+    assert [hex(b) for b in np.unique(bits(d))] == [hex(NAN_F32)]
+
+
+@pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
+def test_interpret_epilogue_of_infinities_gives_the_gpus_nan(
+    rng: np.random.Generator, d_dtype: Any
+) -> None:
+    tensors = make_tensors(rng, 7, 72, 16)
+    tensors["inf"] = np.full((7, 72), np.inf, np.float32)
+    inf = matrix("inf", F32)
+    for expr in (inf - inf, inf + -1.0 * inf, (acc * acc + 1) * 0.0 * inf):
+        d = run(Gemm(72, 16, d_dtype, expr), tensors)
+        assert [hex(b) for b in np.unique(bits(d))] == [hex(nan_of(d_dtype))], str(expr)
+
+
+@pytest.mark.parametrize("op", ["relu", "maximum", "silu", "gelu"])
+def test_interpret_activation_of_nan_is_nan(rng: np.random.Generator, op: str) -> None:
+    expr = {"relu": relu(acc), "maximum": maximum(acc, 0), "silu": silu(acc), "gelu": gelu(acc)}[op]
+    tensors = make_tensors(rng, 7, 72, 16)
+    tensors["a"].view(np.uint8)[4, 0] = NAN_E4M3
+    d = run(Gemm(72, 16, F32, expr), tensors)
+    assert np.isnan(d[4]).all()
+    assert np.isfinite(np.delete(d, 4, axis=0)).all()
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [(0.0, -0.0), (-0.0, 0.0), (0.0, 0.0), (-0.0, -0.0)], ids=lambda v: str(v)
+)
+def test_interpret_maximum_takes_plus_zero_over_minus_zero(left: float, right: float) -> None:
+    """PTX ISA, max: +0.0 > -0.0."""
+    n = 72  # wide enough for NumPy's vector loops
+    tensors = {
+        "a": np.zeros((7, 16), FP8),
+        "b": np.zeros((n, 16), FP8),
+        "sfa": np.ones((7, 1), np.float32),
+        "sfb": np.ones((1, 1), np.float32),
+        "left": np.full((7, n), left, np.float32),
+        "right": np.full((7, n), right, np.float32),
+    }
+    d = run(Gemm(n, 16, F32, maximum(matrix("left", F32), matrix("right", F32))), tensors)
+    minus = math.copysign(1, left) == math.copysign(1, right) == -1
+    assert np.all(bits(d) == (0x80000000 if minus else 0))
+
+
+def test_interpret_relu_of_minus_zero_is_plus_zero(rng: np.random.Generator) -> None:
+    tensors = make_tensors(rng, 7, 72, 16) | {"zero": np.full((7, 72), -0.0, np.float32)}
+    d = run(Gemm(72, 16, F32, relu(matrix("zero", F32))), tensors)
+    assert np.all(bits(d) == 0)
+
+
+def test_interpret_constant_keeps_the_sign_of_zero(rng: np.random.Generator) -> None:
+    tensors = make_tensors(rng, 7, 72, 16)
+    for zero, want in ((0.0, 0), (-0.0, 0x80000000)):
+        d = run(Gemm(72, 16, F32, (acc * acc + 1) * zero), tensors)
+        assert np.all(bits(d) == want)
+
+
+# --- rejections ---------------------------------------------------------------------------------
+
+BAD: dict[str, Callable[[Tensors], Tensors]] = {
+    "a missing": lambda t: {k: v for k, v in t.items() if k != "a"},
+    "bias missing": lambda t: {k: v for k, v in t.items() if k != "bias"},
+    "extra": lambda t: t | {"extra": t["bias"]},
+    "a of another k": lambda t: t | {"a": t["a"][:, :128]},
+    "a of one dimension": lambda t: t | {"a": t["a"][0]},
+    "a as codes": lambda t: t | {"a": t["a"].view(np.uint8)},
+    "b of another n": lambda t: t | {"b": t["b"][:64]},
+    "sfa of another m": lambda t: t | {"sfa": t["sfa"][:-1]},
+    "sfa of another k": lambda t: t | {"sfa": t["sfa"][:, :1]},
+    "sfa float64": lambda t: t | {"sfa": t["sfa"].astype(np.float64)},
+    "sfb transposed": lambda t: t | {"sfb": t["sfb"].T},
+    "bias float32": lambda t: t | {"bias": t["bias"].astype(np.float32)},
+    "bias of another n": lambda t: t | {"bias": t["bias"][:8]},
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_interpret_rejects_tensors(rng: np.random.Generator, change: Callable[[Tensors], Tensors]) -> None:
+    problem = Gemm(72, 144, BF16, acc + vector("bias"))
+    tensors = make_tensors(rng, 7, 72, 144) | {"bias": np.zeros(72, BFLOAT)}
+    assert run(problem, tensors).shape == (7, 72)
+    with pytest.raises(ProblemError, match="kernel takes"):
+        run(problem, change(tensors))
+
+
+def test_interpret_rejects_d(rng: np.random.Generator) -> None:
+    tensors = make_tensors(rng, 7, 72, 144)
+    with pytest.raises(ProblemError, match="kernel takes"):
+        run(Gemm(72, 144), tensors | {"d": np.zeros((7, 72), BFLOAT)})

@@ -1,0 +1,255 @@
+"""Lowering: every legal schedule becomes a program that the verifier accepts and that says what the schedule says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jitgen import BF16, F32, Gemm, Schedule, acc, cast, gelu, matrix, scalar, vector
+from jitgen.dtypes import E4M3
+from jitgen.errors import ProblemError, ScheduleError
+from jitgen.ir import Evaluate, ForK, Kernel, Load, Mma, Promote, Store, walk
+from jitgen.lower import kernel_name, lower, store_span_bytes
+from jitgen.schedule import check_schedule, smem_plan
+from jitgen.target import SM90A
+from jitgen.tuning.space import candidates
+from jitgen.verify import verify
+
+EPILOGUES = {
+    "none": acc,
+    "bias": acc + vector("bias"),
+    "all": cast(gelu(acc + vector("bias", F32)), BF16) * scalar("alpha") + matrix("residual"),
+}
+PROBLEMS = [
+    Gemm(n, k, d_dtype, epilogue)
+    for n in (8, 24, 72, 128, 136, 176, 240, 256, 576, 2112)
+    for k, d_dtype, epilogue in (
+        (16, BF16, EPILOGUES["none"]),
+        (144, F32, EPILOGUES["bias"]),
+        (576, BF16, EPILOGUES["all"]),
+        (7168, F32, EPILOGUES["none"]),
+    )
+]
+
+
+def name_of(problem: Gemm) -> str:
+    return f"n{problem.n}-k{problem.k}-{problem.d_dtype}"
+
+
+def all_schedules(rng: np.random.Generator, count: int) -> list[Schedule]:
+    """Random schedules of the whole space that check_schedule describes, legal or not."""
+    return [
+        Schedule(
+            block_m=64 * int(rng.integers(1, 5)),
+            block_n=16 * int(rng.integers(1, 17)),
+            num_stages=int(rng.integers(2, 9)),
+            num_math_warpgroups=int(rng.integers(1, 4)),
+            cluster_m=int(rng.choice([1, 2, 4])),
+            cluster_n=int(rng.choice([1, 2, 4])),
+            raster_group=int(rng.integers(1, 20)),
+        )
+        for _ in range(count)
+    ]
+
+
+def ops(kernel: Kernel, kind: type) -> list[Any]:
+    return [stmt for stmt in walk(kernel.body.body) if isinstance(stmt, kind)]
+
+
+# --- every schedule -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_lower_makes_a_sound_kernel_of_every_candidate(problem: Gemm) -> None:
+    schedules = list(candidates(problem))
+    assert schedules
+    names = set()
+    for schedule in schedules:
+        kernel = lower(problem, schedule)
+        verify(kernel)
+        names.add(kernel.name)
+    assert len(names) == len(schedules)
+
+
+def test_lower_makes_a_sound_kernel_of_every_legal_schedule(rng: np.random.Generator) -> None:
+    legal = 0
+    for schedule in all_schedules(rng, 2000):
+        problem = PROBLEMS[rng.integers(len(PROBLEMS))]
+        try:
+            check_schedule(problem, schedule)
+        except ScheduleError:
+            with pytest.raises(ScheduleError):
+                lower(problem, schedule)
+            continue
+        verify(lower(problem, schedule))
+        legal += 1
+    assert legal > 100
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 400).map(lambda i: 8 * i),
+    k=st.integers(1, 1024).map(lambda i: 16 * i),
+    d_dtype=st.sampled_from([BF16, F32]),
+    data=st.data(),
+)
+def test_lower_makes_a_sound_kernel_of_every_problem(
+    n: int, k: int, d_dtype: Any, data: st.DataObject
+) -> None:
+    problem = Gemm(n, k, d_dtype)
+    verify(lower(problem, data.draw(st.sampled_from(list(candidates(problem))))))
+
+
+# --- what the program says ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_lower_carries_schedule_and_problem_into_the_program(problem: Gemm) -> None:
+    for schedule in candidates(problem):
+        kernel = lower(problem, schedule)
+        assert (kernel.problem, kernel.schedule, kernel.target) == (problem, schedule, SM90A)
+        assert kernel.smem == smem_plan(problem, schedule)
+        traversal = kernel.body.traversal
+        assert (traversal.block_m, traversal.block_n) == (schedule.block_m, schedule.block_n)
+        assert (traversal.cluster_m, traversal.cluster_n) == (schedule.cluster_m, schedule.cluster_n)
+        assert traversal.group == schedule.raster_group
+        (evaluate,) = ops(kernel, Evaluate)
+        assert evaluate.expr == problem.epilogue
+        assert ops(kernel, ForK)[0].extent == problem.k
+        assert min(loop.step for loop in ops(kernel, ForK)) == 128
+
+
+def test_lower_declares_the_tensors_of_the_gemm() -> None:
+    kernel = lower(Gemm(576, 144, F32, EPILOGUES["all"]), Schedule(64, 64, 4, 1))
+    got = {tensor.name: (tensor.dtype, tuple(map(str, tensor.dims))) for tensor in kernel.tensors}
+    assert got == {
+        "a": (E4M3, ("m", "144")),
+        "b": (E4M3, ("576", "144")),
+        "sfa": (F32, ("m", "2")),
+        "sfb": (F32, ("5", "2")),
+        "d": (F32, ("m", "576")),
+        "bias": (F32, ("576",)),
+        "alpha": (F32, ()),
+        "residual": (BF16, ("m", "576")),
+    }
+
+
+def test_lower_reads_sfa_with_any_strides_and_sfb_packed() -> None:
+    kernel = lower(Gemm(576, 7168), Schedule(128, 128, 4))
+    loads = {load.src.name: load for load in ops(kernel, Load)}
+    assert (loads["sfa"].any_strides, loads["sfb"].any_strides) == (True, False)
+    assert {name: load.via for name, load in loads.items()} == {
+        "a": "tma",
+        "b": "tma",
+        "sfa": "cp_async",
+        "sfb": "cp_async",
+    }
+
+
+@pytest.mark.parametrize(
+    ("cluster_m", "cluster_n"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)], ids=lambda v: str(v)
+)
+def test_lower_multicasts_a_along_n_and_b_along_m(cluster_m: int, cluster_n: int) -> None:
+    schedule = Schedule(128, 128, 2, 2, cluster_m, cluster_n)
+    loads = {load.src.name: load for load in ops(lower(Gemm(2112, 7168), schedule), Load)}
+    assert loads["a"].multicast == cluster_n  # blocks side by side in a row of D share rows of A
+    assert loads["b"].multicast == cluster_m
+    assert loads["a"].box == (128 // cluster_n, 128)
+    assert loads["b"].box == (128 // cluster_m, 128)
+    assert loads["sfa"].multicast == loads["sfb"].multicast == 1
+
+
+def test_lower_promotes_every_128_of_k_with_both_scales() -> None:
+    kernel = lower(Gemm(2112, 7168), Schedule(128, 160, 3))
+    (mma,), (promote,) = ops(kernel, Mma), ops(kernel, Promote)
+    assert mma.a.shape == (128, 128)
+    assert mma.b.shape == (160, 128)
+    assert promote.part == mma.dst
+    assert [window.block for window in promote.windows] == [1, 128]
+    assert [scale.shape[0] for scale in promote.scales] == [128, 2]
+
+
+@pytest.mark.parametrize(
+    ("block_n", "element_bytes", "span"),
+    [
+        (16, 2, 32),
+        (32, 2, 64),
+        (48, 2, 32),
+        (64, 2, 128),
+        (96, 2, 64),
+        (160, 2, 64),
+        (192, 2, 128),
+        (16, 4, 64),
+        (32, 4, 128),
+        (48, 4, 64),
+        (128, 4, 128),
+    ],
+    ids=lambda v: str(v),
+)
+def test_store_span_is_the_widest_swizzle_that_divides_a_row(
+    block_n: int, element_bytes: int, span: int
+) -> None:
+    assert store_span_bytes(Schedule(64, block_n, 2, 1), element_bytes) == span
+
+
+@pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
+def test_lower_stores_the_whole_tile_in_swizzled_boxes(d_dtype: Any) -> None:
+    problem = Gemm(2112, 576, d_dtype)
+    for schedule in candidates(problem):
+        (store,) = ops(lower(problem, schedule), Store)
+        rows, columns = store.box
+        assert rows == schedule.block_m // schedule.num_math_warpgroups
+        assert columns * d_dtype.size_bytes == store.src.swizzle_bytes in (32, 64, 128)
+        assert schedule.block_n % columns == 0
+
+
+# --- names and equality -------------------------------------------------------------------------
+
+
+def test_kernel_name_is_a_c_identifier_and_tells_problem_and_schedule() -> None:
+    name = kernel_name(Gemm(2112, 7168, F32), Schedule(192, 112, 5, 3, 2, 1, 11))
+    assert re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name)
+    for part in ("gemm", "e4m3", "f32", "n2112", "k7168", "192x112", "s5", "w3", "c2x1", "g11"):
+        assert part in name
+
+
+def test_kernel_name_differs_for_every_problem_and_schedule() -> None:
+    kernels = [
+        (problem, dataclasses.replace(schedule, raster_group=group))
+        for problem in (Gemm(72, 144), Gemm(72, 144, F32), Gemm(144, 72 * 2), Gemm(72, 1440))
+        for schedule in candidates(problem)
+        for group in (1, 8)
+    ]
+    assert len({kernel_name(*kernel) for kernel in kernels}) == len(set(kernels))
+
+
+def test_lower_gives_equal_kernels_for_equal_inputs() -> None:
+    one = lower(Gemm(72, 144, BF16, EPILOGUES["all"]), Schedule(64, 64, 4, 1))
+    other = lower(Gemm(72, 144, BF16, EPILOGUES["all"]), Schedule(64, 64, 4, 1))
+    assert one == other
+    assert hash(one) == hash(other)
+
+
+# --- rejections ---------------------------------------------------------------------------------
+
+
+def test_lower_rejects_illegal_problem() -> None:
+    with pytest.raises(ProblemError, match="n = 7"):
+        lower(Gemm(7, 128), Schedule(64, 16, 2, 1))
+
+
+def test_lower_rejects_illegal_schedule() -> None:
+    with pytest.raises(ScheduleError, match="block_m = 100"):
+        lower(Gemm(72, 128), Schedule(100, 16, 2, 1))
+
+
+def test_lower_rejects_schedule_beyond_the_target() -> None:
+    small = dataclasses.replace(SM90A, smem_per_block_bytes=48 * 1024)
+    with pytest.raises(ScheduleError, match="49152"):
+        lower(Gemm(72, 128), Schedule(128, 128, 4), small)

@@ -1,0 +1,385 @@
+"""Schedules: every rule of check_schedule, the shared-memory plan, the candidates and the choice among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jitgen import BF16, F32, Gemm, Schedule, acc, matrix, vector
+from jitgen.errors import ScheduleError
+from jitgen.schedule import (
+    NUM_SCALE_STAGES,
+    REGISTER_SPLIT,
+    SCALE_BLOCKS,
+    accumulator_registers,
+    check_schedule,
+    max_stages,
+    num_sfb_rows,
+    smem_plan,
+)
+from jitgen.target import SM90A
+from jitgen.tuning.model import choose, m_bucket, predict_us
+from jitgen.tuning.space import CLUSTERS, MAX_STAGES, ROW_TILES, candidates
+
+SMEM_BYTES = 227 * 1024  # HOPPER.md section 7 and the CUDA programming guide: 227 KiB a block
+PROBLEM = Gemm(2112, 7168)
+LEGAL = Schedule(128, 128, 4)
+PROBLEMS = [
+    Gemm(n, k, d_dtype)
+    for n in (8, 24, 72, 128, 136, 240, 256, 576, 2112, 7168)
+    for k in (16, 128, 576, 7168)
+    for d_dtype in (BF16, F32)
+]
+
+problems = st.builds(
+    Gemm,
+    st.integers(1, 600).map(lambda i: 8 * i),
+    st.integers(1, 600).map(lambda i: 16 * i),
+    st.sampled_from([BF16, F32]),
+)
+schedules = st.builds(
+    Schedule,
+    block_m=st.sampled_from([64, 128, 192, 256]),
+    block_n=st.sampled_from(range(16, 257, 16)),
+    num_stages=st.integers(2, 32),
+    num_math_warpgroups=st.integers(1, 3),
+    cluster_m=st.sampled_from([1, 2, 4]),
+    cluster_n=st.sampled_from([1, 2, 4]),
+)
+
+
+def name_of(problem: Gemm) -> str:
+    return f"n{problem.n}-k{problem.k}-{problem.d_dtype}"
+
+
+def changed(**fields: Any) -> Schedule:
+    return dataclasses.replace(LEGAL, **fields)
+
+
+def is_legal(problem: Gemm, schedule: Schedule) -> bool:
+    try:
+        check_schedule(problem, schedule)
+    except ScheduleError:
+        return False
+    return True
+
+
+# --- legal schedules ----------------------------------------------------------------------------
+
+
+def test_schedule_is_frozen_and_hashable() -> None:
+    assert hash(LEGAL) == hash(Schedule(128, 128, 4))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LEGAL.block_m = 64  # type: ignore[misc]
+
+
+def test_schedule_prints_every_field() -> None:
+    schedule = Schedule(192, 160, 5, 3, 2, 1, 11)
+    text = str(schedule)
+    assert all(re.search(rf"\b{part}\b", text) for part in ("5", "3", "2x1", "11"))
+    assert "192x160" in text
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule(64, 16, 2, 1),
+        Schedule(64, 192, 4, 1),
+        Schedule(128, 128, 2, 1),
+        Schedule(128, 192, 2, 2),
+        Schedule(192, 112, 2, 3),
+        Schedule(256, 128, 2, 2),
+        Schedule(64, 16, 16, 1),
+        Schedule(128, 128, 2, 2, 2, 2),
+        Schedule(128, 128, 2, 2, 4, 1),
+        Schedule(128, 128, 2, 2, 1, 4),
+        Schedule(128, 128, 2, 2, raster_group=1),
+        Schedule(128, 128, 2, 2, raster_group=1024),
+    ],
+    ids=str,
+)
+def test_check_schedule_accepts(schedule: Schedule) -> None:
+    check_schedule(Gemm(72, 128), schedule)
+
+
+def test_check_schedule_does_not_depend_on_the_epilogue() -> None:
+    epilogue = (acc + vector("bias")) + matrix("residual")
+    for schedule in candidates(PROBLEM):
+        check_schedule(dataclasses.replace(PROBLEM, epilogue=epilogue), schedule)
+
+
+# --- ranges -------------------------------------------------------------------------------------
+
+RANGES = {
+    "block_m": (64, 256, 64, [0, -64, 32, 63, 96, 100, 320, 512]),
+    "block_n": (16, 256, 16, [0, -16, 8, 24, 100, 272, 512]),
+    "num_stages": (2, 32, 1, [-1, 0, 1, 33]),
+    "num_math_warpgroups": (1, 3, 1, [-1, 0, 4]),
+    "cluster_m": (1, 4, 1, [-1, 0, 5, 8]),
+    "cluster_n": (1, 4, 1, [-1, 0, 5, 8]),
+    "raster_group": (1, 1024, 1, [-1, 0, 1025]),
+}
+OUT_OF_RANGE = [(name, value) for name, (*_, bad) in RANGES.items() for value in bad]
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE, ids=lambda v: str(v))
+def test_check_schedule_rejects_value_out_of_range(name: str, value: int) -> None:
+    low, high, step, _ = RANGES[name]
+    with pytest.raises(ScheduleError) as caught:
+        check_schedule(PROBLEM, changed(**{name: value}))
+    assert str(caught.value) == f"{name} = {value} must be in {low}..{high} in steps of {step}"
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "2", None], ids=repr)
+@pytest.mark.parametrize("name", RANGES)
+def test_check_schedule_rejects_value_that_is_no_int(name: str, value: Any) -> None:
+    with pytest.raises(ScheduleError, match=rf"^{name} must be an int, got"):
+        check_schedule(PROBLEM, changed(**{name: value}))
+
+
+# --- warpgroups and registers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block_m", "num_math_warpgroups"),
+    [(64, 2), (64, 3), (128, 3), (192, 1), (192, 2), (256, 1), (256, 3)],
+    ids=lambda v: str(v),
+)
+def test_check_schedule_rejects_rows_that_do_not_fit_the_warpgroups(
+    block_m: int, num_math_warpgroups: int
+) -> None:
+    schedule = changed(block_m=block_m, block_n=16, num_math_warpgroups=num_math_warpgroups)
+    with pytest.raises(ScheduleError, match=rf"block_m = {block_m} must be 64 or 128 rows for each"):
+        check_schedule(PROBLEM, schedule)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Schedule(64, 256, 2, 1), Schedule(128, 160, 2, 1), Schedule(128, 256, 2), Schedule(256, 160, 2)],
+    ids=str,
+)
+def test_check_schedule_rejects_accumulators_beyond_the_registers(schedule: Schedule) -> None:
+    with pytest.raises(ScheduleError) as caught:
+        check_schedule(PROBLEM, schedule)
+    message = str(caught.value)
+    need, budget = map(int, re.findall(r"need (\d+) registers a thread, (\d+) are", message)[0])
+    assert need > budget == REGISTER_SPLIT[schedule.num_math_warpgroups][1]
+    assert "lower block_n" in message
+    assert "raise num_math_warpgroups" in message
+    # The remedy works: some smaller block_n is legal.
+    smaller = range(16, schedule.block_n, 16)
+    assert any(is_legal(PROBLEM, dataclasses.replace(schedule, block_n=n)) for n in smaller)
+
+
+def test_accumulator_registers_counts_the_promoted_and_one_part() -> None:
+    # 64 rows x block_n float32 over 128 threads are block_n / 2 registers; a wave more doubles the sums.
+    assert accumulator_registers(Schedule(64, 128, 2, 1)) == 64 + 64
+    assert accumulator_registers(Schedule(128, 128, 2, 2)) == 64 + 64
+    assert accumulator_registers(Schedule(256, 128, 2, 2)) == 2 * 64 + 64
+    assert accumulator_registers(Schedule(192, 96, 2, 3)) == 48 + 48
+
+
+@pytest.mark.parametrize("num_math_warpgroups", REGISTER_SPLIT)
+def test_register_split_fits_the_register_file(num_math_warpgroups: int) -> None:
+    producer, math = REGISTER_SPLIT[num_math_warpgroups]
+    assert 128 * producer + 128 * num_math_warpgroups * math <= SM90A.registers_per_sm == 65536
+    for registers in (producer, math):
+        # PTX ISA, setmaxnreg: 24 to 256 in steps of 8.
+        assert 24 <= registers <= SM90A.max_registers_per_thread
+        assert registers % 8 == 0
+    assert producer < math
+
+
+# --- clusters -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cluster_m", "cluster_n"),
+    [(3, 1), (1, 3), (4, 2), (2, 4), (4, 4), (3, 3)],
+    ids=lambda v: str(v),
+)
+def test_check_schedule_rejects_cluster_size(cluster_m: int, cluster_n: int) -> None:
+    with pytest.raises(ScheduleError, match=rf"cluster = {cluster_m}x{cluster_n}.*1, 2 or 4 blocks"):
+        check_schedule(PROBLEM, changed(cluster_m=cluster_m, cluster_n=cluster_n))
+
+
+@pytest.mark.parametrize("block_n", [16, 48, 80, 112])
+def test_check_schedule_rejects_columns_that_the_cluster_cannot_split(block_n: int) -> None:
+    with pytest.raises(ScheduleError, match=rf"block_n = {block_n}.*4 parts.*multiple of 32"):
+        check_schedule(PROBLEM, changed(block_n=block_n, cluster_m=4))
+
+
+# --- scales -------------------------------------------------------------------------------------
+
+
+@given(problems, st.sampled_from(range(16, 257, 16)))
+def test_num_sfb_rows_is_that_of_the_worst_tile(problem: Gemm, block_n: int) -> None:
+    rows = [
+        len({column // 128 for column in range(start, min(start + block_n, problem.n))})
+        for start in range(0, problem.n, block_n)
+    ]
+    assert num_sfb_rows(problem, block_n) == max(rows)
+
+
+def test_check_schedule_rejects_tiles_that_touch_three_rows_of_sfb() -> None:
+    with pytest.raises(ScheduleError) as caught:
+        check_schedule(PROBLEM, Schedule(64, 176, 2, 1))
+    message = str(caught.value)
+    assert re.search(r"block_n = 176 touches 3 rows of sfb", message)
+    for block_n in map(int, re.findall(r"\d+", message.partition("choose")[2])):
+        assert num_sfb_rows(PROBLEM, block_n) <= 2
+
+
+# --- shared memory ------------------------------------------------------------------------------
+
+
+@given(problems, schedules)
+def test_smem_plan_keeps_buffers_apart_and_aligned(problem: Gemm, schedule: Schedule) -> None:
+    plan = smem_plan(problem, schedule)
+    stages = schedule.num_stages
+    scales = SCALE_BLOCKS * (schedule.block_m + num_sfb_rows(problem, schedule.block_n)) * 4
+    regions = [
+        (plan.a, stages * schedule.block_m * 128, 1024),
+        (plan.b, stages * schedule.block_n * 128, 1024),
+        (plan.d, schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes, 1024),
+        (plan.scales, NUM_SCALE_STAGES * scales, 16),
+        (plan.barriers, (stages + NUM_SCALE_STAGES) * 2 * 8, 8),
+    ]
+    assert all(offset % alignment == 0 for offset, _, alignment in regions)
+    regions.sort()
+    for (offset, size, _), (following, _, _) in zip(regions, regions[1:], strict=False):
+        assert offset + size <= following
+    assert regions[0][0] >= 0
+    assert regions[-1][0] + regions[-1][1] <= plan.total_bytes
+
+
+@given(problems, schedules)
+def test_check_schedule_never_allows_more_than_227_kib(problem: Gemm, schedule: Schedule) -> None:
+    if is_legal(problem, schedule):
+        assert smem_plan(problem, schedule).total_bytes <= SMEM_BYTES
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_smem_plan_of_every_candidate_fits_227_kib(problem: Gemm) -> None:
+    plans = [smem_plan(problem, schedule).total_bytes for schedule in candidates(problem)]
+    assert plans
+    assert max(plans) <= SMEM_BYTES
+
+
+@settings(max_examples=300)
+@given(problems, schedules)
+def test_max_stages_is_the_deepest_pipeline_that_fits(problem: Gemm, schedule: Schedule) -> None:
+    deepest = max_stages(problem, schedule)
+
+    def total(num_stages: int) -> int:
+        return smem_plan(problem, dataclasses.replace(schedule, num_stages=num_stages)).total_bytes
+
+    if deepest > 0:
+        assert total(deepest) <= SMEM_BYTES
+    assert total(max(deepest, 0) + 1) > SMEM_BYTES
+
+
+def test_check_schedule_rejects_too_much_shared_memory_and_says_what_fits() -> None:
+    schedule = Schedule(128, 128, 7)
+    with pytest.raises(ScheduleError) as caught:
+        check_schedule(PROBLEM, schedule)
+    message = str(caught.value)
+    need, limit = map(int, re.findall(r"needs (\d+) B of shared memory, sm_90a allows (\d+)", message)[0])
+    assert need == smem_plan(PROBLEM, schedule).total_bytes > limit == SMEM_BYTES
+    given_stages, fit = map(int, re.findall(r"lower num_stages \((\d+); (\d+) fit\)", message)[0])
+    assert given_stages == 7
+    assert "block_n (128)" in message
+    assert is_legal(PROBLEM, dataclasses.replace(schedule, num_stages=fit))
+    assert not is_legal(PROBLEM, dataclasses.replace(schedule, num_stages=fit + 1))
+
+
+@settings(max_examples=200)
+@given(problems, schedules)
+def test_check_schedule_says_how_many_stages_fit(problem: Gemm, schedule: Schedule) -> None:
+    try:
+        check_schedule(problem, schedule)
+    except ScheduleError as error:
+        if found := re.findall(r"; (-?\d+) fit\)", str(error)):
+            fit = int(found[0])
+            assert 0 <= fit < schedule.num_stages
+            if fit >= 2:
+                check_schedule(problem, dataclasses.replace(schedule, num_stages=fit))
+    else:
+        assert schedule.num_stages <= max_stages(problem, schedule)
+
+
+def test_check_schedule_reads_the_limit_from_the_target() -> None:
+    small = dataclasses.replace(SM90A, smem_per_block_bytes=99 * 1024)
+    check_schedule(PROBLEM, LEGAL)
+    with pytest.raises(ScheduleError, match=rf"allows {99 * 1024}"):
+        check_schedule(PROBLEM, LEGAL, small)
+
+
+# --- candidates and choice ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_candidates_are_legal_distinct_and_deepest(problem: Gemm) -> None:
+    found = list(candidates(problem))
+    assert found
+    assert len(set(found)) == len(found)
+    for schedule in found:
+        check_schedule(problem, schedule)
+        deeper = dataclasses.replace(schedule, num_stages=schedule.num_stages + 1)
+        assert schedule.num_stages == MAX_STAGES or not is_legal(problem, deeper), schedule
+
+
+def test_candidates_cover_row_tiles_clusters_and_widths() -> None:
+    found = list(candidates(PROBLEM))
+    assert {(s.block_m, s.num_math_warpgroups) for s in found} == set(ROW_TILES)
+    assert {(s.cluster_m, s.cluster_n) for s in found} == set(CLUSTERS)
+    legal = {
+        n
+        for n in range(16, 257, 16)
+        for m, w in ROW_TILES
+        if is_legal(PROBLEM, Schedule(m, n, 2, w))
+    }
+    assert {s.block_n for s in found} == legal
+
+
+@given(problems)
+def test_candidates_exist_for_every_problem(problem: Gemm) -> None:
+    assert next(candidates(problem), None) is not None
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems, st.integers(0, 10**6))
+def test_choose_gives_a_candidate_of_least_predicted_time(problem: Gemm, m: int) -> None:
+    schedule = choose(problem, m)
+    found = list(candidates(problem))
+    assert schedule in found
+    times = [predict_us(problem, s, m_bucket(m)) for s in found]
+    assert predict_us(problem, schedule, m_bucket(m)) == min(times)
+    assert choose(problem, m) == schedule
+
+
+def test_choose_does_not_depend_on_the_epilogue() -> None:
+    with_bias = dataclasses.replace(PROBLEM, epilogue=acc + vector("bias"))
+    assert all(choose(with_bias, m) == choose(PROBLEM, m) for m in (0, 1, 100, 4096))
+
+
+@pytest.mark.parametrize("num_sms", [2, 78, 114, 132])
+def test_choose_works_for_any_number_of_sms(num_sms: int) -> None:
+    check_schedule(PROBLEM, choose(PROBLEM, 4096, num_sms))
+
+
+@given(st.integers(0, 65536))
+def test_m_bucket_is_the_least_extent_at_or_above_m(m: int) -> None:
+    extents = sorted({64 * 2**i for i in range(12)} | {96 * 2**i for i in range(12)})
+    assert m_bucket(m) == next(extent for extent in extents if extent >= m)
+
+
+@given(st.integers(65536, 2**31 - 1))
+def test_m_bucket_is_one_for_all_large_m(m: int) -> None:
+    assert m_bucket(m) == m_bucket(65536)
+    assert choose(PROBLEM, m) == choose(PROBLEM, 65536)

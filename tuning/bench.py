@@ -1,0 +1,627 @@
+"""Benchmarks: what one call costs the GPU, beside its peers and the floor.
+
+A time is reported only for a call whose result was compared with the interpreter's, bit for bit,
+just before. Ratios of times are peer / jitgen: above 1, jitgen is faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import random
+import statistics
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..api import gemm, quantize
+from ..dtypes import E4M3, F32, DType
+from ..errors import DeviceError, VerifyError
+from ..interpret import interpret
+from ..ir import Kernel
+from ..lower import lower
+from ..problem import Gemm
+from ..runtime import driver
+from ..runtime.nvrtc import compiler_version
+from ..schedule import Schedule
+from .model import choose
+
+GRID_M = (1, 16, 64, 128, 256, 512, 4096)
+# (n, k) of DeepSeek-V3's linear layers.
+GRID_NK = (
+    (2112, 7168),
+    (576, 7168),
+    (24576, 1536),
+    (32768, 512),
+    (7168, 16384),
+    (4096, 7168),
+    (7168, 2048),
+)
+
+# The floor: HBM reads and promoted FP8 wgmma, both as measured on an H100, and what a launch costs.
+FLOOR_BYTES_PER_US = 3.0e6
+FLOOR_FLOPS_PER_US = 1575e6
+FLOOR_LAUNCH_US = 2.0
+
+NUM_CALLS = 12
+NUM_WARMUP_CALLS = 20
+NUM_PROFILES = 3  # attempts: CUPTI may lose a record
+LIVE_TOLERANCE = 0.05  # by which cuBLASLt's times, live and in the file, agree on like machines
+FLUSH_BYTES = 256 * 2**20  # several times the L2 of any Hopper GPU
+
+METHOD = (
+    "Kernel time: sum of the device time of all kernels, copies and fills that one call launches"
+    f" (CUPTI, through torch.profiler), mean of {NUM_CALLS} calls. Before each call a buffer of"
+    f" {FLUSH_BYTES // 2**20} MB is overwritten, which flushes L2 and is not counted. Spread:"
+    " standard deviation over the calls. Data: random normal, quantized 1x128 (A) and 128x128 (B)."
+    " Before a call is timed, a sample of the tiles of its result is compared with the"
+    " interpreter's, bit for bit. cuBLASLt: `torch._scaled_mm` with per-tensor scales (less work"
+    " than jitgen's), use_fast_accum=True and BF16 output, live in the same run. Floor:"
+    f" max(bytes / {FLOOR_BYTES_PER_US / 1e6} TB/s, flops / {FLOOR_FLOPS_PER_US / 1e6:.0f} TFLOPS)"
+    f" + {FLOOR_LAUNCH_US:.0f} us; bytes: each input once, each output once."
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Extents of one GEMM: FP8 A [m, k] and B [n, k], BF16 D [m, n]."""
+
+    m: int
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"m{self.m}-n{self.n}-k{self.k}"
+
+    @property
+    def problem(self) -> Gemm:
+        return Gemm(self.n, self.k)
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of A, B, D and both scales, each once."""
+        k_blocks = -(-self.k // 128)
+        scales = 4 * k_blocks * (self.m + -(-self.n // 128))
+        return self.m * self.k + self.n * self.k + 2 * self.m * self.n + scales
+
+    @property
+    def floor_us(self) -> float:
+        """No kernel runs much faster than this on an H100."""
+        memory, compute = self.num_bytes / FLOOR_BYTES_PER_US, self.flops / FLOOR_FLOPS_PER_US
+        return max(memory, compute) + FLOOR_LAUNCH_US
+
+
+GRID_DENSE = tuple(Shape(m, n, k) for m in GRID_M for n, k in GRID_NK)
+GRID_QUICK = tuple(Shape(m, n, k) for m in (1, 128, 4096) for n, k in (GRID_NK[0], GRID_NK[-1]))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Device time of one call, over `num_calls` calls, and the kernels that it launches."""
+
+    kernel_us: float
+    std_us: float
+    min_us: float
+    max_us: float
+    num_calls: int
+    kernels: tuple[str, ...]
+
+    @property
+    def num_kernels(self) -> int:
+        return len(self.kernels)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Kernel times of the peers, measured once and kept in the repository."""
+
+    deepgemm_us: float
+    cublaslt_us: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape, measured; `baseline` is None off the grid and on another GPU."""
+
+    shape: Shape
+    schedule: Schedule
+    jitgen: Measurement
+    cublaslt: Measurement
+    baseline: Baseline | None
+
+    @property
+    def over_floor(self) -> float:
+        return self.jitgen.kernel_us / self.shape.floor_us
+
+    @property
+    def tflops(self) -> float:
+        return self.shape.flops / self.jitgen.kernel_us / 1e6
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.shape.num_bytes / self.jitgen.kernel_us / 1e3
+
+    @property
+    def vs_cublaslt(self) -> float:
+        return self.cublaslt.kernel_us / self.jitgen.kernel_us
+
+    @property
+    def vs_deepgemm(self) -> float | None:
+        return self.baseline.deepgemm_us / self.jitgen.kernel_us if self.baseline else None
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Where, when and how a result was measured."""
+
+    gpu: str
+    driver: str
+    nvrtc: str
+    torch: str
+    jitgen: str
+    date: str
+    method: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """A benchmark run."""
+
+    meta: Meta
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields and the figures derived of them, as JSON values."""
+        return {"meta": asdict(self.meta), "rows": [_row_json(row) for row in self.rows]}
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    data = asdict(row)
+    for name in ("jitgen", "cublaslt"):
+        data[name]["num_kernels"] = getattr(row, name).num_kernels
+    derived = ("over_floor", "tflops", "gb_per_s", "vs_deepgemm", "vs_cublaslt")
+    return data | {"floor_us": row.shape.floor_us} | {name: getattr(row, name) for name in derived}
+
+
+# --- baselines ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _baseline_file() -> dict[str, Any]:
+    file = resources.files("jitgen.tuning") / "baselines" / "h100_gemm_dense.json"
+    data: dict[str, Any] = json.loads(file.read_text())
+    return data
+
+
+def baseline_meta() -> Mapping[str, Any]:
+    """Where, when and how the baselines were measured; `gpu` as the driver names it."""
+    meta: dict[str, Any] = _baseline_file()["meta"]
+    return meta
+
+
+def baseline_dense() -> Mapping[Shape, Baseline]:
+    """The peers' kernel times on GRID_DENSE, on the GPU that `baseline_meta` names."""
+    return {
+        Shape(row["m"], row["n"], row["k"]): Baseline(row["deepgemm_us"], row["cublaslt_us"])
+        for row in _baseline_file()["dense"]
+    }
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DeviceEvent:
+    """One kernel, copy or fill that ran on the GPU."""
+
+    name: str
+    start_us: float
+    duration_us: float
+
+
+def measure_kernel_us(
+    call: Callable[[], object],
+    *,
+    calls: int = NUM_CALLS,
+    warmup_calls: int = NUM_WARMUP_CALLS,
+) -> Measurement:
+    """The device time of what one `call()` launches on torch's current stream, with a cold L2.
+
+    Parameters
+    ----------
+    call : launches the same work every time; it need not wait for it
+    calls : how many are timed; a published time takes at least 12
+    warmup_calls : how many go before, while kernels are compiled and clocks rise
+
+    Raises
+    ------
+    DeviceError : the calls did not all launch the same kernels, or records of them were lost
+    """
+    import torch
+
+    flush = _flush_buffer(torch.cuda.current_device())
+    for _ in range(warmup_calls):
+        flush.fill_(1)
+        call()
+    for _ in range(NUM_PROFILES - 1):
+        with contextlib.suppress(DeviceError):
+            return summarize_calls(_profile(call, calls, flush))
+    return summarize_calls(_profile(call, calls, flush))
+
+
+def _profile(call: Callable[[], object], num_calls: int, flush: Any) -> list[list[DeviceEvent]]:
+    """What ran on the GPU for each of `num_calls` calls."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(num_calls):
+            flush.fill_(1)
+            call()
+        torch.cuda.synchronize()
+    return split_calls(_device_events(profiler.events()), num_calls)
+
+
+@functools.cache
+def _flush_buffer(ordinal: int) -> Any:
+    import torch
+
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=f"cuda:{ordinal}")
+
+
+def _device_events(events: Iterable[Any]) -> list[DeviceEvent]:
+    """The work that ran on the GPU, of all events that a torch profiler recorded."""
+    from torch.autograd import DeviceType
+
+    return [
+        DeviceEvent(event.name, event.time_range.start, event.time_range.elapsed_us())
+        for event in events
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
+
+
+def split_calls(events: Sequence[DeviceEvent], num_calls: int) -> list[list[DeviceEvent]]:
+    """What each call ran, without the flush before it. The first event is a flush, and so is every
+    event of the same name.
+
+    Raises
+    ------
+    DeviceError : there is not one flush a call, or the calls did not all run the same work
+    """
+    calls: list[list[DeviceEvent]] = []
+    ordered = sorted(events, key=lambda event: event.start_us)
+    for event in ordered:
+        if event.name == ordered[0].name:
+            calls.append([])
+        else:
+            calls[-1].append(event)
+    if len(calls) != num_calls:
+        raise DeviceError(
+            f"the profile of {num_calls} calls holds {len(calls)} L2 flushes: records are missing,"
+            " or the call launches the same kernel as the flush"
+        )
+    runs = {tuple(event.name for event in call) for call in calls}
+    if len(runs) != 1 or () in runs:
+        raise DeviceError(
+            f"{num_calls} calls must run the same kernels, at least one each, got"
+            f" {' or '.join(str(list(run)) for run in sorted(runs))}"
+        )
+    return calls
+
+
+def summarize_calls(calls: Sequence[Sequence[DeviceEvent]]) -> Measurement:
+    """The measurement that calls of equal work make."""
+    times = [sum(event.duration_us for event in call) for call in calls]
+    return Measurement(
+        kernel_us=statistics.fmean(times),
+        std_us=statistics.pstdev(times),
+        min_us=min(times),
+        max_us=max(times),
+        num_calls=len(times),
+        kernels=tuple(event.name for event in calls[0]),
+    )
+
+
+# --- checking -------------------------------------------------------------------------------------
+
+
+def check_sample(
+    kernel: Kernel,
+    tensors: Mapping[str, NDArray[Any]],
+    d: NDArray[Any],
+    *,
+    num_random: int = 2,
+    seed: int = 0,
+) -> None:
+    """Raise VerifyError unless `d` has no NaN and the interpreter's bits in a sample of tiles.
+
+    Parameters
+    ----------
+    kernel : what made d; its epilogue must be exact (`jitgen.expr.is_exact`)
+    tensors : its inputs, as for `interpret`
+    d : its result, from a buffer that held NaN before
+    num_random : tiles beside the first and the last one
+    """
+    if unwritten := int(np.isnan(d).sum()):
+        raise VerifyError(f"{kernel.problem}, {kernel.schedule}: {unwritten} elements of D are NaN")
+    tiles = sorted(
+        (row, column)
+        for row, column in kernel.body.traversal.tiles(*d.shape)
+        if row < d.shape[0] and column < d.shape[1]
+    )
+    chosen = random.Random(seed).sample(tiles, min(num_random, len(tiles)))
+    sample = sorted({tiles[0], tiles[-1], *chosen})
+    expected = interpret(kernel, tensors, tiles=sample)
+    word = np.dtype(f"u{d.dtype.itemsize}")
+    for row, column in sample:
+        traversal = kernel.body.traversal
+        tile = slice(row, row + traversal.block_m), slice(column, column + traversal.block_n)
+        wrong = np.argwhere(d[tile].view(word) != expected[tile].view(word))
+        if len(wrong):
+            i, j = row + wrong[0][0], column + wrong[0][1]
+            raise VerifyError(
+                f"{kernel.problem}, {kernel.schedule}: the tile at [{row}, {column}] differs from"
+                f" the interpreter's in {len(wrong)} of {d[tile].size} elements; the first,"
+                f" [{i}, {j}], is {d[i, j]}, must be {expected[i, j]}"
+            )
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def check_machine() -> driver.Device:
+    """The GPU that torch uses.
+
+    Raises
+    ------
+    DeviceError : torch is missing or sees no GPU, or the GPU cannot run the kernels
+    """
+    try:
+        import torch
+    except ImportError:
+        raise DeviceError("a benchmark needs torch: pip install 'jitgen[bench]'") from None
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "a benchmark needs a Hopper GPU and a torch that sees it, torch"
+            f" {torch.__version__} sees none: `jitgen doctor` tells more"
+        )
+    found = driver.device(torch.cuda.current_device())
+    driver.check_architecture(found)
+    return found
+
+
+def bench_gemm(shapes: Iterable[Shape], device: driver.Device) -> Iterator[Row]:
+    """Each shape's row as it is measured, on torch's current GPU, which is `device`.
+
+    Raises
+    ------
+    DeviceError : as `measure_kernel_us`
+    VerifyError : a result is not the interpreter's; nothing is timed after that
+    """
+    baselines = baseline_dense() if device.name == baseline_meta()["gpu"] else {}
+    for shape in shapes:
+        schedule = choose(shape.problem, shape.m, device.num_sms)
+        yield _bench_shape(shape, schedule, baselines.get(shape))
+
+
+def _bench_shape(
+    shape: Shape, schedule: Schedule, baseline: Baseline | None, device: str = "cuda"
+) -> Row:
+    import torch
+
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(shape.m, shape.k, device=device, generator=generator)
+    weight = torch.randn(shape.n, shape.k, device=device, generator=generator)
+    (a, sfa), (b, sfb) = quantize(x), quantize(weight, (128, 128))
+    d = torch.full((shape.m, shape.n), math.nan, dtype=torch.bfloat16, device=device)
+
+    def call() -> None:
+        gemm(a, b, (sfa, sfb), out=d, schedule=schedule)
+
+    call()
+    tensors = {"a": _to_numpy(a, E4M3), "b": _to_numpy(b, E4M3)}
+    tensors |= {"sfa": _to_numpy(sfa, F32), "sfb": _to_numpy(sfb, F32)}
+    kernel = lower(shape.problem, schedule)
+    check_sample(kernel, tensors, _to_numpy(d, kernel.problem.d_dtype))
+    checked = d.clone()
+    jitgen = measure_kernel_us(call)
+    if not torch.equal(d.view(torch.int16), checked.view(torch.int16)):
+        raise VerifyError(f"{kernel.problem}, {schedule}: repeated calls give different results")
+    cublaslt = measure_kernel_us(_cublaslt_call(x, weight))
+    return Row(shape, schedule, jitgen, cublaslt, baseline)
+
+
+def _cublaslt_call(x: Any, weight: Any) -> Callable[[], object]:
+    """x @ weight^T in FP8 with one scale a tensor, to BF16."""
+    import torch
+
+    (a, scale_a), (b, scale_b) = (quantize(matrix, tuple(matrix.shape)) for matrix in (x, weight))
+    scale_a, scale_b = scale_a.reshape(()), scale_b.reshape(())
+    return functools.partial(
+        torch._scaled_mm, a, b.t(), scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+def _to_numpy(tensor: Any, dtype: DType) -> NDArray[Any]:
+    import torch
+
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.size_bytes]
+    array: NDArray[Any] = tensor.cpu().view(words).numpy().view(dtype.numpy)
+    return array
+
+
+def collect_meta(device: driver.Device, *, version: str, command: str) -> Meta:
+    """What a result must say of this machine. `version` is jitgen's, `command` what was typed."""
+    import torch
+
+    return Meta(
+        gpu=device.name,
+        driver=_driver_release(),
+        nvrtc=compiler_version(),
+        torch=str(torch.__version__),
+        jitgen=version,
+        date=datetime.now(timezone.utc).date().isoformat(),
+        method=METHOD,
+        command=command,
+    )
+
+
+def _driver_release() -> str:
+    """Such as "580.95.05"; where there is no nvidia-smi, the CUDA version that the driver runs."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return f"CUDA {driver.driver_version()}"
+    return done.stdout.partition("\n")[0].strip()
+
+
+# --- reporting ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Geometric means over some rows; those against the baselines are None if a row has none."""
+
+    label: str
+    num_shapes: int
+    over_floor: float
+    vs_cublaslt: float
+    vs_deepgemm: float | None
+    num_losses: int | None  # shapes on which DeepGEMM is faster
+    live_over_baseline: float | None  # cuBLASLt's times now, over those in the file
+
+
+def summarize(rows: Sequence[Row]) -> list[Summary]:
+    """A summary of each m, then one of all rows."""
+    extents = sorted({row.shape.m for row in rows})
+    groups = [(str(m), [row for row in rows if row.shape.m == m]) for m in extents]
+    return [_summary(label, group) for label, group in (*groups, ("all", rows)) if group]
+
+
+def _summary(label: str, rows: Sequence[Row]) -> Summary:
+    ratios = [row.vs_deepgemm for row in rows if row.vs_deepgemm is not None]
+    live = [row.cublaslt.kernel_us / row.baseline.cublaslt_us for row in rows if row.baseline]
+    is_complete = len(ratios) == len(rows)
+    return Summary(
+        label,
+        len(rows),
+        over_floor=geomean(row.over_floor for row in rows),
+        vs_cublaslt=geomean(row.vs_cublaslt for row in rows),
+        vs_deepgemm=geomean(ratios) if is_complete else None,
+        num_losses=sum(ratio < 1 for ratio in ratios) if is_complete else None,
+        live_over_baseline=geomean(live) if is_complete else None,
+    )
+
+
+def geomean(values: Iterable[float]) -> float:
+    """The geometric mean of positive numbers, at least one."""
+    return statistics.geometric_mean(values)
+
+
+COLUMNS = (
+    *("M", "N", "K", "schedule", "jitgen us", "spread", "cuBLASLt us", "DeepGEMM us"),
+    *("DeepGEMM / jitgen", "time / floor", "TFLOPS", "GB/s"),
+)
+SUMMARY_COLUMNS = (
+    *("M", "shapes", "DeepGEMM / jitgen", "slower than DeepGEMM", "cuBLASLt / jitgen"),
+    *("time / floor", "cuBLASLt live / file"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure of a table; `is_loss` if it is a peer's that beats jitgen's."""
+
+    text: str
+    is_loss: bool = False
+
+
+def row_cells(row: Row) -> list[Cell]:
+    """A row's figures, in the order of COLUMNS."""
+    shape, ours, theirs, ratio = row.shape, row.jitgen, row.cublaslt, row.vs_deepgemm
+    return [
+        *(Cell(str(extent)) for extent in (shape.m, shape.n, shape.k)),
+        Cell(str(row.schedule)),
+        Cell(f"{ours.kernel_us:.2f}"),
+        Cell(f"{ours.std_us / ours.kernel_us:.1%}"),
+        Cell(f"{theirs.kernel_us:.2f}", row.vs_cublaslt < 1),
+        Cell(f"{row.baseline.deepgemm_us:.2f}" if row.baseline else "-", bool(ratio and ratio < 1)),
+        _ratio_cell(ratio),
+        Cell(f"{row.over_floor:.2f}"),
+        Cell(f"{row.tflops:.0f}"),
+        Cell(f"{row.gb_per_s:.0f}"),
+    ]
+
+
+def summary_cells(summary: Summary) -> list[Cell]:
+    """A summary's figures, in the order of SUMMARY_COLUMNS."""
+    live = summary.live_over_baseline
+    return [
+        Cell(summary.label),
+        Cell(str(summary.num_shapes)),
+        _ratio_cell(summary.vs_deepgemm),
+        Cell(
+            "-" if summary.num_losses is None else str(summary.num_losses), bool(summary.num_losses)
+        ),
+        _ratio_cell(summary.vs_cublaslt),
+        Cell(f"{summary.over_floor:.2f}"),
+        Cell("-" if live is None else f"{live:.2f}"),
+    ]
+
+
+def _ratio_cell(ratio: float | None) -> Cell:
+    return Cell("-") if ratio is None else Cell(f"{ratio:.2f}", ratio < 1)
+
+
+def render_markdown(result: Result) -> str:
+    """The report of `result`: geometric means, then every shape; where a peer wins, in bold."""
+    meta, baseline, rows = result.meta, baseline_meta(), result.rows
+    launches = sorted({row.jitgen.num_kernels for row in rows})
+    lines = [
+        "# Performance of the FP8 GEMM",
+        "",
+        f"Written by `{meta.command}`; not by hand.",
+        "",
+        f"{meta.gpu}, driver {meta.driver}, NVRTC {meta.nvrtc}, torch {meta.torch},"
+        f" jitgen {meta.jitgen}, {meta.date}.",
+        "",
+        f"{meta.method}",
+        "",
+        f"DeepGEMM {baseline['peers']['deepgemm']}: from a file, measured in the same way on an"
+        f" {baseline['gpu']}, driver {baseline['driver']}, torch {baseline['torch']},"
+        f" {baseline['measured']}, and shown for that GPU model only. `cuBLASLt live / file` near 1"
+        " says that both machines behave alike. Where peer / jitgen is above 1, jitgen is faster;"
+        " **bold**: the peer is. Kernels that one call of jitgen launches:"
+        f" {', '.join(map(str, launches))}.",
+        "",
+        "## Geometric means",
+        "",
+        *_markdown_table(SUMMARY_COLUMNS, [summary_cells(summary) for summary in summarize(rows)]),
+    ]
+    for m in sorted({row.shape.m for row in rows}):
+        cells = [row_cells(row)[1:] for row in rows if row.shape.m == m]
+        lines += ["", f"## M = {m}", "", *_markdown_table(COLUMNS[1:], cells)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Iterator[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'---:|' * len(columns)}"
+    for row in rows:
+        texts = (f"**{cell.text}**" if cell.is_loss else cell.text for cell in row)
+        yield f"| {' | '.join(texts)} |"
