@@ -536,6 +536,7 @@ def bench_gemm(
                 _write(json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
             if markdown:
                 _write(markdown, bench.render_markdown(result))
+            console.print(f"{row.shape}: {row.jitgen.kernel_us:.2f} us", highlight=False)
     _print_result(result)
 
 
@@ -559,7 +560,8 @@ def _print_result(result: Result) -> None:
     from .tuning import bench
 
     console, summaries = _console(), bench.summarize(result.rows)
-    console.print(f"{result.meta.gpu}, driver {result.meta.driver}", highlight=False)
+    launches = " or ".join(map(str, bench.num_launches(result.rows)))
+    console.print(f"{result.meta.gpu}: {launches} kernel launched by a call", highlight=False)
     console.print(_table(bench.COLUMNS, [bench.row_cells(row) for row in result.rows]))
     console.print("* the peer is faster\n\nGeometric means")
     rows = [bench.summary_cells(summary) for summary in summaries]

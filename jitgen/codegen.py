@@ -23,7 +23,7 @@ from .ir import (
     TensorMapParameter,
     walk,
 )
-from .schedule import NUM_SCALE_STAGES, REGISTER_SPLIT
+from .schedule import NUM_SCALE_STAGES, REGISTER_SPLIT, UNROLL_K, num_parts, part_columns
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -72,6 +72,9 @@ def constants(kernel: Kernel) -> dict[str, int]:
         "kNumStages": schedule.num_stages,
         "kNumMathWarpgroups": schedule.num_math_warpgroups,
         "kNumWaves": schedule.num_waves,
+        "kPartN": part_columns(kernel.problem, schedule) or 0,
+        "kOverlap": num_parts(schedule) - 1,
+        "kUnroll": UNROLL_K,
         "kClusterM": traversal.cluster_m,
         "kClusterN": traversal.cluster_n,
         "kRasterGroup": traversal.group,

@@ -104,14 +104,14 @@ class Zero:
 
 @dataclass(frozen=True)
 class Load:
-    """`via`: "tma" for swizzled tiles, split over `multicast` blocks of the cluster, or "cp_async" for scales,
+    """`via`: "tma" for swizzled tiles, split over `multicast` blocks of the cluster, or "registers" for scales,
     contiguous unless `any_strides`.
     """
 
     dst: Buffer
     src: Tensor
     windows: tuple[Window, ...]
-    via: Literal["tma", "cp_async"]
+    via: Literal["tma", "registers"]
     multicast: int = 1
     any_strides: bool = False
 

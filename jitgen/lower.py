@@ -58,7 +58,7 @@ def kernel_name(problem: Gemm, schedule: Schedule) -> str:
     s = schedule
     name = (
         f"gemm_{problem.a_dtype}_{problem.d_dtype}_n{problem.n}_k{problem.k}_{s.block_m}x{s.block_n}x{BLOCK_K}"
-        f"_s{s.num_stages}_w{s.num_math_warpgroups}_c{s.cluster_m}x{s.cluster_n}_g{s.raster_group}"
+        f"_s{s.num_stages}_w{s.num_math_warpgroups}_c{s.cluster_m}x{s.cluster_n}_g{s.raster_group}_{s.promotion}"
     )
     return name if problem.epilogue == acc else f"{name}_epilogue"
 
@@ -105,8 +105,8 @@ def _gemm_body(
         problem.k,
         scale_k.size,
         (
-            Load(smem_sfa, sfa, (scale_m, scale_k), "cp_async", any_strides=True),
-            Load(smem_sfb, sfb, (scale_n, scale_k), "cp_async"),
+            Load(smem_sfa, sfa, (scale_m, scale_k), "registers", any_strides=True),
+            Load(smem_sfb, sfb, (scale_n, scale_k), "registers"),
             block_loop,
         ),
     )

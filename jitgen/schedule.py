@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from .errors import ScheduleError
 from .problem import Gemm
@@ -13,13 +14,20 @@ BLOCK_K = 128  # bytes of an SW128 row of E4M3, and elements between two promoti
 SCALE_BLOCKS = 8  # K blocks whose scales are loaded together: 32 bytes of a row-major sfa, one L2 sector
 NUM_SCALE_STAGES = 2
 WGMMA_M = 64
+UNROLL_K = 4  # K blocks of straight-line code; only the last promotion of each is not overlapped
+MIN_PART_COLUMNS = 48  # a narrower wgmma reads A from shared memory too often for its work
 WARPGROUP_THREADS = 128
 SWIZZLE_ATOM_BYTES = 1024  # 8 rows of 128 bytes: base alignment of an SW128 tile
-REGISTER_OVERHEAD = 40  # registers of a math thread beside its accumulators, observed with NVRTC 13.0
+# Registers of a math thread beside its accumulators, as NVRTC 13.0 needs them: a base, and more for each row of sfb.
+REGISTER_OVERHEAD = 36
+REGISTERS_PER_SFB_ROW = 4
 
 # Registers a thread of (producer, math) warpgroups by number of math warpgroups: `setmaxnreg` moves the
 # register file of 65,536 from the producer to the math warpgroups, in steps of 8.
 REGISTER_SPLIT = {1: (40, 240), 2: (40, 232), 3: (40, 152)}
+
+
+Promotion = Literal["overlapped", "serial"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,8 @@ class Schedule:
     num_math_warpgroups : warpgroups that share the rows of the tile, 64 or 128 rows each
     cluster_m, cluster_n : thread blocks of a cluster along m (they share B) and along n (they share A)
     raster_group : tile rows that are walked together, so that their B tiles stay in L2
+    promotion : "overlapped" promotes one partial accumulator while the next is computed; "serial" keeps one,
+        twice as wide, and leaves it to the other math warpgroups to fill the tensor cores meanwhile
     """
 
     block_m: int
@@ -40,12 +50,13 @@ class Schedule:
     cluster_m: int = 1
     cluster_n: int = 1
     raster_group: int = 8
+    promotion: Promotion = "overlapped"
 
     def __str__(self) -> str:
         return (
             f"{self.block_m}x{self.block_n}x{BLOCK_K} stages={self.num_stages}"
             f" math_warpgroups={self.num_math_warpgroups} cluster={self.cluster_m}x{self.cluster_n}"
-            f" raster_group={self.raster_group}"
+            f" raster_group={self.raster_group} promotion={self.promotion}"
         )
 
     @property
@@ -96,8 +107,8 @@ def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
 
 
 def num_barriers(schedule: Schedule) -> int:
-    """mbarriers of a block: full and empty for each stage of tiles and of scales, and one turn a math warpgroup."""
-    return 2 * (schedule.num_stages + NUM_SCALE_STAGES) + schedule.num_math_warpgroups
+    """mbarriers of a block: full and empty for each stage of tiles and of scales."""
+    return 2 * (schedule.num_stages + NUM_SCALE_STAGES)
 
 
 def max_stages(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> int:
@@ -112,9 +123,27 @@ def _scale_stage_bytes(problem: Gemm, schedule: Schedule) -> int:
     return SCALE_BLOCKS * (schedule.block_m + num_sfb_rows(problem, schedule.block_n)) * 4
 
 
-def accumulator_registers(schedule: Schedule) -> int:
-    """Registers that a math thread's accumulators take: the promoted ones and one wgmma's."""
-    return (schedule.num_waves + 1) * schedule.block_n // 2
+def register_overhead(problem: Gemm, schedule: Schedule) -> int:
+    """Registers of a math thread beside its accumulators."""
+    return REGISTER_OVERHEAD + REGISTERS_PER_SFB_ROW * num_sfb_rows(problem, schedule.block_n)
+
+
+def num_parts(schedule: Schedule) -> int:
+    """Partial accumulators that a math warpgroup holds: one computed, and with overlap one promoted."""
+    return 2 if schedule.promotion == "overlapped" else 1
+
+
+def part_columns(problem: Gemm, schedule: Schedule) -> int | None:
+    """Columns of one wgmma chain: the widest equal slices of block_n for which num_parts partial accumulators fit
+    into registers beside the sums. None if not even slices of MIN_PART_COLUMNS do.
+    """
+    budget = REGISTER_SPLIT[schedule.num_math_warpgroups][1] - register_overhead(problem, schedule)
+    sums = schedule.num_waves * schedule.block_n // 2
+    for num_slices in range(1, max(schedule.block_n // MIN_PART_COLUMNS, 1) + 1):
+        columns, rest = divmod(schedule.block_n, num_slices)
+        if not rest and columns % 8 == 0 and sums + num_parts(schedule) * columns // 2 <= budget:
+            return columns
+    return None
 
 
 def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> None:
@@ -133,7 +162,9 @@ def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) ->
             raise ScheduleError(f"{name} must be an int, got {value!r}")
         if not low <= value <= high or value % step:
             raise ScheduleError(f"{name} = {value} must be in {low}..{high} in steps of {step}")
-    _check_warpgroups(schedule)
+    if schedule.promotion not in get_args(Promotion):
+        raise ScheduleError(f"promotion = {schedule.promotion!r} must be one of {get_args(Promotion)}")
+    _check_rows(schedule)
     _check_clusters(schedule)
     rows = num_sfb_rows(problem, schedule.block_n)
     if rows > 2:
@@ -141,6 +172,7 @@ def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) ->
             f"block_n = {schedule.block_n} touches {rows} rows of sfb in one tile, at most 2 are kept:"
             " choose 128, 160, 192 or 256"
         )
+    _check_registers(problem, schedule)
     plan = smem_plan(problem, schedule)
     if plan.total_bytes > target.smem_per_block_bytes:
         raise ScheduleError(
@@ -150,19 +182,20 @@ def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) ->
         )
 
 
-def _check_warpgroups(schedule: Schedule) -> None:
+def _check_rows(schedule: Schedule) -> None:
     rows = WGMMA_M * schedule.num_math_warpgroups
     if schedule.block_m % rows or schedule.num_waves > 2:
         raise ScheduleError(
             f"block_m = {schedule.block_m} must be 64 or 128 rows for each of"
             f" num_math_warpgroups = {schedule.num_math_warpgroups}"
         )
-    budget = REGISTER_SPLIT[schedule.num_math_warpgroups][1]
-    need = accumulator_registers(schedule) + REGISTER_OVERHEAD
-    if need > budget:
+
+
+def _check_registers(problem: Gemm, schedule: Schedule) -> None:
+    if part_columns(problem, schedule) is None:
         raise ScheduleError(
-            f"accumulators need {need} registers a thread, {budget} are to be had:"
-            f" lower block_n ({schedule.block_n}) or raise num_math_warpgroups"
+            f"the sums of a {schedule.num_waves * WGMMA_M}x{schedule.block_n} tile a warpgroup leave no registers for"
+            f" {num_parts(schedule)} partial accumulators: lower block_n ({schedule.block_n}) or raise num_math_warpgroups"
             f" ({schedule.num_math_warpgroups})"
         )
 

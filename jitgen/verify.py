@@ -20,7 +20,7 @@ from .ir import (
     Zero,
     walk,
 )
-from .schedule import NUM_SCALE_STAGES, REGISTER_OVERHEAD, REGISTER_SPLIT, SWIZZLE_ATOM_BYTES, num_barriers
+from .schedule import NUM_SCALE_STAGES, REGISTER_SPLIT, SWIZZLE_ATOM_BYTES, num_barriers, num_parts, part_columns, register_overhead
 
 MAX_BOX = 256  # elements of a TMA box in each dimension (CUDA driver API, cuTensorMapEncodeTiled)
 
@@ -133,7 +133,7 @@ def _check_load(op: Load, tile: dict[str, int], kernel: Kernel) -> None:
         _require(op.src.dims[-1].extent is not None, op, "the contiguous extent must be known")
         _require((op.src.dims[-1].extent or 0) * op.dst.dtype.size_bytes % 16 == 0, op, "rows are not 16-byte units")
     else:
-        _require(op.multicast == 1 and op.dst.dtype.size_bytes == 4, op, "cp_async copies 4-byte elements")
+        _require(op.multicast == 1 and op.dst.dtype.size_bytes == 4, op, "is for 4-byte elements")
     _require(op.dst.pipelined, op, "must write a pipelined buffer")
     _require(kernel.schedule.num_stages >= 2, op, "needs at least two stages")
 
@@ -165,7 +165,7 @@ def _check_store(op: Store, tile: dict[str, int]) -> None:
 def _check_smem(kernel: Kernel) -> None:
     """Buffers do not overlap, swizzled tiles are aligned, and all fit."""
     plan, stages = kernel.smem, kernel.schedule.num_stages
-    copies = {"tma": stages, "cp_async": NUM_SCALE_STAGES}
+    copies = {"tma": stages, "registers": NUM_SCALE_STAGES}
     num_bytes = {
         op.dst.name: op.dst.num_bytes * (copies[op.via] if isinstance(op, Load) else 1)
         for op in walk(kernel.body.body)
@@ -191,8 +191,12 @@ def _check_registers(kernel: Kernel) -> None:
     producer, math = REGISTER_SPLIT[kernel.schedule.num_math_warpgroups]
     promoted = {op.acc.name: op.acc for op in walk(kernel.body.body) if isinstance(op, Promote)}
     elements = sum(buffer.num_bytes // 4 for buffer in promoted.values())
-    columns = next(op.dst.shape[1] for op in walk(kernel.body.body) if isinstance(op, Mma))
-    need = elements // math_threads + columns // 2 + REGISTER_OVERHEAD  # a wave's part is 64 rows of a warpgroup
+    columns = part_columns(kernel.problem, kernel.schedule) or 0
+    _require(columns > 0, kernel.name, "has no registers for partial accumulators")
+    need = elements // math_threads + num_parts(kernel.schedule) * columns // 2 + register_overhead(kernel.problem, kernel.schedule)
     _require(need <= math, kernel.name, f"needs {need} registers a thread of {math}")
     total = 128 * producer + math_threads * math
-    _require(total <= kernel.target.registers_per_sm, kernel.name, f"takes {total} registers of an SM")
+    # setmaxnreg moves registers within what the block got at its launch: an equal share a thread, in steps of 8.
+    share = kernel.target.registers_per_sm // kernel.num_threads // 8 * 8
+    share = min(share, kernel.target.max_registers_per_thread)
+    _require(total <= share * kernel.num_threads, kernel.name, f"takes {total} registers of {share} a thread")

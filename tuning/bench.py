@@ -59,7 +59,8 @@ FLUSH_BYTES = 256 * 2**20  # several times the L2 of any Hopper GPU
 
 METHOD = (
     "Kernel time: sum of the device time of all kernels, copies and fills that one call launches"
-    f" (CUPTI, through torch.profiler), mean of {NUM_CALLS} calls. Before each call a buffer of"
+    f" (CUPTI, through torch.profiler), mean of {NUM_CALLS} calls after {NUM_WARMUP_CALLS} others."
+    " Before each call a buffer of"
     f" {FLUSH_BYTES // 2**20} MB is overwritten, which flushes L2 and is not counted. Spread:"
     " standard deviation over the calls. Data: random normal, quantized 1x128 (A) and 128x128 (B)."
     " Before a call is timed, a sample of the tiles of its result is compared with the"
@@ -528,6 +529,11 @@ def _summary(label: str, rows: Sequence[Row]) -> Summary:
     )
 
 
+def num_launches(rows: Iterable[Row]) -> list[int]:
+    """How many kernels one call of jitgen launches: each number that occurs."""
+    return sorted({row.jitgen.num_kernels for row in rows})
+
+
 def geomean(values: Iterable[float]) -> float:
     """The geometric mean of positive numbers, at least one."""
     return statistics.geometric_mean(values)
@@ -591,7 +597,6 @@ def _ratio_cell(ratio: float | None) -> Cell:
 def render_markdown(result: Result) -> str:
     """The report of `result`: geometric means, then every shape; where a peer wins, in bold."""
     meta, baseline, rows = result.meta, baseline_meta(), result.rows
-    launches = sorted({row.jitgen.num_kernels for row in rows})
     lines = [
         "# Performance of the FP8 GEMM",
         "",
@@ -607,7 +612,7 @@ def render_markdown(result: Result) -> str:
         f" {baseline['measured']}, and shown for that GPU model only. `cuBLASLt live / file` near 1"
         " says that both machines behave alike. Where peer / jitgen is above 1, jitgen is faster;"
         " **bold**: the peer is. Kernels that one call of jitgen launches:"
-        f" {', '.join(map(str, launches))}.",
+        f" {' or '.join(map(str, num_launches(rows)))}.",
         "",
         "## Geometric means",
         "",

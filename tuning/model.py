@@ -8,17 +8,20 @@ from dataclasses import replace
 from ..expr import acc
 from ..ir import Traversal
 from ..problem import Gemm
-from ..schedule import BLOCK_K, Schedule
+from ..schedule import BLOCK_K, WGMMA_M, Schedule, part_columns
 from ..target import SM90A, Target
 from .space import candidates
 
-CLOCK_GHZ = 1.7
-HBM_BYTES_PER_US = 3.0e6
-LAUNCH_US = 2.0
-MMA_PER_CLOCK = 4096 # FP8 multiply-adds per SM and clock
-L2_BYTES_PER_CLOCK = 40.0
-LATENCY_CLOCKS = 1100.0
-PROLOGUE_CLOCKS = 1500.0
+CLOCK_GHZ = 1.65
+HBM_BYTES_PER_US = 2.7e6
+FIXED_US = 2.5
+SMEM_BYTES_PER_CLOCK = 128
+L2_BYTES_PER_CLOCK = 45.0
+LATENCY_CLOCKS = 1600.0
+BLOCK_CLOCKS = 90.0
+SERIAL_CLOCKS = 130.0
+CHAIN_CLOCKS = 230.0
+EPILOGUE_CLOCKS = 600.0
 
 
 def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.num_sms) -> float:
@@ -27,14 +30,22 @@ def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.n
     rows, columns = Traversal(s.block_m, s.block_n, s.cluster_m, s.cluster_n, 1).grid(m, problem.n)
     rounds = -(-rows * columns // (num_sms // s.cluster_size))
     k_blocks = -(-problem.k // BLOCK_K)
-    overlap = 1.12 if s.num_math_warpgroups > 1 else 1.4
-    mma = s.block_m * s.block_n * BLOCK_K / MMA_PER_CLOCK * overlap + 60
+    part = part_columns(problem, s) or s.block_n
+    waves = s.block_m // WGMMA_M
+    tensor = waves * s.block_n * 2.0  # 64 x n x 128 multiply-adds at 4096 a clock
+    smem = waves * (s.block_n // part * WGMMA_M + s.block_n) + s.block_m + s.block_n  # in rows of 128 bytes
+    promote = waves / s.num_math_warpgroups * s.block_n / 2 * 1.1
+    if s.promotion == "serial":
+        alone = s.num_math_warpgroups == 1
+        math = max(tensor, CHAIN_CLOCKS / 2) + (promote + SERIAL_CLOCKS) * (1.0 if alone else 0.35)
+    else:
+        math = max(tensor, CHAIN_CLOCKS, promote)
     load = (s.block_m / s.cluster_n + s.block_n / s.cluster_m) * BLOCK_K / L2_BYTES_PER_CLOCK
     latency = LATENCY_CLOCKS / s.num_stages
-    epilogue = 400 + s.block_m * s.block_n / 32
-    clocks = rounds * (k_blocks * max(mma, load, latency) + epilogue) + PROLOGUE_CLOCKS
+    block = max(math, smem * 1.05, load, latency) + BLOCK_CLOCKS
+    clocks = rounds * (k_blocks * block + EPILOGUE_CLOCKS + s.block_m * s.block_n / 40)
     traffic = problem.n * problem.k + m * problem.k + m * problem.n * problem.d_dtype.size_bytes
-    return LAUNCH_US + max(clocks / CLOCK_GHZ / 1e3, traffic / HBM_BYTES_PER_US)
+    return FIXED_US + max(clocks / CLOCK_GHZ / 1e3, traffic / HBM_BYTES_PER_US)
 
 
 def choose(problem: Gemm, m: int, num_sms: int = SM90A.num_sms, target: Target = SM90A) -> Schedule:

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
 from ..errors import ScheduleError
 from ..problem import Gemm
-from ..schedule import Schedule, check_schedule, max_stages
+from ..schedule import Promotion, Schedule, check_schedule, max_stages
 from ..target import SM90A, Target
 
 # (block_m, math warpgroups): 64 or 128 rows a warpgroup.
 ROW_TILES = ((64, 1), (128, 1), (128, 2), (192, 3), (256, 2))
 COLUMN_TILES = tuple(range(16, 257, 16))
 CLUSTERS = ((1, 1), (2, 1), (1, 2))
+PROMOTIONS: tuple[Promotion, ...] = ("overlapped", "serial")
 MAX_STAGES = 12  # beyond that, more bytes in flight no longer help
 
 
 def candidates(problem: Gemm, target: Target = SM90A) -> Iterator[Schedule]:
     """Legal schedules of `problem`, each with the deepest pipeline that fits."""
-    for block_m, num_math_warpgroups in ROW_TILES:
-        for block_n in COLUMN_TILES:
-            if block_n >= 2 * max(problem.n, 16):
-                continue
-            for cluster_m, cluster_n in CLUSTERS:
-                schedule = Schedule(block_m, block_n, 2, num_math_warpgroups, cluster_m, cluster_n)
-                stages = min(max_stages(problem, schedule, target), MAX_STAGES)
-                schedule = replace(schedule, num_stages=stages)
-                try:
-                    check_schedule(problem, schedule, target)
-                except ScheduleError:
-                    continue
-                yield schedule
+    for rows, columns, cluster, promotion in itertools.product(ROW_TILES, COLUMN_TILES, CLUSTERS, PROMOTIONS):
+        if columns >= 2 * max(problem.n, 16):
+            continue
+        schedule = Schedule(rows[0], columns, 2, rows[1], *cluster, promotion=promotion)
+        stages = min(max_stages(problem, schedule, target), MAX_STAGES)
+        schedule = replace(schedule, num_stages=stages)
+        try:
+            check_schedule(problem, schedule, target)
+        except ScheduleError:
+            continue
+        yield schedule

@@ -8,6 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Timing never decides a test.
+settings.register_profile(
+    "host", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("host")
 
 SameBits = Callable[..., None]
 
@@ -16,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden",
         action="store_true",
-        help="rewrite tests/golden from what the generator prints now; read the diff before you commit it",
+        help="rewrite tests/golden from what the generator prints; read the diff before a commit",
     )
     parser.addoption("--seed", type=int, help="seed of the `rng` fixture, to repeat a failure")
 
@@ -24,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Fresh random numbers in every run; a failing test shows the seed."""
-    # A default, because pytest reads this file too late for options where it is run as `pytest tests`.
+    # With a default: run as `pytest tests`, pytest reads this file too late for its options.
     seed = request.config.getoption("--seed", default=None)
     seed = secrets.randbits(32) if seed is None else seed
     print(f"repeat with: pytest --seed {seed} '{request.node.nodeid}'")

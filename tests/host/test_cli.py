@@ -366,7 +366,7 @@ def test_bench_measures_the_grid_and_writes_reports(
     assert len(data["rows"]) == 49
     assert data["rows"][0]["over_floor"] == pytest.approx(2)
     assert "## M = 4096" in files[1].read_text()
-    assert "NVIDIA H100 80GB HBM3" in result.stdout
+    assert "NVIDIA H100 80GB HBM3: 1 kernel launched by a call" in result.stdout
     assert "│  all │     49 │" in result.stdout
 
 
@@ -390,7 +390,8 @@ def test_bench_warns_if_the_machine_is_not_like_the_baselines(
     run: Run, measured: list[bench.Shape]
 ) -> None:
     result = run("bench", "gemm", "--quick")
-    assert result.stderr.startswith("warning: cuBLASLt takes ")
+    assert result.stderr.count(" us\n") == 6  # one line a shape
+    assert "\nwarning: cuBLASLt takes " in result.stderr
 
 
 def test_bench_rejects_report_that_cannot_be_written(

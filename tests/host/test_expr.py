@@ -155,7 +155,10 @@ def test_expr_is_frozen_and_hashable() -> None:
         (vector("x"), matrix("x")),
         (cast(acc, BF16), cast(acc, F32)),
         (acc * 2.0, acc * 2.5),
-        (acc * 0.0, acc * -0.0),  # +0 and -0 give other bits, so a cache must not take one for the other
+        (
+            acc * 0.0,
+            acc * -0.0,
+        ),  # +0 and -0 give other bits, so a cache must not take one for the other
         (relu(acc), silu(acc)),
     ],
     ids=lambda expr: str(expr),
@@ -289,7 +292,9 @@ def test_check_expr_rejects_what_is_no_expression(expr: Any) -> None:
     ids=str,
 )
 def test_check_expr_rejects_unknown_operation_or_arity(expr: Expr) -> None:
-    with pytest.raises(ProblemError, match=r"operation \w+ with \d arguments is unknown.*add.*gelu"):
+    with pytest.raises(
+        ProblemError, match=r"operation \w+ with \d arguments is unknown.*add.*gelu"
+    ):
         check_expr(expr)
 
 

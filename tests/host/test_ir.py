@@ -47,11 +47,13 @@ def outputs(draw: st.DrawFn) -> tuple[Traversal, int, int]:
     t = draw(traversals)
     rows, columns = draw(st.integers(0, 13)), draw(st.integers(1, 7))
     m = rows * t.block_m * t.cluster_m - draw(st.integers(0, t.block_m * t.cluster_m - 1))
-    n = columns * t.block_n * t.cluster_n - 8 * draw(st.integers(0, t.block_n * t.cluster_n // 8 - 1))
+    n = columns * t.block_n * t.cluster_n - 8 * draw(
+        st.integers(0, t.block_n * t.cluster_n // 8 - 1)
+    )
     return t, max(m, 0), n
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(outputs())
 def test_traversal_covers_every_tile_once(output: tuple[Traversal, int, int]) -> None:
     t, m, n = output
@@ -65,9 +67,11 @@ def test_traversal_covers_every_tile_once(output: tuple[Traversal, int, int]) ->
     assert len(seen) == rows * columns * t.cluster_m * t.cluster_n
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(outputs())
-def test_traversal_leaves_d_only_inside_the_last_clusters(output: tuple[Traversal, int, int]) -> None:
+def test_traversal_leaves_d_only_inside_the_last_clusters(
+    output: tuple[Traversal, int, int],
+) -> None:
     t, m, n = output
     rows, columns = t.grid(m, n)
     height, width = t.block_m * t.cluster_m, t.block_n * t.cluster_n
@@ -79,9 +83,11 @@ def test_traversal_leaves_d_only_inside_the_last_clusters(output: tuple[Traversa
         assert column // width * width < n
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(outputs())
-def test_traversal_walks_groups_of_rows_column_by_column(output: tuple[Traversal, int, int]) -> None:
+def test_traversal_walks_groups_of_rows_column_by_column(
+    output: tuple[Traversal, int, int],
+) -> None:
     t, m, n = output
     rows, columns = t.grid(m, n)
     walked = [t.cluster_tile(index, m, n) for index in range(rows * columns)]
@@ -94,9 +100,11 @@ def test_traversal_walks_groups_of_rows_column_by_column(output: tuple[Traversal
     assert walked == want
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(outputs())
-def test_traversal_places_the_blocks_of_a_cluster_together(output: tuple[Traversal, int, int]) -> None:
+def test_traversal_places_the_blocks_of_a_cluster_together(
+    output: tuple[Traversal, int, int],
+) -> None:
     t, m, n = output
     tiles = list(t.tiles(m, n))
     size = t.cluster_m * t.cluster_n
@@ -164,9 +172,13 @@ def test_walk_gives_loops_before_their_bodies() -> None:
     stmts = list(walk(KERNEL.body.body))
     for position, stmt in enumerate(stmts):
         if isinstance(stmt, ForK):
-            assert stmts[position + 1 : position + 1 + len(list(walk(stmt.body)))] == list(walk(stmt.body))
+            assert stmts[position + 1 : position + 1 + len(list(walk(stmt.body)))] == list(
+                walk(stmt.body)
+            )
     names = Counter(type(stmt).__name__ for stmt in stmts)
-    assert (names["Zero"], names["Mma"], names["Promote"], names["Evaluate"], names["Store"]) == (1,) * 5
+    assert (names["Zero"], names["Mma"], names["Promote"], names["Evaluate"], names["Store"]) == (
+        1,
+    ) * 5
     assert names["Load"] == 4
 
 
@@ -174,7 +186,9 @@ def test_kernel_prints_every_tensor_and_statement() -> None:
     text = str(KERNEL)
     for tensor in KERNEL.tensors:
         assert str(tensor) in text
-    positions = [text.index(str(stmt)) for stmt in walk(KERNEL.body.body) if not isinstance(stmt, ForK)]
+    positions = [
+        text.index(str(stmt)) for stmt in walk(KERNEL.body.body) if not isinstance(stmt, ForK)
+    ]
     assert positions == sorted(positions)
     assert str(KERNEL.schedule) in text
     assert str(KERNEL.smem.total_bytes) in text
@@ -213,7 +227,7 @@ def test_kernel_parameters_are_maps_then_scales_then_extents_then_operands() -> 
 
 def test_kernel_maps_have_the_boxes_of_their_loads_and_stores() -> None:
     maps = {p.tensor.name: p for p in KERNEL.parameters if isinstance(p, TensorMapParameter)}
-    # Blocks of a 2 x 1 cluster share B: each loads half of its rows. Rows of 128 e4m3 fill an SW128 span.
+    # Blocks of a 2 x 1 cluster share B: each loads half of its rows. 128 e4m3 fill an SW128 span.
     assert (maps["a"].box, maps["a"].swizzle_bytes) == ((128, 128), 128)
     assert (maps["b"].box, maps["b"].swizzle_bytes) == ((80, 128), 128)
     # 160 bf16 are 320 bytes: spans of 64 bytes. Each of two warpgroups stores its 64 rows.

@@ -1,7 +1,7 @@
 """The verifier: sound kernels pass, and every way of breaking one is caught.
 
-Each mutation changes a lowered kernel by hand, as a fault in lowering would, and names the promise of
-`verify` that it breaks.
+Each mutation changes a lowered kernel by hand, as a fault in lowering would, and breaks a promise
+of `verify`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Edit = Callable[[Any], "Stmt | tuple[Stmt, ...]"]
 Mutation = Callable[[Kernel], Kernel]
 
 EPILOGUE = acc + vector("bias") + matrix("residual")
-# 128 x 160 tiles of 2192 = 17.125 K blocks: two rows of sfb, a ragged end of k, several chunks of scales.
+# 128 x 160 tiles, 2192 = 17.125 K blocks: two rows of sfb, a ragged end of k, chunks of scales.
 KERNEL = lower(Gemm(576, 2192, BF16, EPILOGUE), Schedule(128, 160, 3, 2))
 SQUARE = lower(Gemm(512, 1024, F32), Schedule(128, 128, 3, 2))
 CLUSTER = lower(Gemm(576, 2192), Schedule(128, 128, 3, 2, 2, 1))
@@ -49,7 +49,7 @@ CLUSTER = lower(Gemm(576, 2192), Schedule(128, 128, 3, 2, 2, 1))
 
 
 def edit(kernel: Kernel, kind: type, change: Edit, name: str = "") -> Kernel:
-    """`kernel` with each op of `kind` (and of that source, destination or position) replaced by `change(op)`."""
+    """`kernel` with each op of `kind` (and of that source or position) replaced by `change(op)`."""
     count = 0
 
     def visit(stmts: Iterable[Stmt]) -> tuple[Stmt, ...]:
@@ -107,7 +107,9 @@ def set_window(kind: type, index: int, name: str = "", **fields: Any) -> Mutatio
     return lambda kernel: edit(kernel, kind, change, name)
 
 
-def set_windows(kind: type, name: str, make: Callable[[tuple[Window, ...]], tuple[Window, ...]]) -> Mutation:
+def set_windows(
+    kind: type, name: str, make: Callable[[tuple[Window, ...]], tuple[Window, ...]]
+) -> Mutation:
     return lambda kernel: edit(kernel, kind, lambda op: replace(op, windows=make(op.windows)), name)
 
 
@@ -165,13 +167,17 @@ def of_kind(stmts: Iterable[Stmt], kind: type) -> tuple[Any, ...]:
 
 
 def set_source(source: str, /, **fields: Any) -> Mutation:
-    return lambda kernel: edit(kernel, Load, lambda op: replace(op, src=replace(op.src, **fields)), source)
+    return lambda kernel: edit(
+        kernel, Load, lambda op: replace(op, src=replace(op.src, **fields)), source
+    )
 
 
 def after_loop(kernel: Kernel, extra: Iterable[Stmt]) -> Kernel:
     """`kernel` with more ops after its outermost K loop."""
     body = [(stmt, *extra) if isinstance(stmt, ForK) else (stmt,) for stmt in kernel.body.body]
-    return replace(kernel, body=replace(kernel.body, body=tuple(s for stmts in body for s in stmts)))
+    return replace(
+        kernel, body=replace(kernel.body, body=tuple(s for stmts in body for s in stmts))
+    )
 
 
 def in_loop(kernel: Kernel, extra: Iterable[Stmt]) -> Kernel:
@@ -230,7 +236,9 @@ COVERAGE: dict[str, Mutation] = {
     "store in the K loop": lambda kernel: in_loop(
         drop(Store)(drop(Evaluate)(kernel)), ops(kernel, Evaluate, Store)
     ),
-    "store in the K loop and after it": lambda kernel: in_loop(kernel, ops(kernel, Evaluate, Store)),
+    "store in the K loop and after it": lambda kernel: in_loop(
+        kernel, ops(kernel, Evaluate, Store)
+    ),
     "store of half the rows": set_window(Store, 0, size=64),
     "store of half the columns": set_window(Store, 1, size=80),
     "store transposed": set_windows(Store, "", lambda windows: windows[::-1]),
@@ -240,7 +248,9 @@ COVERAGE: dict[str, Mutation] = {
         kernel, Store, lambda op: replace(op, dst=replace(op.dst, name="bias"))
     ),
     "store to a narrower tensor": lambda kernel: edit(
-        kernel, Store, lambda op: replace(op, dst=replace(op.dst, dims=(Dim("m", None), Dim("n", 64))))
+        kernel,
+        Store,
+        lambda op: replace(op, dst=replace(op.dst, dims=(Dim("m", None), Dim("n", 64)))),
     ),
 }
 
@@ -334,7 +344,9 @@ SHAPES: dict[str, Mutation] = {
     ),
     "promotion of another shape": set_buffer(Promote, "part", shape=(128, 128)),
     "sums of another shape": lambda kernel: rename_buffer(kernel, "acc", shape=(128, 128)),
-    "mma operands swapped": lambda kernel: edit(kernel, Mma, lambda op: replace(op, a=op.b, b=op.a)),
+    "mma operands swapped": lambda kernel: edit(
+        kernel, Mma, lambda op: replace(op, a=op.b, b=op.a)
+    ),
     "mma into another shape": set_buffer(Mma, "dst", shape=(128, 128)),
     "epilogue into another shape": set_buffer(Evaluate, "dst", shape=(128, 128)),
     "epilogue of bf16 sums": set_buffer(Evaluate, "src", dtype=BF16),
@@ -353,7 +365,9 @@ SHAPES: dict[str, Mutation] = {
 }
 
 HARDWARE: dict[str, Mutation] = {
-    "a tile not swizzled over 128 bytes": lambda kernel: rename_buffer(kernel, "smem_a", swizzle_bytes=64),
+    "a tile not swizzled over 128 bytes": lambda kernel: rename_buffer(
+        kernel, "smem_a", swizzle_bytes=64
+    ),
     "b tile not swizzled": lambda kernel: rename_buffer(kernel, "smem_b", swizzle_bytes=0),
     "d tile of no swizzle span": lambda kernel: rename_buffer(kernel, "smem_d", swizzle_bytes=96),
     "a box of 512 rows": lambda kernel: rename_buffer(kernel, "smem_a", shape=(512, 128)),
@@ -374,7 +388,9 @@ HARDWARE: dict[str, Mutation] = {
     "store box of half a warpgroup": set_op(Store, box=(32, 32)),
     "store box of half a swizzle span": set_op(Store, box=(64, 16)),
     "rows of d that are not 16-byte units": lambda kernel: edit(
-        kernel, Store, lambda op: replace(op, dst=replace(op.dst, dims=(Dim("m", None), Dim("n", 580))))
+        kernel,
+        Store,
+        lambda op: replace(op, dst=replace(op.dst, dims=(Dim("m", None), Dim("n", 580)))),
     ),
     "rows of a that are not 16-byte units": set_source("a", dims=(Dim("m", None), Dim("k", 2200))),
     "a of unknown k": set_source("a", dims=(Dim("m", None), Dim("k", None))),
@@ -392,7 +408,9 @@ RESOURCES: dict[str, Mutation] = {
     "smem: d overlaps b": set_smem(d=lambda plan: plan.d - 1024),
     "smem: scales overlap d": set_smem(scales=lambda plan: plan.scales - 16),
     "smem: barriers overlap the scales": set_smem(barriers=lambda plan: plan.barriers - 16),
-    "smem: b misaligned": set_smem(b=lambda plan: plan.b + 512, total_bytes=lambda plan: plan.total_bytes + 1024),
+    "smem: b misaligned": set_smem(
+        b=lambda plan: plan.b + 512, total_bytes=lambda plan: plan.total_bytes + 1024
+    ),
     "smem: a begins before memory": set_smem(a=-1024),
     "smem: barriers misaligned": set_smem(
         barriers=lambda plan: plan.barriers + 4, total_bytes=lambda plan: plan.total_bytes + 16
@@ -433,7 +451,9 @@ def edit_outer(kernel: Kernel, **fields: Any) -> Kernel:
 
 def buffer(kernel: Kernel, name: str) -> Any:
     return next(
-        op.dst for op in walk(kernel.body.body) if isinstance(op, (Load, Evaluate)) and op.dst.name == name
+        op.dst
+        for op in walk(kernel.body.body)
+        if isinstance(op, (Load, Evaluate)) and op.dst.name == name
     )
 
 

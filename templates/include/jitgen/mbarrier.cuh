@@ -32,11 +32,6 @@ __device__ __forceinline__ void mbarrier_arrive_remote(u32 barrier, u32 rank) {
         : "memory");
 }
 
-// This thread's arrival, deferred until all its earlier cp.async have landed.
-__device__ __forceinline__ void mbarrier_arrive_cp_async(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
     u32 done = 0;
     while (!done)

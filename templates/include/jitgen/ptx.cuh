@@ -49,12 +49,6 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Copies 4 bytes asynchronously; where `valid` is false it writes zero and does not read `global`.
-__device__ __forceinline__ void cp_async_4(u32 smem, const void* global, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(global), "r"(valid ? 4 : 0)
-                 : "memory");
-}
-
 // Four 8x8 matrices of 16-bit elements: a warp stores 16 rows x 16 columns, lane l giving the address of row l % 16
 // in column group l / 16.
 __device__ __forceinline__ void stmatrix_x4(u32 smem, u32 r0, u32 r1, u32 r2, u32 r3) {
@@ -63,6 +57,13 @@ __device__ __forceinline__ void stmatrix_x4(u32 smem, u32 r0, u32 r1, u32 r2, u3
                  : "memory");
 }
 
+__device__ __forceinline__ void st_shared(u32 smem, float v) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(smem), "f"(v) : "memory");
+}
+__device__ __forceinline__ void st_shared(u32 smem, float4 v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+}
 __device__ __forceinline__ void st_shared(u32 smem, float2 v) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(smem), "f"(v.x), "f"(v.y) : "memory");
 }
