@@ -1,5 +1,6 @@
-"""The public API on arrays. The only module that knows torch: CUDA tensors run on the GPU, NumPy arrays on the
-interpreter.
+"""The public API: torch CUDA tensors run on the GPU, NumPy arrays on the interpreter.
+
+This is the only module of the compiler that knows torch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .lower import lower
 from .numerics import AMAX_FLOOR, E4M3_MAX, quantize_blocks
 from .problem import Gemm
 from .runtime import driver
-from .runtime.launch import Argument, Int64, Launch, Pointer, UInt32
+from .runtime.launch import Argument, Launch, Pointer, UInt32
 from .runtime.tensor_map import TensorMapSpec
 from .schedule import Schedule
 from .tuning.model import choose
@@ -53,20 +54,21 @@ def gemm(
     epilogue: Expr | Bound = acc,
     schedule: Schedule | None = None,
 ) -> Any:
-    """D = epilogue((A * sfa) @ (B * sfb)^T), accumulated in FP8 tensor cores and promoted to FP32 every 128 of k.
+    """D = epilogue((A * sfa) @ (B * sfb)^T), in FP8 with FP32 promotion every 128 of k.
 
     Parameters
     ----------
     a : float8_e4m3fn [m, k], row-major; k % 16 == 0
     b : float8_e4m3fn [n, k], row-major; n % 8 == 0
-    scales : (sfa float32 [m, ceil(k/128)] with any strides, sfb float32 [ceil(n/128), ceil(k/128)], row-major)
+    scales : the pair of sfa float32 [m, ceil(k/128)], with any strides,
+        and sfb float32 [ceil(n/128), ceil(k/128)], row-major
     out : where to put D, rows a multiple of 16 bytes apart; a new array if None
     out_dtype : bfloat16 or float32; default that of `out`, or bfloat16
-    epilogue : expression of `jitgen.acc`; one with operands is bound to them: `expr.bind(bias=bias)`
+    epilogue : expression of `jitgen.acc`, bound to the operands it has: `expr.bind(bias=bias)`
     schedule : pins the schedule; None lets jitgen choose
 
-    All are torch CUDA tensors of one device, or all are NumPy arrays. Tensors run on their device, ordered on its
-    current stream; arrays run on the interpreter, which predicts the same bits.
+    All are torch CUDA tensors of one device, or all are NumPy arrays. Tensors run on their device,
+    ordered on its current stream; arrays run on the interpreter, which predicts the same bits.
 
     Returns
     -------
@@ -74,7 +76,7 @@ def gemm(
 
     Raises
     ------
-    ProblemError : a dtype, shape or stride breaks a rule above; says which, and the nearest legal one
+    ProblemError : a dtype, shape or stride breaks a rule above; says which, and what is legal
     ScheduleError : `schedule` cannot run this problem
     DeviceError : tensors are not on one CUDA device, or it is not of compute capability 9.0
     CompileError, StoreError : the kernel is not in the store and cannot be compiled or stored
@@ -93,7 +95,8 @@ def gemm(
     for name, array in arrays.items():
         if torch is None or not isinstance(array, torch.Tensor):
             raise ProblemError(
-                f"{name} is a {type(array).__name__}: give torch CUDA tensors only, or NumPy arrays only"
+                f"{name} is a {type(array).__name__}: give torch CUDA tensors only, or NumPy arrays"
+                " only"
             )
     return _gemm_torch(arrays, out_dtype, bound, schedule)
 
@@ -101,9 +104,10 @@ def gemm(
 def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
     """x as float8_e4m3fn and one float32 scale a block: x ~= q * scale.
 
-    scale = max(amax(|block|), 448 * 2^-63) / 448 and q = round(x / scale), both in float32, to nearest even: the
-    same bits from NumPy and torch. NumPy input must be finite; on a GPU that would cost a synchronization, so
-    there a block with a NaN or an infinity gets a scale that is one too.
+    scale = max(amax(|block|), 448 * 2^-63) / 448 and q = round(x / scale), both in float32, to
+    nearest even: the same bits from NumPy and torch. NumPy input must be finite; on a GPU that
+    check would cost a synchronization, so there a block with a NaN or an infinity gets a scale that
+    is one too.
 
     Parameters
     ----------
@@ -124,14 +128,20 @@ def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
     if torch is None or not isinstance(x, torch.Tensor):
         raise ProblemError(f"x is a {type(x).__name__}, must be a NumPy array or a torch tensor")
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16) or min(block) < 1:
-        raise ProblemError(f"x is {x.dtype}{list(x.shape)} in blocks {block}, must be float32 or bfloat16 [rows, k]")
+        raise ProblemError(
+            f"x is {x.dtype}{list(x.shape)} in blocks {block}, must be float32 or bfloat16"
+            " [rows, k]"
+        )
     rows, k = x.shape
     grid = -(-rows // block[0]), -(-k // block[1])
-    padded = torch.zeros(grid[0] * block[0], grid[1] * block[1], device=x.device, dtype=torch.float32)
+    padded = torch.zeros(
+        grid[0] * block[0], grid[1] * block[1], device=x.device, dtype=torch.float32
+    )
     padded[:rows, :k] = x
     blocks = padded.view(grid[0], block[0], grid[1], block[1])
     amax = blocks.abs().amax(dim=(1, 3)).clamp_min(AMAX_FLOOR)
-    scale = amax / amax.new_tensor(E4M3_MAX)  # a Python number as divisor would become a multiplication
+    # The divisor is a tensor: torch multiplies by the reciprocal of a Python number.
+    scale = amax / amax.new_tensor(E4M3_MAX)
     quantized = (blocks / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
     return quantized.view_as(padded)[:rows, :k].to(torch.float8_e4m3fn), scale
 
@@ -176,7 +186,7 @@ def _gemm_torch(
         schedule,
         out_dtype,
         a.device,
-        *((t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in arrays.values()),
+        *((n, t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for n, t in arrays.items()),
     )
     launch = _launches.get(signature)
     if launch is None:
@@ -184,7 +194,11 @@ def _gemm_torch(
         _launches.put(signature, launch)
     if a.shape[0]:
         index = a.device.index
-        with torch.cuda.device(index) if torch.cuda.current_device() != index else contextlib.nullcontext():
+        with (
+            torch.cuda.device(index)
+            if torch.cuda.current_device() != index
+            else contextlib.nullcontext()
+        ):
             launch(torch._C._cuda_getCurrentRawStream(index))
     return arrays["d"]
 
@@ -213,7 +227,9 @@ def _prepare_torch(
     )
 
 
-def _check_gemm(views: Mapping[str, ArrayView], out_dtype: object, bound: Bound) -> tuple[Gemm, int]:
+def _check_gemm(
+    views: Mapping[str, ArrayView], out_dtype: object, bound: Bound
+) -> tuple[Gemm, int]:
     """The problem and its m; every rule on dtypes, shapes and strides is checked here."""
     d: DType = BF16
     if out_dtype is not None:
@@ -235,15 +251,19 @@ def _check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> N
                 " NumPy arrays (`.numpy()`) run on the interpreter"
             )
         if tensor.device != device:
-            raise DeviceError(f"{name} is on {tensor.device}, a is on {device}: all must be on one device")
+            raise DeviceError(
+                f"{name} is on {tensor.device}, a is on {device}: all must be on one device"
+            )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driver.LoadedKernel]:
     """The kernel, built or taken from the store, and loaded on one device."""
     kernel = lower(problem, schedule)
     entry = build(kernel)
-    return kernel, driver.load(entry.cubin, kernel.name, smem_bytes=kernel.smem.total_bytes, ordinal=ordinal)
+    return kernel, driver.load(
+        entry.cubin, kernel.name, smem_bytes=kernel.smem.total_bytes, ordinal=ordinal
+    )
 
 
 def _argument(parameter: Parameter, views: Mapping[str, ArrayView], m: int) -> Argument:
@@ -254,7 +274,7 @@ def _argument(parameter: Parameter, views: Mapping[str, ArrayView], m: int) -> A
         case PointerParameter():
             return Pointer(views[parameter.tensor.name].address)
         case StrideParameter():
-            return Int64(views[parameter.tensor.name].strides[parameter.dim])
+            return UInt32(views[parameter.tensor.name].strides[parameter.dim])
         case TensorMapParameter():
             view = views[parameter.tensor.name]
             size = view.dtype.size_bytes

@@ -1,4 +1,4 @@
-"""Arrays as the caller gave them, and the rules that they must keep before anything is compiled or launched."""
+"""Arrays as the caller gave them, and the rules that they must keep before anything runs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 from .dtypes import F32, DType
 from .errors import ProblemError
 from .expr import Expr, operands
-from .problem import Gemm, check_problem
+from .problem import MAX_EXTENT, Gemm, check_problem
 
 
 @dataclass(frozen=True)
 class ArrayView:
-    """What the rules need to know of an array: strides are in elements, the address is 0 on the interpreter."""
+    """What the rules need to know of an array.
+
+    Strides are in elements; the address is 0 on the interpreter.
+    """
 
     name: str
     dtype: DType
@@ -24,11 +27,13 @@ class ArrayView:
 
     @property
     def row_stride(self) -> int:
-        """Elements from a row of a matrix to the next; that of a packed matrix where there is one row only."""
+        """Elements from one row of a matrix to the next; its width if there is one row only."""
         return self.strides[0] if self.shape[0] > 1 else self.shape[1]
 
     def __str__(self) -> str:
-        return f"{self.name} is {self.dtype.name}{list(self.shape)} with strides {list(self.strides)}"
+        return (
+            f"{self.name} is {self.dtype.name}{list(self.shape)} with strides {list(self.strides)}"
+        )
 
 
 def gemm_problem(
@@ -72,7 +77,9 @@ def check_tma_matrix(view: ArrayView) -> None:
         raise ProblemError(f"{view}: must be row-major (K-major for a and b), its last stride 1")
     pitch = view.row_stride * view.dtype.size_bytes
     if view.shape[0] > 1 and (view.row_stride < view.shape[1] or pitch % 16):
-        raise ProblemError(f"{view}: rows must not overlap and their pitch of {pitch} B be a multiple of 16")
+        raise ProblemError(
+            f"{view}: rows must not overlap and their pitch of {pitch} B be a multiple of 16"
+        )
     if view.address % 16:
         raise ProblemError(f"{view}: starts at an address that is not a multiple of 16 B")
 
@@ -85,7 +92,8 @@ def check_operands(views: Mapping[str, ArrayView], problem: Gemm, m: int) -> Non
             f"the epilogue {problem.epilogue} needs operands [{', '.join(declared)}], got"
             f" [{', '.join(views)}]: give them with epilogue.bind(name=tensor)"
         )
-    extents = {"m": m, "n": problem.n}
+    n = problem.n
+    extents = {"m": m, "n": n}
     for name, operand in declared.items():
         view = views[name]
         shape = tuple(extents[axis] for axis in operand.axes)
@@ -98,13 +106,17 @@ def check_operands(views: Mapping[str, ArrayView], problem: Gemm, m: int) -> Non
             raise ProblemError(f"{view}: its last stride must be 1")
         # The epilogue reads pairs of adjacent columns.
         if view.address % (2 * view.dtype.size_bytes if shape else view.dtype.size_bytes):
-            raise ProblemError(f"{view}: starts at an address that is not a multiple of two elements")
-        if len(shape) == 2 and (view.row_stride % 2 or view.row_stride < shape[1]) and shape[0] > 1:
-            raise ProblemError(f"{view}: its row stride must be even, and rows must not overlap")
+            raise ProblemError(
+                f"{view}: starts at an address that is not a multiple of two elements"
+            )
+        if len(shape) == 2 and (view.row_stride % 2 or not n <= view.row_stride <= MAX_EXTENT):
+            raise ProblemError(f"{view}: its row stride must be even, in {n}..{MAX_EXTENT}")
 
 
 def _check_scales(view: ArrayView, block: Any, shape: tuple[int, int]) -> None:
     if view.dtype != F32 or view.shape != shape:
         raise ProblemError(f"{view}: one scale a {block} block makes {F32.name}{list(shape)}")
-    if min(view.strides, default=1) < 0 or view.address % 4:
-        raise ProblemError(f"{view}: strides must not be negative, and the address a multiple of 4 B")
+    if not all(0 <= stride <= MAX_EXTENT for stride in view.strides) or view.address % 4:
+        raise ProblemError(
+            f"{view}: strides must be in 0..{MAX_EXTENT}, and the address a multiple of 4 B"
+        )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 from .codegen import headers, render
+from .errors import CompileError, StoreError
 from .ir import Kernel
-from .lower import lower
+from .lower import kernel_name, lower
 from .problem import Gemm
 from .runtime.key import make_key
 from .runtime.nvrtc import Compiled, compile_cubin, compile_options, compiler_version
@@ -23,7 +27,7 @@ from .verify import verify
 
 @dataclass(frozen=True)
 class Prebuilt:
-    """What one prebuilt kernel cost: its name, whether it was compiled now, and for how long in seconds."""
+    """A kernel's name, whether it was compiled now, and how long compiling it takes."""
 
     name: str
     compiled: bool
@@ -34,6 +38,27 @@ class Prebuilt:
 def default_store() -> KernelStore:
     """The store that `gemm` and the command line share."""
     return KernelStore()
+
+
+def open_shared_store(root: Path | None = None) -> KernelStore:
+    """A store on disk, where other processes find what this one compiles.
+
+    Parameters
+    ----------
+    root : folder of the store, default as for KernelStore
+
+    Raises
+    ------
+    StoreError : the folder cannot be trusted, or new kernels cannot be written to it
+    """
+    with warnings.catch_warnings(record=True) as problems:
+        warnings.simplefilter("always")
+        store = KernelStore(root)
+    if problems:
+        raise StoreError(str(problems[0].message))
+    if store.root is None or not os.access(store.root, os.W_OK):
+        raise StoreError(f"{store.root} cannot be written: name a folder in JITGEN_CACHE_DIR")
+    return store
 
 
 def build(kernel: Kernel, store: KernelStore | None = None) -> Entry:
@@ -51,9 +76,13 @@ def build(kernel: Kernel, store: KernelStore | None = None) -> Entry:
     key = make_key(source, headers(), options, compiler_version(), kernel.target.arch)
 
     def compile_now() -> Compiled:
-        return compile_cubin(source, name=f"{kernel.name}.cu", headers=headers(), target=kernel.target)
+        return compile_cubin(
+            source, name=f"{kernel.name}.cu", headers=headers(), target=kernel.target
+        )
 
-    return (store or default_store()).get_or_compile(key, compile_now, name=kernel.name, source=source)
+    return (store or default_store()).get_or_compile(
+        key, compile_now, name=kernel.name, source=source
+    )
 
 
 def prebuild(
@@ -63,32 +92,51 @@ def prebuild(
     num_processes: int | None = None,
     on_done: Callable[[Prebuilt], None] = lambda _: None,
 ) -> list[Prebuilt]:
-    """Compile kernels into the store, in parallel processes and without a GPU; what is there is not compiled again.
+    """Compile kernels into the store, in parallel processes and without a GPU.
 
     Parameters
     ----------
-    kernels : problems with their schedules; duplicates are built once
+    kernels : problems with their schedules; duplicates are built once, and what is in the store is
+        not compiled again
     root : folder of the store, default as for KernelStore
     num_processes : default one a core, at most one a kernel
     on_done : called with each result as it comes
 
     Raises
     ------
-    ProblemError, ScheduleError, CompileError, StoreError : as lower and build; the other kernels are finished first
+    StoreError : the store cannot be trusted or written; nothing is compiled then
+    CompileError : a compile process died; what was finished by then is in the store
+    ProblemError, ScheduleError, VerifyError, CompileError, StoreError : as lower and build; the
+        other kernels are finished first
     """
-    todo = list(dict.fromkeys(kernels))
-    workers = min(num_processes or os.cpu_count() or 1, len(todo))
+    unfinished = dict.fromkeys(kernels)
     results: list[Prebuilt] = []
-    if not todo:
+    if not unfinished:
         return results
-    failure: Exception | None = None
+    open_shared_store(root)
+    workers = min(num_processes or os.cpu_count() or 1, len(unfinished))
+    failure: BaseException | None = None
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_prebuild_one, *item, root) for item in todo]):
-            try:
+        futures: dict[Future[Prebuilt], tuple[Gemm, Schedule]] = {}
+        with contextlib.suppress(BrokenProcessPool):  # one may die before all are submitted
+            for kernel in unfinished:
+                futures[pool.submit(_prebuild_one, *kernel, root)] = kernel
+        for future in as_completed(futures):
+            error = future.exception()
+            if isinstance(error, BrokenProcessPool):
+                continue
+            del unfinished[futures[future]]
+            if error is None:
                 results.append(future.result())
                 on_done(results[-1])
-            except Exception as error:  # reported once the rest is done: one bad kernel must not lose the others
+            else:
                 failure = failure or error
+    if unfinished:
+        names = ", ".join(kernel_name(*kernel) for kernel in unfinished)
+        raise CompileError(
+            f"a compile process died (out of memory?), one of {workers}: prebuild again with fewer"
+            f" processes; unfinished: {names}"
+        ) from failure
     if failure:
         raise failure
     return results
@@ -98,7 +146,9 @@ def _prebuild_one(problem: Gemm, schedule: Schedule, root: Path | None) -> Prebu
     store = _worker_store(root)
     before: Stats = store.stats
     entry = build(lower(problem, schedule), store)
-    return Prebuilt(entry.name, store.stats.compiles > before.compiles, entry.resources.compile_seconds)
+    return Prebuilt(
+        entry.name, store.stats.compiles > before.compiles, entry.resources.compile_seconds
+    )
 
 
 @functools.cache

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import json
-import os
-import platform
-import re
 import shlex
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -23,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from .dtypes import BF16, DType, dtype_of
-from .errors import CompileError, DeviceError, JitgenError, ProblemError, ScheduleError, StoreError
+from .errors import CompileError, JitgenError, ProblemError, ScheduleError, one_line
 from .expr import Expr, acc, gelu, matrix, relu, silu, vector
 from .problem import MAX_EXTENT, Gemm, check_problem
 from .schedule import Schedule, max_stages
@@ -31,12 +25,9 @@ from .target import SM90A
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from .runtime.store import KernelStore
-    from .tuning.bench import Cell, Result, Shape
+    from .tuning.bench import Shape
 
-MIN_CUDA_MAJOR = 13  # of the NVRTC that pyproject.toml asks for: a driver runs no newer cubins
 PIPE_COLUMNS = 200  # width of what is printed where there is no terminal
 
 
@@ -49,16 +40,10 @@ class _Group(TyperGroup):
             try:
                 return super().invoke(ctx)
             except JitgenError as error:
-                typer.secho(f"error: {_message(error)}", fg="red", err=True)
+                typer.secho(f"error: {one_line(error)}", fg="red", err=True)
                 if isinstance(error, CompileError) and error.log:
                     typer.echo(error.log, err=True)
                 raise typer.Exit(1) from None
-
-
-def _message(error: Exception) -> str:
-    """What the error says, on one line and without a compiler's log."""
-    log = error.log if isinstance(error, CompileError) else ""
-    return " ".join(str(error).removesuffix(log).split())
 
 
 def _show_warning(
@@ -130,8 +115,8 @@ class Epilogue(str, Enum):
 
 
 SCHEDULE_HELP = (
-    'Pin the schedule: "128x128 stages=5 math_warpgroups=2 cluster=1x1 raster_group=8"; all but'
-    " the tile may be left out."
+    'Pin the schedule: "128x128 stages=5 math_warpgroups=2 cluster=1x1 raster_group=8'
+    ' promotion=overlapped"; all but the tile may be left out.'
 )
 
 
@@ -193,28 +178,34 @@ def parse_schedule(text: str, problem: Gemm) -> Schedule:
     ------
     ScheduleError : a word of `text` is not understood
     """
-    from .tuning.space import MAX_STAGES
+    from .tuning.space import MAX_STAGES, PROMOTIONS
 
     tile, *words = text.split() or [""]
     extents = _extents(tile.removesuffix("x128") if tile.count("x") == 2 else tile)
     fields = {"block_m": extents[0], "block_n": extents[1], "num_stages": 0}
+    promotion = Schedule.promotion
     names = {
         "stages": ("num_stages",),
         "math_warpgroups": ("num_math_warpgroups",),
         "cluster": ("cluster_m", "cluster_n"),
         "raster_group": ("raster_group",),
+        "promotion": (),
     }
     for word in words:
         name, _, value = word.partition("=")
         if name not in names:
             raise ScheduleError(f"schedule has {word!r}: after the tile, use {'=, '.join(names)}=")
-        if len(names[name]) == 2:
+        if name == "promotion":
+            if value not in PROMOTIONS:
+                raise ScheduleError(f"schedule has {word!r}: use {' or '.join(PROMOTIONS)}")
+            promotion = value
+        elif name == "cluster":
             fields |= zip(names[name], _extents(value), strict=True)
         elif value.isascii() and value.isdigit():
             fields[names[name][0]] = int(value)
         else:
             raise ScheduleError(f"schedule has {word!r}: {name} must be a number")
-    schedule = Schedule(**fields)
+    schedule = Schedule(**fields, promotion=promotion)
     if "stages" in text or not schedule.block_n:
         return schedule
     return replace(schedule, num_stages=max(2, min(max_stages(problem, schedule), MAX_STAGES)))
@@ -231,154 +222,27 @@ def _extents(text: str) -> tuple[int, int]:
 # --- doctor ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that `doctor` looked at."""
-
-    name: str
-    is_ok: bool
-    detail: str
-
-    @property
-    def colour(self) -> str:
-        return "green" if self.is_ok else "red"
-
-
 @app.command()
 def doctor() -> None:
     """What this machine can do, and what to install for the rest.
 
     Exit code 0 if kernels can be interpreted and compiled here.
     """
-    from .runtime import driver
+    from .doctor import diagnose
 
-    interpreter = _find("interpreter", _look_at_interpreter)
-    compiler = _find("compiler", _look_at_compiler)
-    cuda, torch = _find("CUDA driver", _look_at_driver), _find("torch", _look_at_torch)
-    ordinals = range(driver.num_devices())
-    gpus = [_find(f"GPU {i}", functools.partial(_look_at_gpu, i)) for i in ordinals]
-    python, nvrtc = _find("Python", _look_at_python), _find("NVRTC", _look_at_nvrtc)
-    store = _find("kernel store", _look_at_store)
-    launches = cuda.is_ok and torch.is_ok and any(gpu.is_ok for gpu in gpus)
-    for finding in (python, interpreter, nvrtc, compiler, store, cuda, *gpus, torch):
-        typer.secho("ok  " if finding.is_ok else "no  ", fg=finding.colour, nl=False)
+    found = diagnose()
+    for finding in found.findings:
+        word, colour = ("ok", "green") if finding.is_ok else ("no", "red")
+        typer.secho(f"{word}  ", fg=colour, nl=False)
         typer.echo(f"{finding.name:<14}{finding.detail}")
-    verdict = {"interpret": interpreter.is_ok, "compile": compiler.is_ok, "launch": launches}
-    able = [f"{verb}: {'yes' if is_able else 'no'}" for verb, is_able in verdict.items()]
+    abilities = {
+        "interpret": found.can_interpret,
+        "compile": found.can_compile,
+        "launch": found.can_launch,
+    }
+    able = [f"{verb}: {'yes' if is_able else 'no'}" for verb, is_able in abilities.items()]
     typer.echo(f"\n{', '.join(able)}")
-    raise typer.Exit(0 if interpreter.is_ok and compiler.is_ok else 1)
-
-
-def _find(name: str, look: Callable[[], str]) -> Finding:
-    """What `look` returns, or what it raises."""
-    try:
-        return Finding(name, True, look())
-    except (JitgenError, ImportError) as error:
-        return Finding(name, False, _message(error))
-
-
-def _look_at_python() -> str:
-    from . import __version__
-
-    return f"{platform.python_version()}, jitgen {__version__}"
-
-
-def _look_at_interpreter() -> str:
-    """Runs a GEMM whose result is known."""
-    import numpy as np
-
-    from .api import gemm
-    from .dtypes import E4M3
-
-    a, b = np.ones((4, 256), E4M3.numpy), np.ones((8, 256), E4M3.numpy)
-    scales = np.ones((4, 2), np.float32), np.ones((1, 2), np.float32)
-    if not (gemm(a, b, scales, out_dtype="float32") == 256).all():
-        raise JitgenError(f"a GEMM of ones is wrong with NumPy {np.__version__}: report this")
-    return f"NumPy {np.__version__}"
-
-
-def _look_at_nvrtc() -> str:
-    from .runtime.nvrtc import compiler_version
-
-    return f"{compiler_version()}, cuda-bindings {metadata.version('cuda-bindings')}"
-
-
-def _look_at_compiler() -> str:
-    """Compiles a kernel, past the store."""
-    from .codegen import headers, render
-    from .lower import lower
-    from .runtime.nvrtc import compile_cubin
-    from .tuning.model import choose
-
-    problem = Gemm(128, 128)
-    kernel = lower(problem, choose(problem, 64))
-    compiled = compile_cubin(
-        render(kernel), name=f"{kernel.name}.cu", headers=headers(), target=kernel.target
-    )
-    return f"{kernel.target.arch} kernel in {compiled.resources.compile_seconds:.2f} s"
-
-
-def _look_at_store() -> str:
-    with warnings.catch_warnings(record=True) as damages:
-        warnings.simplefilter("always")
-        store = _open_store()
-        count = sum(1 for _ in store.entries())
-    damaged = f", damaged: {len(damages)}" if damages else ""
-    return f"{store.root}, writable, kernels: {count}{damaged}"
-
-
-def _open_store() -> KernelStore:
-    """The default store; StoreError if it keeps nothing."""
-    from .runtime.store import KernelStore
-
-    with warnings.catch_warnings(record=True) as problems:
-        warnings.simplefilter("always")
-        store = KernelStore()
-    if problems:
-        raise StoreError(str(problems[0].message))
-    if store.root is None or not os.access(store.root, os.W_OK):
-        raise StoreError(f"{store.root} cannot be written: name a folder in JITGEN_CACHE_DIR")
-    return store
-
-
-def _look_at_driver() -> str:
-    from .runtime import driver
-
-    remedy = "launching needs a Hopper GPU with NVIDIA driver 580 or newer"
-    try:
-        version = driver.driver_version()
-    except DeviceError as error:
-        reason = str(error).removesuffix("; `jitgen doctor` tells more")
-        raise DeviceError(f"{reason}: {remedy}") from None
-    if int(version.partition(".")[0]) < MIN_CUDA_MAJOR:
-        raise DeviceError(f"runs CUDA {version}, kernels are of {MIN_CUDA_MAJOR}.0: {remedy}")
-    return f"runs CUDA {version}"
-
-
-def _look_at_gpu(ordinal: int) -> str:
-    from .runtime import driver
-
-    found = driver.device(ordinal)
-    driver.check_architecture(found)
-    major, minor = found.compute_capability
-    return f"{found.name}, compute capability {major}.{minor}, {found.num_sms} SMs"
-
-
-def _look_at_torch() -> str:
-    """Reads torch's version file: importing it would take seconds."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise DeviceError("missing, calls on a GPU take its tensors: pip install 'jitgen[torch]'")
-    text = Path(spec.origin).with_name("version.py").read_text()
-    version, cuda = (
-        match[1] if (match := re.search(rf"^{name}\b.*= '([^']+)'$", text, re.MULTILINE)) else None
-        for name in ("__version__", "cuda")
-    )
-    if cuda is None:
-        raise DeviceError(
-            f"{version} is without CUDA: install one with it, see https://pytorch.org"
-        )
-    return f"{version}, CUDA {cuda}"
+    raise typer.Exit(0 if found.can_interpret and found.can_compile else 1)
 
 
 # --- prebuild -------------------------------------------------------------------------------------
@@ -408,7 +272,7 @@ def prebuild(
         raise typer.BadParameter("give either --grid or --problems")
     pairs = read_problems(problems) if problems else _grid_problems()
     kernels = list(dict.fromkeys((problem, choose(problem, m, num_sms)) for problem, m in pairs))
-    root = _open_store().root
+    root = build.open_shared_store().root
     done: list[build.Prebuilt] = []
     started = time.perf_counter()
     console = _console(stderr=True)
@@ -462,6 +326,8 @@ def read_problems(path: Path) -> list[tuple[Gemm, int]]:
 
 
 def _read_problem(entry: object) -> tuple[Gemm, list[int]]:
+    from .tuning.model import m_buckets
+
     if not isinstance(entry, dict):
         raise ProblemError(f"must be an object with n, k and m or m_max, got {entry!r:.80}")
     if unknown := set(entry) - {"n", "k", "m", "m_max", "out_dtype"}:
@@ -473,7 +339,7 @@ def _read_problem(entry: object) -> tuple[Gemm, list[int]]:
     if ("m" in entry) == ("m_max" in entry):
         raise ProblemError("give either m, a list, or m_max")
     if "m_max" in entry:
-        return problem, _buckets(_read_extent("m_max", entry["m_max"]))
+        return problem, m_buckets(_read_extent("m_max", entry["m_max"]))
     extents = entry["m"]
     if not isinstance(extents, list) or not extents:
         raise ProblemError(f"m must be a list of extents, not empty, got {extents!r:.80}")
@@ -490,16 +356,6 @@ def _read_extent(field: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_EXTENT:
         raise ProblemError(f"{field} must be an int in 1..{MAX_EXTENT}, got {value!r:.80}")
     return value
-
-
-def _buckets(m_max: int) -> list[int]:
-    """Every extent that a schedule is chosen for, up to m_max's."""
-    from .tuning.model import m_bucket
-
-    buckets = [m_bucket(1)]
-    while buckets[-1] < m_bucket(m_max):
-        buckets.append(m_bucket(buckets[-1] + 1))
-    return buckets
 
 
 # --- bench, demo ----------------------------------------------------------------------------------
@@ -521,13 +377,13 @@ def bench_gemm(
     from rich.progress import Progress
 
     from . import __version__
-    from .tuning import bench
+    from .tuning import bench, report
 
     shapes = _shapes(bench.GRID_QUICK if quick else bench.GRID_DENSE, m)
     device = bench.check_machine()
     command = f"jitgen {shlex.join(sys.argv[1:])}"
-    meta = bench.collect_meta(device, version=__version__, command=command)
-    result = bench.Result(meta, ())
+    meta = report.collect_meta(device, version=__version__, command=command)
+    result = report.Result(meta, ())
     console = _console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for row in progress.track(bench.bench_gemm(shapes, device), total=len(shapes)):
@@ -535,9 +391,9 @@ def bench_gemm(
             if json_file:
                 _write(json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
             if markdown:
-                _write(markdown, bench.render_markdown(result))
+                _write(markdown, report.render_markdown(result))
             console.print(f"{row.shape}: {row.jitgen.kernel_us:.2f} us", highlight=False)
-    _print_result(result)
+    report.print_result(_console(), result)
 
 
 def _shapes(grid: Sequence[Shape], extents: Sequence[int] | None) -> list[Shape]:
@@ -554,36 +410,6 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text)
     except OSError as error:
         raise ProblemError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _print_result(result: Result) -> None:
-    from .tuning import bench
-
-    console, summaries = _console(), bench.summarize(result.rows)
-    launches = " or ".join(map(str, bench.num_launches(result.rows)))
-    console.print(f"{result.meta.gpu}: {launches} kernel launched by a call", highlight=False)
-    console.print(_table(bench.COLUMNS, [bench.row_cells(row) for row in result.rows]))
-    console.print("* the peer is faster\n\nGeometric means")
-    rows = [bench.summary_cells(summary) for summary in summaries]
-    console.print(_table(bench.SUMMARY_COLUMNS, rows))
-    live = summaries[-1].live_over_baseline
-    if live is not None and abs(live - 1) > bench.LIVE_TOLERANCE:
-        warnings.warn(
-            f"cuBLASLt takes {live:.2f} of its time in the file: this machine is not like that one,"
-            " and ratios to DeepGEMM mislead",
-            stacklevel=1,
-        )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Table:
-    from rich.table import Table
-
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(f"[red]{cell.text}*[/]" if cell.is_loss else cell.text for cell in row))
-    return table
 
 
 @app.command()

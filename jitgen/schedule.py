@@ -11,21 +11,19 @@ from .problem import Gemm
 from .target import SM90A, Target
 
 BLOCK_K = 128  # bytes of an SW128 row of E4M3, and elements between two promotions
-SCALE_BLOCKS = 8  # K blocks whose scales are loaded together: 32 bytes of a row-major sfa, one L2 sector
-NUM_SCALE_STAGES = 2
+# K blocks whose scales are loaded together: 32 bytes of a row-major sfa, one L2 sector.
+SCALE_BLOCKS = 8
 WGMMA_M = 64
 UNROLL_K = 4  # K blocks of straight-line code; only the last promotion of each is not overlapped
 MIN_PART_COLUMNS = 48  # a narrower wgmma reads A from shared memory too often for its work
 WARPGROUP_THREADS = 128
 SWIZZLE_ATOM_BYTES = 1024  # 8 rows of 128 bytes: base alignment of an SW128 tile
-# Registers of a math thread beside its accumulators, as NVRTC 13.0 needs them: a base, and more for each row of sfb.
-REGISTER_OVERHEAD = 36
-REGISTERS_PER_SFB_ROW = 4
-
-# Registers a thread of (producer, math) warpgroups by number of math warpgroups: `setmaxnreg` moves the
-# register file of 65,536 from the producer to the math warpgroups, in steps of 8.
-REGISTER_SPLIT = {1: (40, 240), 2: (40, 232), 3: (40, 152)}
-
+# By number of math warpgroups: registers of a producer and of a math thread, which `setmaxnreg`
+# moves from the one to the other in steps of 8; and how many of the latter NVRTC 13.0 leaves for
+# accumulators without spilling, in a tile that touches one row of sfb and in one that touches two.
+REGISTER_SPLIT = {1: (56, 240), 2: (56, 224), 3: (56, 152)}
+ACCUMULATOR_REGISTERS = {1: (192, 152), 2: (192, 152), 3: (104, 100)}
+CLUSTER_ACCUMULATOR_REGISTERS = 128  # at most, in a cluster and with 128 rows a warpgroup
 
 Promotion = Literal["overlapped", "serial"]
 
@@ -37,10 +35,11 @@ class Schedule:
     block_m, block_n : rows and columns of D that one thread block computes at a time
     num_stages : depth of the shared-memory pipeline, in K blocks of 128
     num_math_warpgroups : warpgroups that share the rows of the tile, 64 or 128 rows each
-    cluster_m, cluster_n : thread blocks of a cluster along m (they share B) and along n (they share A)
+    cluster_m, cluster_n : thread blocks of a cluster along m (sharing B) and along n (sharing A)
     raster_group : tile rows that are walked together, so that their B tiles stay in L2
-    promotion : "overlapped" promotes one partial accumulator while the next is computed; "serial" keeps one,
-        twice as wide, and leaves it to the other math warpgroups to fill the tensor cores meanwhile
+    promotion : "overlapped" promotes one partial accumulator while the next is computed; "serial"
+        keeps one, twice as wide, and leaves it to the other math warpgroups to fill the tensor
+        cores meanwhile
     """
 
     block_m: int
@@ -71,7 +70,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class SmemPlan:
-    """Offsets in bytes of each buffer in dynamic shared memory; pipelined buffers are arrays of stages."""
+    """Offsets in bytes of each buffer in dynamic shared memory.
+
+    Pipelined buffers are arrays of stages.
+    """
 
     a: int
     b: int
@@ -85,7 +87,14 @@ def num_sfb_rows(problem: Gemm, block_n: int) -> int:
     """Most rows of sfb that a tile of `block_n` columns touches."""
     rows = problem.b_scale.rows
     starts = range(0, min(problem.n, math.lcm(rows, block_n)), block_n)  # the pattern repeats there
-    return max((min(start + block_n, problem.n) - 1) // rows - start // rows + 1 for start in starts)
+    return max(
+        (min(start + block_n, problem.n) - 1) // rows - start // rows + 1 for start in starts
+    )
+
+
+def num_scale_stages(schedule: Schedule) -> int:
+    """Depth of the scales' pipeline, in chunks of SCALE_BLOCKS: deeper where K blocks are quick."""
+    return 4 if schedule.block_m <= 128 else 2
 
 
 def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
@@ -94,7 +103,7 @@ def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
         "a": schedule.num_stages * schedule.block_m * BLOCK_K * problem.a_dtype.size_bytes,
         "b": schedule.num_stages * schedule.block_n * BLOCK_K * problem.b_dtype.size_bytes,
         "d": schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes,
-        "scales": NUM_SCALE_STAGES * _scale_stage_bytes(problem, schedule),
+        "scales": num_scale_stages(schedule) * _scale_stage_bytes(problem, schedule),
         "barriers": 8 * num_barriers(schedule),
     }
     offset, offsets = 0, {}
@@ -108,11 +117,11 @@ def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
 
 def num_barriers(schedule: Schedule) -> int:
     """mbarriers of a block: full and empty for each stage of tiles and of scales."""
-    return 2 * (schedule.num_stages + NUM_SCALE_STAGES)
+    return 2 * (schedule.num_stages + num_scale_stages(schedule))
 
 
 def max_stages(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> int:
-    """The deepest pipeline that fits into shared memory beside the rest of `schedule`'s tile; may be 0."""
+    """The deepest pipeline that fits into shared memory with `schedule`'s tile; may be 0."""
     one = smem_plan(problem, replace(schedule, num_stages=1)).total_bytes
     stage = (schedule.block_m + schedule.block_n) * BLOCK_K + 2 * 8
     return max(1 + (target.smem_per_block_bytes - one) // stage, 0)
@@ -123,21 +132,27 @@ def _scale_stage_bytes(problem: Gemm, schedule: Schedule) -> int:
     return SCALE_BLOCKS * (schedule.block_m + num_sfb_rows(problem, schedule.block_n)) * 4
 
 
-def register_overhead(problem: Gemm, schedule: Schedule) -> int:
-    """Registers of a math thread beside its accumulators."""
-    return REGISTER_OVERHEAD + REGISTERS_PER_SFB_ROW * num_sfb_rows(problem, schedule.block_n)
+def accumulator_registers(problem: Gemm, schedule: Schedule) -> int:
+    """Registers of a math thread that sums and partial accumulators may take."""
+    one_row, two_rows = ACCUMULATOR_REGISTERS[schedule.num_math_warpgroups]
+    limit = one_row if num_sfb_rows(problem, schedule.block_n) == 1 else two_rows
+    if schedule.cluster_size > 1 and schedule.num_waves > 1:
+        return min(limit, CLUSTER_ACCUMULATOR_REGISTERS)
+    return limit
 
 
 def num_parts(schedule: Schedule) -> int:
-    """Partial accumulators that a math warpgroup holds: one computed, and with overlap one promoted."""
+    """Partial accumulators a math warpgroup holds: one computed, with overlap one promoted."""
     return 2 if schedule.promotion == "overlapped" else 1
 
 
 def part_columns(problem: Gemm, schedule: Schedule) -> int | None:
-    """Columns of one wgmma chain: the widest equal slices of block_n for which num_parts partial accumulators fit
-    into registers beside the sums. None if not even slices of MIN_PART_COLUMNS do.
+    """Columns of one wgmma chain; None if there are too few registers even for a narrow one.
+
+    The widest equal slices of block_n, down to MIN_PART_COLUMNS, for which num_parts partial
+    accumulators fit into registers beside the sums.
     """
-    budget = REGISTER_SPLIT[schedule.num_math_warpgroups][1] - register_overhead(problem, schedule)
+    budget = accumulator_registers(problem, schedule)
     sums = schedule.num_waves * schedule.block_n // 2
     for num_slices in range(1, max(schedule.block_n // MIN_PART_COLUMNS, 1) + 1):
         columns, rest = divmod(schedule.block_n, num_slices)
@@ -163,14 +178,16 @@ def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) ->
         if not low <= value <= high or value % step:
             raise ScheduleError(f"{name} = {value} must be in {low}..{high} in steps of {step}")
     if schedule.promotion not in get_args(Promotion):
-        raise ScheduleError(f"promotion = {schedule.promotion!r} must be one of {get_args(Promotion)}")
+        raise ScheduleError(
+            f"promotion = {schedule.promotion!r} must be one of {get_args(Promotion)}"
+        )
     _check_rows(schedule)
     _check_clusters(schedule)
     rows = num_sfb_rows(problem, schedule.block_n)
     if rows > 2:
         raise ScheduleError(
-            f"block_n = {schedule.block_n} touches {rows} rows of sfb in one tile, at most 2 are kept:"
-            " choose 128, 160, 192 or 256"
+            f"block_n = {schedule.block_n} touches {rows} rows of sfb in one tile, at most 2 are"
+            " kept: choose 128, 160, 192 or 256"
         )
     _check_registers(problem, schedule)
     plan = smem_plan(problem, schedule)
@@ -194,9 +211,9 @@ def _check_rows(schedule: Schedule) -> None:
 def _check_registers(problem: Gemm, schedule: Schedule) -> None:
     if part_columns(problem, schedule) is None:
         raise ScheduleError(
-            f"the sums of a {schedule.num_waves * WGMMA_M}x{schedule.block_n} tile a warpgroup leave no registers for"
-            f" {num_parts(schedule)} partial accumulators: lower block_n ({schedule.block_n}) or raise num_math_warpgroups"
-            f" ({schedule.num_math_warpgroups})"
+            f"the sums of a {schedule.num_waves * WGMMA_M}x{schedule.block_n} tile a warpgroup"
+            f" leave no registers for {num_parts(schedule)} partial accumulators: lower block_n"
+            f" ({schedule.block_n}) or raise num_math_warpgroups ({schedule.num_math_warpgroups})"
         )
 
 
@@ -211,5 +228,6 @@ def _check_clusters(schedule: Schedule) -> None:
     ):
         if rows % (8 * parts):
             raise ScheduleError(
-                f"{name} = {rows} is loaded in {parts} parts by the cluster: it must be a multiple of {8 * parts}"
+                f"{name} = {rows} is loaded in {parts} parts by the cluster: it must be a multiple"
+                f" of {8 * parts}"
             )

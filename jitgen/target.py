@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Target:
     """Limits of one GPU architecture.
 
-    The sm_90a figures are those of the CUDA C++ Programming Guide, table of compute capabilities 9.0.
+    The sm_90a figures are those of the CUDA C++ Programming Guide, table of compute capability 9.0.
     """
 
     arch: str

@@ -112,13 +112,20 @@ def check_architecture(found: Device, target: Target = SM90A) -> None:
     if found.compute_capability != target.compute_capability:
         major, minor = found.compute_capability
         raise DeviceError(
-            f"{found.name} (cuda:{found.ordinal}) is sm_{major}{minor}, jitgen's kernels need {target.arch}"
-            " (H100, H200, H800)"
+            f"{found.name} (cuda:{found.ordinal}) is sm_{major}{minor}, jitgen's kernels need"
+            f" {target.arch} (H100, H200, H800)"
         )
 
 
 def load(cubin: bytes, name: str, *, smem_bytes: int, ordinal: int) -> LoadedKernel:
-    """Kernel `name` of a cubin, ready to launch on GPU `ordinal` with `smem_bytes` of dynamic shared memory.
+    """Kernel `name` of a cubin, ready to launch on one GPU.
+
+    Parameters
+    ----------
+    cubin : machine code for the GPU's architecture
+    name : the kernel's `extern "C"` name
+    smem_bytes : dynamic shared memory of a launch
+    ordinal : of the GPU
 
     Raises
     ------

@@ -22,24 +22,20 @@ class Pointer:
 
 
 @dataclass(frozen=True)
-class Int64:
-    """A signed 64-bit kernel argument, such as a stride in elements."""
-
-    value: int
-
-
-@dataclass(frozen=True)
 class UInt32:
-    """An unsigned 32-bit kernel argument, such as an extent."""
+    """An unsigned 32-bit kernel argument: an extent, or a stride in elements."""
 
     value: int
 
 
-Argument = TensorMapSpec | Pointer | Int64 | UInt32
+Argument = TensorMapSpec | Pointer | UInt32
 
 
 class Launch:
-    """A kernel with its arguments and grid: everything but the stream. It never changes, so threads may share it."""
+    """A kernel with its arguments and grid: everything but the stream.
+
+    It never changes, so threads may share it.
+    """
 
     def __init__(
         self, kernel: LoadedKernel, arguments: Sequence[Argument], *, grid: int, num_threads: int
@@ -58,7 +54,9 @@ class Launch:
         self._launch = driver().cuLaunchKernel
 
     def __call__(self, stream: int) -> None:
-        """Launch on `stream`, a CUstream handle of the kernel's device, whose context must be current.
+        """Launch on `stream`, a CUstream handle of the kernel's device.
+
+        The context of that device must be current.
 
         Raises
         ------
@@ -77,8 +75,6 @@ def _store(argument: Argument) -> ctypes.Array[ctypes.c_char] | ctypes._SimpleCD
             return buffer
         case Pointer():
             return ctypes.c_uint64(argument.address)
-        case Int64():
-            return ctypes.c_int64(argument.value)
         case UInt32():
             return ctypes.c_uint32(argument.value)
 

@@ -14,9 +14,9 @@ from ..target import SM90A, Target
 
 # `--ptxas-options=-v` takes one ptxas option ("-v,-x" is an error) and puts the resource report
 # into the program log. Without `--no-source-include`, NVRTC takes an include that was not passed in
-# memory from the working directory: a kernel would depend on where the process was started.
-# Without `--no-cache`, NVRTC answers a second compile on a machine with a driver from a cache of its
-# own, and the log then lacks the report.
+# memory from the working directory: a kernel would depend on where the process was started. Without
+# `--no-cache`, NVRTC answers a second compile on a machine with a driver from a cache of its own,
+# and the log then lacks the report.
 DEFAULT_OPTIONS = ("-std=c++17", "--no-source-include", "--no-cache", "--ptxas-options=-v")
 
 _PATH_OPTIONS = ("-I", "--include-path", "-include", "--pre-include")
@@ -153,9 +153,8 @@ def compile_cubin(
     started = time.perf_counter()
     program = _create(nvrtc, source, name, used)
     try:
-        status = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])[
-            0
-        ]
+        encoded = [flag.encode() for flag in flags]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), encoded)
         seconds = time.perf_counter() - started
         log = _read(nvrtc, program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
         text = log.decode("utf-8", "replace").rstrip("\0 \n")
@@ -202,7 +201,8 @@ def _load_nvrtc() -> Any:
 
         nvrtc.nvrtcVersion()  # the bindings load the library at the first call
     except (ImportError, RuntimeError) as error:
-        raise CompileError(f"NVRTC cannot be loaded ({error}): {_REMEDY}") from error
+        reason = str(error).strip().partition("\n")[0]  # the loader lists every folder it searched
+        raise CompileError(f"NVRTC cannot be loaded ({reason}): {_REMEDY}") from error
     return nvrtc
 
 
@@ -227,9 +227,8 @@ def _read(
     get: Callable[[Any, bytes], tuple[Any, ...]],
 ) -> bytes:
     (size,) = _check(nvrtc, get_size(program))
-    buffer = bytes(
-        size
-    )  # filled in place; one byte is CPython's shared NUL, and NUL is written to it
+    # Filled in place. One byte is a b"\0" that CPython shares: nothing but NUL is written to it.
+    buffer = bytes(size)
     _check(nvrtc, get(program, buffer))
     return buffer
 

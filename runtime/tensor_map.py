@@ -10,11 +10,11 @@ from .driver import check, driver
 
 @dataclass(frozen=True)
 class TensorMapSpec:
-    """A row-major matrix at `address` and the box [rows, columns] of it that one TMA instruction moves.
+    """A row-major matrix, and the box [rows, columns] of it that one TMA instruction moves.
 
-    What lies outside the matrix is read as zero and never written. The rules of the hardware (CUDA driver API,
-    cuTensorMapEncodeTiled): address and row pitch multiples of 16 bytes, box extents at most 256, a box row at
-    most `swizzle_bytes`.
+    What lies outside the matrix is read as zero and never written. The rules of the hardware (CUDA
+    driver API, cuTensorMapEncodeTiled): address and row pitch multiples of 16 bytes, box extents at
+    most 256, a box row at most `swizzle_bytes`.
     """
 
     address: int

@@ -21,7 +21,9 @@ MAX_STAGES = 12  # beyond that, more bytes in flight no longer help
 
 def candidates(problem: Gemm, target: Target = SM90A) -> Iterator[Schedule]:
     """Legal schedules of `problem`, each with the deepest pipeline that fits."""
-    for rows, columns, cluster, promotion in itertools.product(ROW_TILES, COLUMN_TILES, CLUSTERS, PROMOTIONS):
+    for rows, columns, cluster, promotion in itertools.product(
+        ROW_TILES, COLUMN_TILES, CLUSTERS, PROMOTIONS
+    ):
         if columns >= 2 * max(problem.n, 16):
             continue
         schedule = Schedule(rows[0], columns, 2, rows[1], *cluster, promotion=promotion)

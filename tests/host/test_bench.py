@@ -19,17 +19,16 @@ from jitgen.interpret import interpret
 from jitgen.lower import lower
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule
-from jitgen.tuning import bench
+from jitgen.tuning import bench, report
 from jitgen.tuning.bench import (
     GRID_DENSE,
     Baseline,
     DeviceEvent,
     Measurement,
-    Meta,
-    Result,
     Row,
     Shape,
 )
+from jitgen.tuning.report import Meta, Result
 
 SCHEDULE = Schedule(64, 64, 4, num_math_warpgroups=1)
 SMALL = Shape(70, 136, 256)
@@ -81,8 +80,8 @@ def test_floor_of_a_large_m_is_that_of_its_flops() -> None:
 @pytest.mark.parametrize("m", PEERS_OVER_FLOOR)
 def test_baselines_over_floor_are_the_published_figures(m: int | None) -> None:
     dense = {s: b for s, b in bench.baseline_dense().items() if m in (None, s.m)}
-    deepgemm = bench.geomean(peer.deepgemm_us / s.floor_us for s, peer in dense.items())
-    best = bench.geomean(
+    deepgemm = report.geomean(peer.deepgemm_us / s.floor_us for s, peer in dense.items())
+    best = report.geomean(
         min(peer.deepgemm_us, peer.cublaslt_us) / s.floor_us for s, peer in dense.items()
     )
     # Two decimals each; at m = 1 the best peer is 1.5346, which the table rounds up twice.
@@ -96,7 +95,7 @@ def test_baseline_meta_names_gpu_source_and_method() -> None:
 
 
 def test_geomean_is_the_root_of_the_product() -> None:
-    assert bench.geomean([1, 8]) == pytest.approx(8**0.5)
+    assert report.geomean([1, 8]) == pytest.approx(8**0.5)
 
 
 def test_row_derives_its_figures() -> None:
@@ -362,7 +361,7 @@ def result() -> Result:
 
 
 def test_summarize_gives_each_m_and_all(result: Result) -> None:
-    first, second, total = bench.summarize(result.rows)
+    first, second, total = report.summarize(result.rows)
     assert [first.label, second.label, total.label] == ["1", "4096", "all"]
     assert (first.vs_deepgemm, first.vs_cublaslt, first.num_losses) == (4, 2, 0)
     assert (second.num_losses, total.num_losses, total.num_shapes) == (1, 1, 2)
@@ -372,14 +371,14 @@ def test_summarize_gives_each_m_and_all(result: Result) -> None:
 
 def test_summarize_compares_with_no_partial_baseline(result: Result) -> None:
     rows = (*result.rows, row(SMALL, 5.0, 6.0, None))
-    total = bench.summarize(rows)[-1]
+    total = report.summarize(rows)[-1]
     assert (total.vs_deepgemm, total.num_losses, total.live_over_baseline) == (None, None, None)
     assert total.vs_cublaslt == pytest.approx((2 * 0.9 * 1.2) ** (1 / 3))
-    assert bench.summarize([]) == []
+    assert report.summarize([]) == []
 
 
 def test_render_markdown_shows_losses_in_bold(result: Result) -> None:
-    lines = bench.render_markdown(result).splitlines()
+    lines = report.render_markdown(result).splitlines()
     won = next(line for line in lines if line.startswith("| 2112 | 7168 |"))
     lost = next(line for line in lines if line.startswith("| 7168 | 2048 |"))
     assert "**" not in won
@@ -390,11 +389,11 @@ def test_render_markdown_shows_losses_in_bold(result: Result) -> None:
 
 
 def test_render_markdown_says_where_and_how(result: Result) -> None:
-    text = bench.render_markdown(result)
+    text = report.render_markdown(result)
     for part in (*vars(META).values(), "## M = 1", "## M = 4096", "DeepGEMM 2.6.1", "launches: 1."):
         assert part in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    widths = {len(bench.COLUMNS) - 1, len(bench.SUMMARY_COLUMNS)}  # M is in the headings
+    widths = {len(report.COLUMNS) - 1, len(report.SUMMARY_COLUMNS)}  # M is in the headings
     assert {line.count("|") - 1 for line in tables} == widths
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from jitgen import build, cli
+from jitgen import build, cli, doctor
 from jitgen.errors import CompileError, JitgenError, ScheduleError, StoreError
 from jitgen.problem import Gemm
 from jitgen.runtime import nvrtc
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule, check_schedule
-from jitgen.tuning import bench
+from jitgen.tuning import bench, report
 from jitgen.tuning.model import choose
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +103,7 @@ def test_show_fuses_the_epilogue(run: Run, epilogue: str, shown: str) -> None:
         (["--schedule", "128x128 stage=4"], "after the tile, use stages="),
         (["--schedule", "128x128 stages=four"], "stages must be a number"),
         (["--schedule", "128x128 cluster=2"], "'2' where two numbers are due"),
+        (["--schedule", "128x128 promotion=late"], "use overlapped or serial"),
         (["--schedule", "128x128 stages=31"], "lower num_stages (31"),
         (["--schedule", "0x0"], "block_m = 0 must be in 64..256"),
     ],
@@ -112,7 +113,7 @@ def test_show_rejects_in_one_line(run: Run, arguments: list[object], message: st
 
 
 def test_parse_schedule_reads_what_str_prints() -> None:
-    for schedule in (Schedule(128, 192, 4, 2, 2, 1, 16), Schedule(64, 16, 12, 1, 1, 2)):
+    for schedule in (Schedule(128, 192, 4, 2, 2, 1, 16, "serial"), Schedule(64, 16, 12, 1, 1, 2)):
         assert cli.parse_schedule(str(schedule), PROBLEM) == schedule
 
 
@@ -158,6 +159,19 @@ def test_doctor_fails_and_says_what_to_install_with_nothing_of_cuda(store: Path)
     assert "interpret: yes, compile: no, launch: no" in done.stdout
     for remedy in ("pip install nvidia-cuda-nvrtc cuda-bindings", "driver 580", "jitgen[torch]"):
         assert remedy in done.stdout
+
+
+def test_doctor_shows_the_remedy_behind_a_long_message_of_the_loader(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("Failure finding libnvrtc.so\n  searched /a\n  searched /b")
+
+    bindings = SimpleNamespace(nvrtc=SimpleNamespace(nvrtcVersion=fail))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    nvrtc.compiler_version.cache_clear()
+    line = next(line for line in run("doctor").stdout.splitlines() if "NVRTC" in line)
+    assert "(Failure finding libnvrtc.so): pip install nvidia-cuda-nvrtc" in line
 
 
 @pytest.mark.parametrize(
@@ -207,7 +221,7 @@ def test_doctor_reads_torchs_version(
     (tmp_path / "version.py").write_text(text)
     spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    finding = cli._find("torch", cli._look_at_torch)
+    finding = doctor._find("torch", doctor._look_at_torch)
     assert finding.is_ok is is_ok
     assert finding.detail.startswith(expected)
 
@@ -348,9 +362,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[bench.Shape]:
             yield bench.Row(shape, schedule, ours, theirs, bench.baseline_dense().get(shape))
 
     gpu = Device(0, "NVIDIA H100 80GB HBM3", (9, 0), 132)
-    meta = bench.Meta(gpu.name, "580.1", "13.0.88", "2.11", "0.1.0", "2026-11-22", "M.", "jitgen")
+    meta = report.Meta(gpu.name, "580.1", "13.0.88", "2.11", "0.1.0", "2026-11-22", "M.", "jitgen")
     monkeypatch.setattr(bench, "check_machine", lambda: gpu)
-    monkeypatch.setattr(bench, "collect_meta", lambda device, version, command: meta)
+    monkeypatch.setattr(report, "collect_meta", lambda device, version, command: meta)
     monkeypatch.setattr(bench, "bench_gemm", bench_gemm)
     return shapes
 
@@ -408,6 +422,15 @@ def test_demo_passes_its_exit_code_on(run: Run, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(demo, "main", lambda: code)
     assert run("demo").exit_code == code
+
+
+def test_demo_without_its_model_is_one_error_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jitgen import minilm
+
+    monkeypatch.setattr(minilm, "MODEL_PACKAGE", "jitgen_no_such_package")
+    assert "pip install 'jitgen[demo]'" in error_line(run("demo"))
 
 
 # --- all commands ---------------------------------------------------------------------------------

@@ -40,22 +40,26 @@ ALLOWED |= {
     "runtime": set(FOUNDATION),  # NVRTC, kernel store, driver: knows no problem and no kernel
     "tuning": _before | {"runtime"},  # candidates, cost model, measured records
     "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
+    "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
     "arrays": set(_before),  # the rules that a caller's arrays must keep
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
     "api": _before | {"runtime", "tuning", "arrays", "build"},  # what users call
     "jitgen": _before | {"api"},  # __init__.py: the public names
-    "demo": _before | {"api", "jitgen"},
-    "cli": _before | {"runtime", "build", "tuning", "tuning.bench", "api", "demo", "jitgen"},
+    "minilm": _before,  # the demo's model
+    "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
+    "doctor": _before | {"runtime", "build", "tuning", "api", "jitgen"},
+    "cli": _before
+    | {"build", "tuning", "tuning.bench", "tuning.report", "doctor", "demo", "jitgen"},
     "__main__": {"cli"},
 }
 
 # Libraries that most users lack or wait for: who may import them, and only inside functions.
 LAZY: dict[str, set[str]] = {
-    "torch": {"api", "demo", "tuning.bench"},
+    "torch": {"api", "demo", "tuning.bench", "tuning.report"},
     "cuda": {"runtime"},
     "jinja2": {"codegen"},
-    "tokenizers": {"demo"},
-    "safetensors": {"demo"},
+    "tokenizers": {"minilm"},
+    "safetensors": {"minilm"},
 }
 
 ROOT = Path(__file__).parents[2]

@@ -148,12 +148,8 @@ def test_lower_reads_sfa_with_any_strides_and_sfb_packed() -> None:
     kernel = lower(Gemm(576, 7168), Schedule(128, 128, 4))
     loads = {load.src.name: load for load in ops(kernel, Load)}
     assert (loads["sfa"].any_strides, loads["sfb"].any_strides) == (True, False)
-    assert {name: load.via for name, load in loads.items()} == {
-        "a": "tma",
-        "b": "tma",
-        "sfa": "cp_async",
-        "sfb": "cp_async",
-    }
+    # TMA needs a row pitch of 16 bytes, which sfa [m, ceil(k / 128)] seldom has.
+    assert {name for name, load in loads.items() if load.via == "tma"} == {"a", "b"}
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,16 @@ from jitgen import BF16, F32, Gemm, Schedule, acc, matrix, vector
 from jitgen.errors import ScheduleError
 from jitgen.schedule import (
     MIN_PART_COLUMNS,
-    NUM_SCALE_STAGES,
     REGISTER_SPLIT,
     SCALE_BLOCKS,
     Promotion,
+    accumulator_registers,
     check_schedule,
     max_stages,
     num_parts,
+    num_scale_stages,
     num_sfb_rows,
     part_columns,
-    register_overhead,
     smem_plan,
 )
 from jitgen.target import SM90A
@@ -99,7 +99,7 @@ def test_schedule_prints_every_field() -> None:
         Schedule(64, 192, 4, 1),
         Schedule(128, 128, 2, 1),
         Schedule(128, 192, 2, 2),
-        Schedule(192, 112, 2, 3),
+        Schedule(192, 96, 2, 3),
         Schedule(256, 128, 2, 2),
         Schedule(64, 16, 16, 1),
         Schedule(128, 128, 2, 2, 2, 2),
@@ -207,8 +207,7 @@ def test_part_columns_is_the_widest_slice_that_the_registers_hold(
         # 64 rows of float32 over the 128 threads of a warpgroup: half a register a column. The sums
         # of all columns and rows stay; of the slices num_parts are alive at a time.
         rows_of_64 = row_tile[0] // (64 * row_tile[1])
-        free = REGISTER_SPLIT[row_tile[1]][1] - register_overhead(problem, schedule)
-        free -= rows_of_64 * block_n // 2
+        free = accumulator_registers(problem, schedule) - rows_of_64 * block_n // 2
         legal = [
             columns
             for columns in range(8, block_n + 1, 8)
@@ -217,6 +216,15 @@ def test_part_columns_is_the_widest_slice_that_the_registers_hold(
             and (columns >= MIN_PART_COLUMNS or columns == block_n)
         ]
         assert part_columns(problem, schedule) == max(legal, default=None), (n, block_n)
+
+
+@pytest.mark.parametrize("block_n", [64, 192])
+@pytest.mark.parametrize("row_tile", ROW_TILES, ids=lambda t: f"{t[0]}-w{t[1]}")
+def test_accumulator_registers_leave_some_for_addresses(
+    row_tile: tuple[int, int], block_n: int
+) -> None:
+    schedule = Schedule(row_tile[0], block_n, 2, row_tile[1])
+    assert accumulator_registers(PROBLEM, schedule) <= REGISTER_SPLIT[row_tile[1]][1] - 24
 
 
 def test_num_parts_is_two_where_promotion_overlaps() -> None:
@@ -288,8 +296,8 @@ def test_smem_plan_keeps_buffers_apart_and_aligned(problem: Gemm, schedule: Sche
         (plan.a, stages * schedule.block_m * 128, 1024),
         (plan.b, stages * schedule.block_n * 128, 1024),
         (plan.d, schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes, 1024),
-        (plan.scales, NUM_SCALE_STAGES * scales, 16),
-        (plan.barriers, (stages + NUM_SCALE_STAGES) * 2 * 8, 8),
+        (plan.scales, num_scale_stages(schedule) * scales, 16),
+        (plan.barriers, (stages + num_scale_stages(schedule)) * 2 * 8, 8),
     ]
     assert all(offset % alignment == 0 for offset, _, alignment in regions)
     regions.sort()

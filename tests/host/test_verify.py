@@ -375,7 +375,9 @@ HARDWARE: dict[str, Mutation] = {
     "a split into shares that do not add up": set_op(Load, "a", multicast=3),
     "a multicast in a cluster of one": set_op(Load, "a", multicast=2),
     "scales multicast": set_op(Load, "sfa", multicast=2),
-    "a by cp.async": set_op(Load, "a", via="cp_async"),
+    "a as scales are loaded": lambda kernel: edit(
+        kernel, Load, lambda op: replace(op, via=ops(kernel, Load)[0].via), "a"
+    ),
     "sfa by tma": set_op(Load, "sfa", via="tma"),
     "a not pipelined": lambda kernel: rename_buffer(kernel, "smem_a", pipelined=False),
     "sfa not pipelined": lambda kernel: rename_buffer(kernel, "smem_sfa", pipelined=False),

@@ -42,12 +42,17 @@ template <> __device__ __forceinline__ float2 cast<bf16>(float2 x) { return unpa
 
 __device__ __forceinline__ float2 constant(float x) { return {x, x}; }
 
-// Elements `index` and `index + 1` of an operand; zero, and not read, where the output has no such element.
-__device__ __forceinline__ float2 load_pair(const bf16* operand, u64 index, bool valid) {
-    return unpack_bf16(valid ? __ldg(reinterpret_cast<const u32*>(operand + index)) : 0u);
+// Elements `index` and `index + 1` of an operand. Volatile, so that the loads stay with the elements they are for:
+// hoisted together, they would not fit into registers.
+__device__ __forceinline__ float2 load_pair(const bf16* operand, u64 index) {
+    u32 packed;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(packed) : "l"(operand + index));
+    return unpack_bf16(packed);
 }
-__device__ __forceinline__ float2 load_pair(const float* operand, u64 index, bool valid) {
-    return valid ? __ldg(reinterpret_cast<const float2*>(operand + index)) : float2{0.0f, 0.0f};
+__device__ __forceinline__ float2 load_pair(const float* operand, u64 index) {
+    float2 pair;
+    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "l"(operand + index));
+    return pair;
 }
 
 }  // namespace jitgen::epilogue

@@ -14,6 +14,12 @@ __device__ __forceinline__ u32 lane_index() {
     return lane;
 }
 
+// `value`, of which the compiler then knows nothing.
+__device__ __forceinline__ u32 opaque(u32 value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 __device__ __forceinline__ bool elect_one() {
     u32 elected;
     asm volatile(
@@ -39,9 +45,10 @@ __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Volatile: read again where it is needed, it does not hold a register meanwhile.
 __device__ __forceinline__ u32 cluster_rank() {
     u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
 

@@ -7,7 +7,6 @@ using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
-using i64 = long long;
 
 // Storage types that are only moved or converted, never computed with.
 struct fp8_e4m3 { u8 bits; };
@@ -17,5 +16,6 @@ struct bf16 { u16 bits; };
 struct __align__(64) TensorMap { u64 opaque[16]; };
 
 __host__ __device__ constexpr u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr u32 round_up(u32 a, u32 b) { return ceil_div(a, b) * b; }
 
 }  // namespace jitgen

@@ -1,0 +1,154 @@
+"""The doctor: looks at what this machine can do, and knows what to install for the rest."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import platform
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from .build import open_shared_store
+from .errors import DeviceError, JitgenError, one_line
+from .problem import Gemm
+from .runtime import driver
+
+MIN_CUDA_MAJOR = 13  # of the NVRTC that pyproject.toml asks for: a driver runs no newer cubins
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the doctor looked at."""
+
+    name: str
+    is_ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings, and whether kernels can be interpreted, compiled and launched here."""
+
+    findings: tuple[Finding, ...]
+    can_interpret: bool
+    can_compile: bool
+    can_launch: bool
+
+
+def diagnose() -> Diagnosis:
+    """What works on this machine; what does not is a finding with its remedy, never an error."""
+    interpreter = _find("interpreter", _look_at_interpreter)
+    compiler = _find("compiler", _look_at_compiler)
+    cuda, torch = _find("CUDA driver", _look_at_driver), _find("torch", _look_at_torch)
+    ordinals = range(driver.num_devices())
+    gpus = [_find(f"GPU {i}", functools.partial(_look_at_gpu, i)) for i in ordinals]
+    python, nvrtc = _find("Python", _look_at_python), _find("NVRTC", _look_at_nvrtc)
+    store = _find("kernel store", _look_at_store)
+    return Diagnosis(
+        findings=(python, interpreter, nvrtc, compiler, store, cuda, *gpus, torch),
+        can_interpret=interpreter.is_ok,
+        can_compile=compiler.is_ok,
+        can_launch=cuda.is_ok and torch.is_ok and any(gpu.is_ok for gpu in gpus),
+    )
+
+
+def _find(name: str, look: Callable[[], str]) -> Finding:
+    """What `look` returns, or what it raises."""
+    try:
+        return Finding(name, True, look())
+    except (JitgenError, ImportError) as error:
+        return Finding(name, False, one_line(error))
+
+
+def _look_at_python() -> str:
+    from . import __version__
+
+    return f"{platform.python_version()}, jitgen {__version__}"
+
+
+def _look_at_interpreter() -> str:
+    """Runs a GEMM whose result is known."""
+    import numpy as np
+
+    from .api import gemm
+    from .dtypes import E4M3
+
+    a, b = np.ones((4, 256), E4M3.numpy), np.ones((8, 256), E4M3.numpy)
+    scales = np.ones((4, 2), np.float32), np.ones((1, 2), np.float32)
+    if not (gemm(a, b, scales, out_dtype="float32") == 256).all():
+        raise JitgenError(f"a GEMM of ones is wrong with NumPy {np.__version__}: report this")
+    return f"NumPy {np.__version__}"
+
+
+def _look_at_nvrtc() -> str:
+    from .runtime.nvrtc import compiler_version
+
+    return f"{compiler_version()}, cuda-bindings {metadata.version('cuda-bindings')}"
+
+
+def _look_at_compiler() -> str:
+    """Compiles a kernel, past the store."""
+    from .codegen import headers, render
+    from .lower import lower
+    from .runtime.nvrtc import compile_cubin
+    from .tuning.model import choose
+
+    problem = Gemm(128, 128)
+    kernel = lower(problem, choose(problem, 64))
+    compiled = compile_cubin(
+        render(kernel), name=f"{kernel.name}.cu", headers=headers(), target=kernel.target
+    )
+    return f"{kernel.target.arch} kernel in {compiled.resources.compile_seconds:.2f} s"
+
+
+def _look_at_store() -> str:
+    with warnings.catch_warnings(record=True) as damages:
+        warnings.simplefilter("always")
+        store = open_shared_store()
+        count = sum(1 for _ in store.entries())
+    damaged = f", damaged: {len(damages)}" if damages else ""
+    return f"{store.root}, writable, kernels: {count}{damaged}"
+
+
+def _look_at_driver() -> str:
+    from .runtime import driver
+
+    remedy = "launching needs a Hopper GPU with NVIDIA driver 580 or newer"
+    try:
+        version = driver.driver_version()
+    except DeviceError as error:
+        reason = str(error).removesuffix("; `jitgen doctor` tells more")
+        raise DeviceError(f"{reason}: {remedy}") from None
+    if int(version.partition(".")[0]) < MIN_CUDA_MAJOR:
+        raise DeviceError(f"runs CUDA {version}, kernels are of {MIN_CUDA_MAJOR}.0: {remedy}")
+    return f"runs CUDA {version}"
+
+
+def _look_at_gpu(ordinal: int) -> str:
+    from .runtime import driver
+
+    found = driver.device(ordinal)
+    driver.check_architecture(found)
+    major, minor = found.compute_capability
+    return f"{found.name}, compute capability {major}.{minor}, {found.num_sms} SMs"
+
+
+def _look_at_torch() -> str:
+    """Reads torch's version file: importing it would take seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise DeviceError("missing, calls on a GPU take its tensors: pip install 'jitgen[torch]'")
+    text = Path(spec.origin).with_name("version.py").read_text()
+    version, cuda = (
+        match[1] if (match := re.search(rf"^{name}\b.*= '([^']+)'$", text, re.MULTILINE)) else None
+        for name in ("__version__", "cuda")
+    )
+    if cuda is None:
+        raise DeviceError(
+            f"{version} is without CUDA: install one with it, see https://pytorch.org"
+        )
+    return f"{version}, CUDA {cuda}"

@@ -1,0 +1,54 @@
+"""prebuild where things go wrong: in its caller, in a worker, in the store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jitgen.build import Prebuilt, open_shared_store, prebuild
+from jitgen.errors import CompileError, StoreError
+from jitgen.lower import kernel_name
+from jitgen.problem import Gemm
+from jitgen.schedule import Schedule
+
+SMALL = Gemm(256, 512), Schedule(64, 64, 4, 1)
+
+
+class Deadly(Gemm):
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (9,)
+
+
+def test_prebuild_passes_on_what_on_done_raises(tmp_path: Path) -> None:
+    def fail(_: Prebuilt) -> None:
+        raise KeyError("the caller's")
+
+    with pytest.raises(KeyError, match="the caller's"):
+        prebuild([SMALL], root=tmp_path / "kernels", num_processes=1, on_done=fail)
+
+
+def test_prebuild_names_what_a_dead_process_left_unfinished(tmp_path: Path) -> None:
+    deadly = Deadly(264, 512), SMALL[1]
+    with pytest.raises(CompileError, match="a compile process died") as caught:
+        prebuild([deadly, SMALL], root=tmp_path / "kernels", num_processes=1)
+    for kernel in (deadly, SMALL):
+        assert kernel_name(*kernel) in str(caught.value)
+
+
+def test_prebuild_rejects_a_store_that_keeps_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"cannot be written.*JITGEN_CACHE_DIR"):
+        prebuild([SMALL], root=tmp_path / "file" / "kernels")
+
+
+def test_open_shared_store_rejects_a_folder_without_write_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(StoreError, match=r"kernels cannot be written: .*JITGEN_CACHE_DIR"):
+        open_shared_store(tmp_path / "kernels")
