@@ -10,7 +10,7 @@ import functools
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -192,20 +192,19 @@ def _gemm_torch(
     if launch is None:
         launch = _prepare_torch(arrays, out_dtype, bound, schedule)
         _launches.put(signature, launch)
-    if a.shape[0]:
-        index = a.device.index
-        with (
-            torch.cuda.device(index)
-            if torch.cuda.current_device() != index
-            else contextlib.nullcontext()
-        ):
-            launch(torch._C._cuda_getCurrentRawStream(index))
+    index = a.device.index
+    with (
+        torch.cuda.device(index)
+        if torch.cuda.current_device() != index
+        else contextlib.nullcontext()
+    ):
+        launch(torch._C._cuda_getCurrentRawStream(index))
     return arrays["d"]
 
 
 def _prepare_torch(
     arrays: dict[str, torch.Tensor], out_dtype: object, bound: Bound, schedule: Schedule | None
-) -> Launch:
+) -> Callable[[int], None]:
     """Check everything, then build, load and lay out the launch of one call signature."""
     device = arrays["a"].device
     _check_device(arrays, device)
@@ -216,6 +215,8 @@ def _prepare_torch(
         for name, t in arrays.items()
     }
     problem, m = _check_gemm(views, out_dtype, bound)
+    if m == 0:
+        return lambda stream: None  # an empty D needs no kernel
     kernel, loaded = _load(problem, schedule or choose(problem, m, found.num_sms), device.index)
     size = kernel.schedule.cluster_size
     rows, columns = kernel.body.traversal.grid(m, problem.n)
@@ -295,17 +296,17 @@ class _LaunchCache:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._entries: OrderedDict[object, Launch] = OrderedDict()
+        self._entries: OrderedDict[object, Callable[[int], None]] = OrderedDict()
         self._mutex = threading.Lock()
 
-    def get(self, signature: object) -> Launch | None:
+    def get(self, signature: object) -> Callable[[int], None] | None:
         with self._mutex:
             launch = self._entries.get(signature)
             if launch is not None:
                 self._entries.move_to_end(signature)
             return launch
 
-    def put(self, signature: object, launch: Launch) -> None:
+    def put(self, signature: object, launch: Callable[[int], None]) -> None:
         with self._mutex:
             self._entries[signature] = launch
             while len(self._entries) > self._capacity:

@@ -12,10 +12,19 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+
+from . import __version__
+from .api import gemm
 from .build import open_shared_store
+from .codegen import headers, render
+from .dtypes import E4M3
 from .errors import DeviceError, JitgenError, one_line
+from .lower import lower
 from .problem import Gemm
 from .runtime import driver
+from .runtime.nvrtc import compile_cubin, compiler_version
+from .tuning.model import choose
 
 MIN_CUDA_MAJOR = 13  # of the NVRTC that pyproject.toml asks for: a driver runs no newer cubins
 
@@ -65,18 +74,11 @@ def _find(name: str, look: Callable[[], str]) -> Finding:
 
 
 def _look_at_python() -> str:
-    from . import __version__
-
     return f"{platform.python_version()}, jitgen {__version__}"
 
 
 def _look_at_interpreter() -> str:
     """Runs a GEMM whose result is known."""
-    import numpy as np
-
-    from .api import gemm
-    from .dtypes import E4M3
-
     a, b = np.ones((4, 256), E4M3.numpy), np.ones((8, 256), E4M3.numpy)
     scales = np.ones((4, 2), np.float32), np.ones((1, 2), np.float32)
     if not (gemm(a, b, scales, out_dtype="float32") == 256).all():
@@ -85,18 +87,11 @@ def _look_at_interpreter() -> str:
 
 
 def _look_at_nvrtc() -> str:
-    from .runtime.nvrtc import compiler_version
-
     return f"{compiler_version()}, cuda-bindings {metadata.version('cuda-bindings')}"
 
 
 def _look_at_compiler() -> str:
     """Compiles a kernel, past the store."""
-    from .codegen import headers, render
-    from .lower import lower
-    from .runtime.nvrtc import compile_cubin
-    from .tuning.model import choose
-
     problem = Gemm(128, 128)
     kernel = lower(problem, choose(problem, 64))
     compiled = compile_cubin(
@@ -115,8 +110,6 @@ def _look_at_store() -> str:
 
 
 def _look_at_driver() -> str:
-    from .runtime import driver
-
     remedy = "launching needs a Hopper GPU with NVIDIA driver 580 or newer"
     try:
         version = driver.driver_version()
@@ -129,8 +122,6 @@ def _look_at_driver() -> str:
 
 
 def _look_at_gpu(ordinal: int) -> str:
-    from .runtime import driver
-
     found = driver.device(ordinal)
     driver.check_architecture(found)
     major, minor = found.compute_capability

@@ -24,7 +24,10 @@ def candidates(problem: Gemm, target: Target = SM90A) -> Iterator[Schedule]:
     for rows, columns, cluster, promotion in itertools.product(
         ROW_TILES, COLUMN_TILES, CLUSTERS, PROMOTIONS
     ):
-        if columns >= 2 * max(problem.n, 16):
+        too_wide = 2 * max(problem.n, 16)
+        if rows[1] == 3:  # wider ones spill with some epilogues
+            too_wide = min(too_wide, 129)
+        if columns >= too_wide:
             continue
         schedule = Schedule(rows[0], columns, 2, rows[1], *cluster, promotion=promotion)
         stages = min(max_stages(problem, schedule, target), MAX_STAGES)

@@ -168,10 +168,10 @@ def test_lower_multicasts_a_along_n_and_b_along_m(cluster_m: int, cluster_n: int
 
 
 def test_lower_promotes_every_128_of_k_with_both_scales() -> None:
-    kernel = lower(Gemm(2112, 7168), Schedule(128, 160, 3))
+    kernel = lower(Gemm(2112, 7168), Schedule(128, 96, 3))
     (mma,), (promote,) = ops(kernel, Mma), ops(kernel, Promote)
     assert mma.a.shape == (128, 128)
-    assert mma.b.shape == (160, 128)
+    assert mma.b.shape == (96, 128)
     assert promote.part == mma.dst
     assert [window.block for window in promote.windows] == [1, 128]
     assert [scale.shape[0] for scale in promote.scales] == [128, 2]

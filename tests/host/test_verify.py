@@ -39,8 +39,8 @@ Edit = Callable[[Any], "Stmt | tuple[Stmt, ...]"]
 Mutation = Callable[[Kernel], Kernel]
 
 EPILOGUE = acc + vector("bias") + matrix("residual")
-# 128 x 160 tiles, 2192 = 17.125 K blocks: two rows of sfb, a ragged end of k, chunks of scales.
-KERNEL = lower(Gemm(576, 2192, BF16, EPILOGUE), Schedule(128, 160, 3, 2))
+# 128 x 96 tiles, 2192 = 17.125 K blocks: two rows of sfb, ragged ends of n and k, scales in chunks.
+KERNEL = lower(Gemm(456, 2192, BF16, EPILOGUE), Schedule(128, 96, 3, 2))
 SQUARE = lower(Gemm(512, 1024, F32), Schedule(128, 128, 3, 2))
 CLUSTER = lower(Gemm(576, 2192), Schedule(128, 128, 3, 2, 2, 1))
 
@@ -226,11 +226,12 @@ COVERAGE: dict[str, Mutation] = {
     "traversal in groups of none": set_traversal(group=0),
     "traversal has lower tiles than the program": set_traversal(block_m=64),
     "traversal has higher tiles than the program": set_traversal(block_m=256),
-    "traversal has narrower tiles than the program": set_traversal(block_n=80),
+    "traversal has narrower tiles than the program": set_traversal(block_n=48),
     "traversal of a cluster that is not launched": set_traversal(cluster_m=2),
     "schedule of another block_m": set_schedule(block_m=256),
-    "schedule of another block_n": set_schedule(block_n=80),
+    "schedule of another block_n": set_schedule(block_n=48),
     "schedule of another cluster": set_schedule(cluster_n=2),
+    "schedule of one warpgroup, boxes of two": set_schedule(num_math_warpgroups=1),
     "store missing": drop(Store),
     "store twice": lambda kernel: edit(kernel, Store, lambda op: (op, op)),
     "store in the K loop": lambda kernel: in_loop(
@@ -240,7 +241,7 @@ COVERAGE: dict[str, Mutation] = {
         kernel, ops(kernel, Evaluate, Store)
     ),
     "store of half the rows": set_window(Store, 0, size=64),
-    "store of half the columns": set_window(Store, 1, size=80),
+    "store of half the columns": set_window(Store, 1, size=48),
     "store transposed": set_windows(Store, "", lambda windows: windows[::-1]),
     "store of one dimension": set_windows(Store, "", lambda windows: windows[:1]),
     "store of blocks": set_window(Store, 1, block=8),
@@ -314,7 +315,7 @@ DATAFLOW: dict[str, Mutation] = {
     "epilogue of another expression": set_op(Evaluate, expr=acc),
     "epilogue without its operands": set_op(Evaluate, operands=()),
     "epilogue of an operand that is no argument": set_op(
-        Evaluate, expr=acc + vector("other"), operands=(Tensor("other", BF16, (Dim("n", 576),)),)
+        Evaluate, expr=acc + vector("other"), operands=(Tensor("other", BF16, (Dim("n", 456),)),)
     ),
 }
 
@@ -382,11 +383,11 @@ HARDWARE: dict[str, Mutation] = {
     "a not pipelined": lambda kernel: rename_buffer(kernel, "smem_a", pipelined=False),
     "sfa not pipelined": lambda kernel: rename_buffer(kernel, "smem_sfa", pipelined=False),
     "one stage": set_schedule(num_stages=1),
-    "store box wider than its swizzle span": set_op(Store, box=(64, 160)),
+    "store box wider than its swizzle span": set_op(Store, box=(64, 96)),
     "store box of 512 rows": set_op(Store, box=(512, 32)),
     "store box of no rows": set_op(Store, box=(0, 32)),
     "store box that does not tile the rows": set_op(Store, box=(48, 32)),
-    "store box that does not tile the columns": set_op(Store, box=(64, 24)),
+    "store box that does not tile the columns": set_op(Store, box=(64, 28)),
     "store box of half a warpgroup": set_op(Store, box=(32, 32)),
     "store box of half a swizzle span": set_op(Store, box=(64, 16)),
     "rows of d that are not 16-byte units": lambda kernel: edit(
@@ -397,7 +398,7 @@ HARDWARE: dict[str, Mutation] = {
     "rows of a that are not 16-byte units": set_source("a", dims=(Dim("m", None), Dim("k", 2200))),
     "a of unknown k": set_source("a", dims=(Dim("m", None), Dim("k", None))),
     "mma of 96 rows": lambda kernel: rename_buffer(
-        rename_buffer(kernel, "smem_a", shape=(96, 128)), "part", shape=(96, 160)
+        rename_buffer(kernel, "smem_a", shape=(96, 128)), "part", shape=(96, 96)
     ),
     "mma of 264 columns": lambda kernel: rename_buffer(
         rename_buffer(kernel, "smem_b", shape=(264, 128)), "part", shape=(128, 264)
@@ -423,7 +424,6 @@ RESOURCES: dict[str, Mutation] = {
         kernel, target=replace(SM90A, smem_per_block_bytes=kernel.smem.total_bytes - 1)
     ),
     "smem: planned for fewer stages": set_schedule(num_stages=4),
-    "registers: one warpgroup for all rows": set_schedule(num_math_warpgroups=1),
     "registers: three warpgroups for 128 rows": set_schedule(num_math_warpgroups=3),
     "registers: a number of warpgroups that has no split": set_schedule(num_math_warpgroups=4),
     "registers: more than the SM has": lambda kernel: replace(
