@@ -11,14 +11,15 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .arrays import ArrayView, check_operands, check_output, gemm_problem
 from .build import build
-from .dtypes import BF16, DType, dtype_of
-from .errors import DeviceError, ProblemError
+from .dtypes import BF16, DType, array_dtype, dtype_of
+from .errors import DeviceError, ProblemError, ScheduleError
 from .expr import Bound, Expr, acc, as_expr
 from .interpret import interpret
 from .ir import (
@@ -30,8 +31,8 @@ from .ir import (
     TensorMapParameter,
 )
 from .lower import lower
-from .numerics import AMAX_FLOOR, E4M3_MAX, quantize_blocks
-from .problem import Gemm
+from .numerics import AMAX_FLOOR, E4M3_MAX, check_block, quantize_blocks
+from .problem import Gemm, check_operand_names
 from .runtime import driver
 from .runtime.launch import Argument, Launch, Pointer, UInt32
 from .runtime.tensor_map import TensorMapSpec
@@ -83,21 +84,16 @@ def gemm(
     """
     if not isinstance(scales, (tuple, list)) or len(scales) != 2:
         raise ProblemError(f"scales must be the pair (sfa, sfb), got {type(scales).__name__}")
+    if not isinstance(schedule, (Schedule, NoneType)):
+        raise ScheduleError(f"schedule is a {type(schedule).__name__}, must be a jitgen.Schedule")
     bound = epilogue if isinstance(epilogue, Bound) else Bound(as_expr(epilogue), {})
+    check_operand_names(bound.tensors)
     arrays = {"a": a, "b": b, "sfa": scales[0], "sfb": scales[1], **bound.tensors}
-    if len(arrays) != 4 + len(bound.tensors):
-        raise ProblemError("an epilogue operand cannot be named a, b, sfa or sfb")
     if out is not None:
         arrays["d"] = out
-    if all(isinstance(array, np.ndarray) for array in arrays.values()):
+    _check_kinds(arrays)
+    if isinstance(a, np.ndarray):
         return _gemm_numpy(arrays, out_dtype, bound, schedule)
-    torch = sys.modules.get("torch")
-    for name, array in arrays.items():
-        if torch is None or not isinstance(array, torch.Tensor):
-            raise ProblemError(
-                f"{name} is a {type(array).__name__}: give torch CUDA tensors only, or NumPy arrays"
-                " only"
-            )
     return _gemm_torch(arrays, out_dtype, bound, schedule)
 
 
@@ -127,11 +123,9 @@ def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):
         raise ProblemError(f"x is a {type(x).__name__}, must be a NumPy array or a torch tensor")
-    if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16) or min(block) < 1:
-        raise ProblemError(
-            f"x is {x.dtype}{list(x.shape)} in blocks {block}, must be float32 or bfloat16"
-            " [rows, k]"
-        )
+    check_block(block)
+    if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16):
+        raise ProblemError(f"x is {x.dtype}{list(x.shape)}, must be float32 or bfloat16 [rows, k]")
     rows, k = x.shape
     grid = -(-rows // block[0]), -(-k // block[1])
     padded = torch.zeros(
@@ -146,13 +140,27 @@ def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
     return quantized.view_as(padded)[:rows, :k].to(torch.float8_e4m3fn), scale
 
 
+def _check_kinds(arrays: Mapping[str, Any]) -> None:
+    """Raise ProblemError unless all are NumPy arrays, or all torch tensors."""
+    torch = sys.modules.get("torch")
+    in_numpy = [name for name, array in arrays.items() if isinstance(array, np.ndarray)]
+    in_torch = [name for name, array in arrays.items() if torch and isinstance(array, torch.Tensor)]
+    unknown = [name for name in arrays if name not in (*in_numpy, *in_torch)]
+    if unknown or (in_numpy and in_torch):
+        name = (*unknown, *in_numpy)[0]
+        raise ProblemError(
+            f"{name} is a {type(arrays[name]).__name__}: give torch CUDA tensors only, or NumPy"
+            " arrays only"
+        )
+
+
 def _gemm_numpy(
     arrays: dict[str, Any], out_dtype: object, bound: Bound, schedule: Schedule | None
 ) -> np.ndarray[Any, Any]:
     views = {
         name: ArrayView(
             name,
-            dtype_of(array.dtype),
+            array_dtype(array.dtype, array.itemsize),
             array.shape,
             tuple(stride // max(array.itemsize, 1) for stride in array.strides),
         )
@@ -211,7 +219,13 @@ def _prepare_torch(
     found = driver.device(device.index)
     driver.check_architecture(found)
     views = {
-        name: ArrayView(name, dtype_of(t.dtype), tuple(t.shape), tuple(t.stride()), t.data_ptr())
+        name: ArrayView(
+            name,
+            array_dtype(t.dtype, t.itemsize),
+            tuple(t.shape),
+            tuple(t.stride()),
+            t.data_ptr(),
+        )
         for name, t in arrays.items()
     }
     problem, m = _check_gemm(views, out_dtype, bound)

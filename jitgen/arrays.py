@@ -9,7 +9,7 @@ from typing import Any
 from .dtypes import F32, DType
 from .errors import ProblemError
 from .expr import Expr, operands
-from .problem import MAX_EXTENT, Gemm, check_problem
+from .problem import MAX_EXTENT, Gemm, check_problem, check_rows
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def gemm_problem(
     (m, k), n = a.shape, b.shape[0]
     problem = Gemm(n, k, d_dtype, epilogue, a.dtype, b.dtype)
     check_problem(problem)
+    check_rows(m)
     for view in (a, b):
         check_tma_matrix(view)
     _check_scales(sfa, problem.a_scale, (-(-m // problem.a_scale.rows), -(-k // problem.a_scale.k)))
@@ -109,8 +110,10 @@ def check_operands(views: Mapping[str, ArrayView], problem: Gemm, m: int) -> Non
             raise ProblemError(
                 f"{view}: starts at an address that is not a multiple of two elements"
             )
-        if len(shape) == 2 and (view.row_stride % 2 or not n <= view.row_stride <= MAX_EXTENT):
-            raise ProblemError(f"{view}: its row stride must be even, in {n}..{MAX_EXTENT}")
+        if len(shape) == 2 and view.row_stride % 2:
+            raise ProblemError(f"{view}: its row stride must be even")
+        if len(shape) == 2 and not n <= view.row_stride <= MAX_EXTENT:
+            raise ProblemError(f"{view}: rows must not overlap, nor be {MAX_EXTENT + 1} apart")
 
 
 def _check_scales(view: ArrayView, block: Any, shape: tuple[int, int]) -> None:

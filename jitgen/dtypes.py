@@ -44,7 +44,7 @@ def dtype_of(spec: object) -> DType:
     """
     if isinstance(spec, DType):
         return spec
-    name = spec if isinstance(spec, str) else _numpy_name(spec) or str(spec).removeprefix("torch.")
+    name = _name(spec)
     for dtype in ALL:
         if name in (dtype.name, dtype.short):
             return dtype
@@ -53,8 +53,18 @@ def dtype_of(spec: object) -> DType:
     )
 
 
-def _numpy_name(spec: object) -> str:
+def array_dtype(spec: object, size_bytes: int) -> DType:
+    """The DType of an array, which may be one that no problem of jitgen takes."""
+    name = _name(spec)
+    known = (dtype for dtype in ALL if dtype.name == name)
+    return next(known, DType(name, name, size_bytes, cuda=""))
+
+
+def _name(spec: object) -> str:
+    """The name that NumPy and torch share: `float32` of np.float32 and of torch.float32."""
+    if isinstance(spec, str):
+        return spec
     try:
         return np.dtype(spec).name  # type: ignore[call-overload, no-any-return]
     except TypeError:
-        return ""
+        return str(spec).removeprefix("torch.")

@@ -10,7 +10,9 @@ even.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +38,9 @@ OPERATIONS: dict[str, tuple[int, int]] = {
 }
 
 
+OPERAND_AXES = ((), ("n",), ("m", "n"))
+
+
 @dataclass(frozen=True)
 class Expr:
     """A node of an epilogue expression."""
@@ -58,7 +63,7 @@ class Expr:
     def __rmul__(self, other: float) -> Expr:
         return Apply("mul", (as_expr(other), self))
 
-    def bind(self, **tensors: Any) -> Bound:
+    def bind(self, /, **tensors: Any) -> Bound:
         """This expression with a tensor for each of its operands, for `gemm(epilogue=...)`."""
         return Bound(self, tensors)
 
@@ -71,11 +76,21 @@ class Accumulator(Expr):
         return "acc"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Constant(Expr):
-    """A float32 constant."""
+    """A float32 constant; equal only to one of the same bits, so that 0.0 is not -0.0."""
 
     value: float
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self._bits == other._bits
+
+    def __hash__(self) -> int:
+        return hash(self._bits)
+
+    @property
+    def _bits(self) -> bytes:
+        return struct.pack("<d", self.value)
 
     def __str__(self) -> str:
         return repr(self.value)
@@ -170,21 +185,24 @@ def as_expr(value: Expr | float) -> Expr:
     """`value` as an expression; numbers are rounded to float32."""
     if isinstance(value, Expr):
         return value
-    if isinstance(value, (int, float, np.floating)) and math.isfinite(value):
-        rounded = float(np.float32(value))
-        if math.isfinite(rounded):
-            return Constant(rounded)
+    if isinstance(value, (int, float, np.floating)):
+        with contextlib.suppress(OverflowError), np.errstate(over="ignore"):
+            rounded = float(np.float32(value))
+            if math.isfinite(rounded):
+                return Constant(rounded)
     raise ProblemError(f"an epilogue takes expressions and finite float32 numbers, got {value!r}")
 
 
 def walk(expr: Expr) -> Iterator[Expr]:
     """Every node of `expr`, arguments before the node that uses them."""
-    children: tuple[Expr, ...] = ()
+    children: tuple[object, ...] = ()
     if isinstance(expr, Apply):
         children = expr.args
     elif isinstance(expr, Cast):
         children = (expr.arg,)
     for child in children:
+        if not isinstance(child, Expr):
+            raise ProblemError(f"epilogue node {type(expr).__name__} has an argument {child!r}")
         yield from walk(child)
     yield expr
 
@@ -207,17 +225,31 @@ def check_expr(expr: object) -> None:
         )
     seen: dict[str, Operand] = {}
     for node in walk(expr):
-        if isinstance(node, Apply):
-            arity = OPERATIONS.get(node.op, (None, 0))[0]
-            if arity != len(node.args):
-                raise ProblemError(
-                    f"epilogue operation {node.op} with {len(node.args)} arguments is unknown:"
-                    f" use {', '.join(OPERATIONS)}"
-                )
-        if isinstance(node, Operand):
-            _check_operand(node, seen)
-        if isinstance(node, Cast) and node.dtype not in (BF16, F32):
-            raise ProblemError(f"epilogue casts to bfloat16 or float32, not to {node.dtype.name}")
+        match node:
+            case Apply():
+                _check_operation(node)
+            case Operand():
+                _check_operand(node, seen)
+            case Cast():
+                if node.dtype not in (BF16, F32):
+                    raise ProblemError(
+                        f"epilogue casts to bfloat16 or float32, not to {node.dtype}"
+                    )
+            case Constant():
+                as_expr(node.value)
+            case Accumulator():
+                pass
+            case _:
+                raise ProblemError(f"epilogue node {node!r} has no meaning: build on jitgen.acc")
+
+
+def _check_operation(node: Apply) -> None:
+    arity = OPERATIONS.get(node.op, (None, 0))[0]
+    if arity != len(node.args):
+        raise ProblemError(
+            f"epilogue operation {node.op} with {len(node.args)} arguments is unknown:"
+            f" use {', '.join(OPERATIONS)}"
+        )
 
 
 def _check_operand(node: Operand, seen: dict[str, Operand]) -> None:
@@ -227,6 +259,11 @@ def _check_operand(node: Operand, seen: dict[str, Operand]) -> None:
         legal = ", ".join(d.name for d in ALL if d in (BF16, F32))
         raise ProblemError(
             f"epilogue operand {node.name}: dtype {node.dtype.name}, must be {legal}"
+        )
+    if node.axes not in OPERAND_AXES:
+        raise ProblemError(
+            f"epilogue operand {node}: its axes must be one of {OPERAND_AXES}: use scalar, vector"
+            " or matrix"
         )
     if seen.setdefault(node.name, node) != node:
         raise ProblemError(

@@ -226,6 +226,13 @@ def round_to(x: NDArray[Any], dtype: DType) -> NDArray[Any]:
     return out
 
 
+def check_block(block: object) -> None:
+    """Raise ProblemError unless `block` is a pair of positive ints: rows and columns of a block."""
+    pair = block if isinstance(block, tuple) else ()
+    if len(pair) != 2 or not all(type(extent) is int and extent > 0 for extent in pair):
+        raise ProblemError(f"block must be two positive ints, got {block!r}: try (1, 128)")
+
+
 def quantize_blocks(x: NDArray[Any], block: tuple[int, int]) -> tuple[NDArray[Any], F32Array]:
     """E4M3 values and one float32 scale a block, so that x is about q * scale.
 
@@ -253,8 +260,7 @@ def quantize_blocks(x: NDArray[Any], block: tuple[int, int]) -> tuple[NDArray[An
         raise ProblemError(
             f"x must be a 2-D array of float32 or bfloat16, got {x.dtype} {list(x.shape)}"
         )
-    if min(block) < 1:
-        raise ProblemError(f"block must be positive, got {block}: use for example (1, 128)")
+    check_block(block)
     values = x.astype(np.float32, copy=False)
     (m, k), (block_m, block_k) = x.shape, block
     if x.size == 0:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from .dtypes import BF16, E4M3, F32, DType
 from .errors import ProblemError
-from .expr import Expr, acc, check_expr
+from .expr import Expr, acc, check_expr, operands
 
 MAX_EXTENT = 2**31 - 1  # coordinates of a TMA box are int32
+TENSOR_NAMES = ("a", "b", "sfa", "sfb", "d")  # of a GEMM: not for an epilogue's operands
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,11 @@ def check_problem(problem: Gemm) -> None:
     _check_extent("k", problem.k, 16, "rows of A and B are loaded in units of 16 bytes")
     for name, dtype in (("a", problem.a_dtype), ("b", problem.b_dtype)):
         if dtype != E4M3:
-            raise ProblemError(f"{name} has dtype {dtype.name}, must be {E4M3.name}")
+            raise ProblemError(f"{name} has dtype {_name(dtype)}, must be {E4M3.name}")
     if problem.d_dtype not in (BF16, F32):
-        raise ProblemError(f"d has dtype {problem.d_dtype.name}, must be {BF16.name} or {F32.name}")
+        raise ProblemError(
+            f"d has dtype {_name(problem.d_dtype)}, must be {BF16.name} or {F32.name}"
+        )
     for name, block, legal in (
         ("a_scale", problem.a_scale, ScaleBlock(1, 128)),
         ("b_scale", problem.b_scale, ScaleBlock(128, 128)),
@@ -86,6 +90,20 @@ def check_problem(problem: Gemm) -> None:
         if block != legal:
             raise ProblemError(f"{name} has one scale a {block} block, must be {legal}")
     check_expr(problem.epilogue)
+    check_operand_names(operand.name for operand in operands(problem.epilogue))
+
+
+def check_operand_names(names: Iterable[str]) -> None:
+    """Raise ProblemError if an epilogue operand is named like a tensor of the GEMM itself."""
+    for name in names:
+        if name in TENSOR_NAMES:
+            raise ProblemError(f"epilogue operand {name}: the GEMM's own tensors have that name")
+
+
+def check_rows(m: int) -> None:
+    """Raise ProblemError unless m, known at run time only, is an extent that TMA can address."""
+    if not 0 <= m <= MAX_EXTENT:
+        raise ProblemError(f"m = {m} must be in 0..{MAX_EXTENT}")
 
 
 def _check_extent(name: str, value: int, multiple: int, why: str) -> None:
@@ -96,6 +114,11 @@ def _check_extent(name: str, value: int, multiple: int, why: str) -> None:
             f"{name} = {value} must be a positive multiple of {multiple} ({why}):"
             f" the nearest is {_nearest_multiple(value, multiple)}"
         )
+
+
+def _name(dtype: object) -> object:
+    """The dtype's name; what stands in its place if it is none."""
+    return dtype.name if isinstance(dtype, DType) else repr(dtype)
 
 
 def _nearest_multiple(value: int, multiple: int) -> int:
