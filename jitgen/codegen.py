@@ -10,6 +10,7 @@ import numpy as np
 
 from .expr import Accumulator, Apply, Cast, Constant, Expr, Operand, acc
 from .ir import (
+    Evaluate,
     ExtentParameter,
     ForK,
     Kernel,
@@ -20,6 +21,7 @@ from .ir import (
     Store,
     StrideParameter,
     TensorMapParameter,
+    operand_parameter,
     walk,
 )
 from .schedule import REGISTER_SPLIT, UNROLL_K, num_parts, num_scale_stages, part_columns
@@ -30,16 +32,17 @@ if TYPE_CHECKING:
 
 def render(kernel: Kernel) -> str:
     """The CUDA source of `kernel`; it includes only headers of `headers()`."""
+    evaluate = _evaluate(kernel)
     operand_parameters = [p for p in kernel.parameters if p.name.startswith("operand_")]
     template = _environment().get_template(f"{kernel.family}.cu.j2")
     return template.render(
         kernel=kernel,
-        d_type=kernel.problem.d_dtype.cuda,
+        d_type=evaluate.dst.dtype.cuda,
         constants=constants(kernel),
         parameters=[declaration(p) for p in kernel.parameters],
         operand_parameters=[declaration(p) for p in operand_parameters],
         operand_arguments=", ".join(p.name for p in operand_parameters),
-        epilogue=render_expr(kernel.problem.epilogue),
+        epilogue=render_expr(evaluate.expr),
     )
 
 
@@ -77,7 +80,7 @@ def constants(kernel: Kernel) -> dict[str, int]:
         "kClusterM": traversal.cluster_m,
         "kClusterN": traversal.cluster_n,
         "kRasterGroup": traversal.group,
-        "kPlainEpilogue": int(kernel.problem.epilogue == acc),
+        "kPlainEpilogue": int(_evaluate(kernel).expr == acc),
         "kScaleN": promote.windows[1].block,
         "kNumSfbRows": loads["sfb"].dst.shape[0],
         "kScaleBlocks": loads["sfa"].dst.shape[1],
@@ -114,7 +117,7 @@ def render_expr(expr: Expr) -> str:
         case Constant():
             return f"epilogue::constant({_float_literal(expr.value)})"
         case Operand():
-            pointer = f"operands.operand_{expr.name}"
+            pointer = f"operands.{operand_parameter(expr.name)}"
             if not expr.axes:
                 return f"epilogue::constant(__ldg({pointer}))"
             index = "column" if expr.axes == ("n",) else f"u64(row) * {pointer}_stride + column"
@@ -124,6 +127,10 @@ def render_expr(expr: Expr) -> str:
         case Cast():
             return f"epilogue::cast<{expr.dtype.cuda}>({render_expr(expr.arg)})"
     raise TypeError(f"no rendering of {type(expr).__name__}")
+
+
+def _evaluate(kernel: Kernel) -> Evaluate:
+    return next(stmt for stmt in walk(kernel.body.body) if isinstance(stmt, Evaluate))
 
 
 def _float_literal(value: float) -> str:

@@ -232,9 +232,8 @@ def check_expr(expr: object) -> None:
                 _check_operand(node, seen)
             case Cast():
                 if node.dtype not in (BF16, F32):
-                    raise ProblemError(
-                        f"epilogue casts to bfloat16 or float32, not to {node.dtype}"
-                    )
+                    got = getattr(node.dtype, "name", node.dtype)
+                    raise ProblemError(f"epilogue casts to bfloat16 or float32, not to {got}")
             case Constant():
                 as_expr(node.value)
             case Accumulator():

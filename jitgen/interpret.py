@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import DType
+from .dtypes import F32, DType
 from .errors import ProblemError
 from .expr import Accumulator, Apply, Cast, Constant, Expr, Operand
 from .ir import (
@@ -32,7 +32,7 @@ from .ir import (
     Window,
     Zero,
 )
-from .numerics import fma_f32, round_to, wgmma_e4m3
+from .numerics import NAN_F32, fma_f32, round_to, wgmma_e4m3
 from .schedule import BLOCK_K
 
 Array = NDArray[Any]
@@ -107,7 +107,8 @@ class _Machine:
                     self.promote(stmt)
                 case Evaluate():
                     value = self.evaluate(stmt.expr, self.buffers[stmt.src.name])
-                    self.buffers[stmt.dst.name] = self.rounded(value, stmt.dst.dtype)
+                    value = np.broadcast_to(self.rounded(value, stmt.dst.dtype), stmt.dst.shape)
+                    self.buffers[stmt.dst.name] = value
                 case Store():
                     target = self.clipped(stmt.dst, stmt.windows, self.d.shape)
                     rows, columns = (s.stop - s.start for s in target)
@@ -118,7 +119,9 @@ class _Machine:
         return np.dtype(np.float64 if self.exact else np.float32)
 
     def rounded(self, value: Array, dtype: DType) -> Array:
-        return value.astype(dtype.numpy) if self.exact else round_to(value, dtype)
+        if self.exact:
+            value = value.astype(np.float32) if dtype == F32 else _round_to_odd(value)
+        return round_to(value, dtype)
 
     def load(self, op: Load) -> None:
         """The windows of a tensor; zeros beyond its end."""
@@ -158,7 +161,10 @@ class _Machine:
             )
 
     def evaluate(self, expr: Expr, acc: Array) -> Array:
-        """The expression's value over the tile; operands are zero beyond the tensor's end."""
+        """The expression's value, of a shape that broadcasts to the tile's.
+
+        Operands are zero beyond the tensor's end.
+        """
         match expr:
             case Accumulator():
                 return acc
@@ -169,7 +175,10 @@ class _Machine:
             case Apply():
                 args = [self.evaluate(arg, acc) for arg in expr.args]
                 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-                    return _OPERATIONS[expr.op](*args)
+                    value = np.asarray(_OPERATIONS[expr.op](*args))
+                if not self.exact:
+                    np.copyto(value, NAN_F32, where=np.isnan(value))
+                return value
             case Cast():
                 value = self.evaluate(expr.arg, acc)
                 return value if self.exact else round_to(value, expr.dtype).astype(np.float32)
@@ -195,6 +204,24 @@ def _matmul_f64(a: Array, b: Array) -> Array:
         return a.astype(np.float64) @ b.astype(np.float64).T
 
 
+def _round_to_odd(x: Array) -> Array:
+    """x, float64, in float32: a rounding to fewer bits that follows is as if it were the only one.
+
+    Boldo and Melquiond 2008: what lies between two neighbours becomes the one with an odd last bit.
+    """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        nearest = x.astype(np.float32)
+    value, bits = nearest.astype(np.float64), nearest.view(np.uint32)
+    bits -= np.abs(value) > np.abs(x)  # a step toward zero; NaN compares false
+    bits |= (value > x) | (value < x)
+    return nearest
+
+
+def _maximum(x: Array, y: Array) -> Array:
+    """As PTX `max.NaN`: NaN if either is, and +0 above -0, of which NumPy takes any."""
+    return np.where((x == 0) & (y == 0), x + y, np.maximum(x, y))
+
+
 def _relu(x: Array) -> Array:
     return np.where((x > 0) | np.isnan(x), x, x.dtype.type(0))
 
@@ -217,7 +244,7 @@ _OPERATIONS: dict[str, Callable[..., Array]] = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
-    "maximum": np.maximum,
+    "maximum": _maximum,
     "relu": _relu,
     "silu": _silu,
     "gelu": _gelu,

@@ -327,7 +327,7 @@ class Kernel:
                 maps.append(TensorMapParameter(stmt.dst, stmt.box, stmt.src.swizzle_bytes))
             elif isinstance(stmt, Evaluate):
                 for tensor in stmt.operands:
-                    name = f"operand_{tensor.name}"
+                    name = operand_parameter(tensor.name)
                     epilogue.append(PointerParameter(tensor, name))
                     if len(tensor.dims) == 2:
                         epilogue.append(StrideParameter(tensor, 0, f"{name}_stride"))
@@ -343,6 +343,15 @@ class Kernel:
         )
         lines += _format(self.body.body, 4)
         return "\n".join(lines)
+
+
+def operand_parameter(operand: str) -> str:
+    """The parameter of an operand's address; `_stride` after it names that of its row stride.
+
+    An underscore keeps operand x_stride and the stride of operand x apart.
+    """
+    ends_like_stride = operand.rstrip("_").endswith("_stride")
+    return f"operand_{operand}_" if ends_like_stride else f"operand_{operand}"
 
 
 def walk(stmts: tuple[Stmt, ...]) -> Iterator[Stmt]:
