@@ -120,7 +120,8 @@ class _Machine:
 
     def rounded(self, value: Array, dtype: DType) -> Array:
         if self.exact:
-            value = value.astype(np.float32) if dtype == F32 else _round_to_odd(value)
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                value = value.astype(np.float32) if dtype == F32 else _round_to_odd(value)
         return round_to(value, dtype)
 
     def load(self, op: Load) -> None:
@@ -209,8 +210,7 @@ def _round_to_odd(x: Array) -> Array:
 
     Boldo and Melquiond 2008: what lies between two neighbours becomes the one with an odd last bit.
     """
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        nearest = x.astype(np.float32)
+    nearest = x.astype(np.float32)
     value, bits = nearest.astype(np.float64), nearest.view(np.uint32)
     bits -= np.abs(value) > np.abs(x)  # a step toward zero; NaN compares false
     bits |= (value > x) | (value < x)

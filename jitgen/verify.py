@@ -1,32 +1,55 @@
 """The verifier: what must hold of a lowered kernel, whoever lowered it.
 
-It trusts no field that it can derive.
+It walks the program of a tile once and keeps, for every buffer, what it holds. A buffer is written
+once, as the problem and the loops around it demand, and what it holds is read once, where it is
+still of the tile or K block at hand:
+
+    Load      -> tile of a, tile of b     in the inner K loop, for every K block
+    Load      -> tile of sfa, tile of sfb in the outer K loop, for as many K blocks as it steps over
+    Mma       -> product                  tile of a, tile of b
+    Zero      -> zeros                    before the K loops
+    Promote   -> sums                     zeros, product, tile of sfa, tile of sfb
+    Evaluate  -> result                   sums, after the K loops
+    Store                                 result
+
+It trusts no field that it can derive. What a problem and a schedule must be is left to
+check_problem and check_schedule.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field, replace
 
-from .dtypes import F32
-from .errors import VerifyError
+from .dtypes import E4M3, F32
+from .errors import ProblemError, ScheduleError, VerifyError
+from .expr import operands
 from .ir import (
+    Axis,
     Buffer,
+    Dim,
     Evaluate,
     ForK,
     Kernel,
     Load,
     Mma,
     Promote,
+    Stmt,
     Store,
+    Tensor,
     Traversal,
     Window,
     Zero,
-    walk,
 )
+from .problem import Gemm, check_problem
 from .schedule import (
+    BLOCK_K,
     REGISTER_SPLIT,
+    SCALE_BLOCKS,
     SWIZZLE_ATOM_BYTES,
+    Schedule,
     accumulator_registers,
+    check_schedule,
     num_barriers,
     num_parts,
     num_scale_stages,
@@ -34,59 +57,36 @@ from .schedule import (
 )
 
 MAX_BOX = 256  # elements of a TMA box in each dimension (CUDA driver API, cuTensorMapEncodeTiled)
+TMA_BYTES = 16  # unit of a tensor's row (ibid.)
+SWIZZLE_BYTES = 128  # of the tiles that wgmma reads, whose descriptors say so
+SWIZZLE_SPANS = (32, 64, 128)
+EPILOGUE_COLUMNS = 16  # which the epilogue writes into one box at a time
 
 
 def verify(kernel: Kernel) -> None:
     """Raise VerifyError, naming the op and the rule, unless `kernel` is sound.
 
     Checked: every tile of D is computed and stored exactly once; the K blocks cover k once, in
-    order; buffers are written before they are read and their shapes fit; boxes and alignments are
-    what TMA and wgmma take; shared memory and registers suffice.
+    order; every op gets what the problem asks of it, in buffers of the right type and shape; boxes
+    and alignments are what TMA and wgmma take; shared memory and registers suffice.
     """
-    traversal = kernel.body.traversal
-    _check_coverage(traversal, kernel.problem.n)
-    _check_dataflow(kernel)
-    tile = {"m": traversal.block_m, "n": traversal.block_n}
-    for stmt in walk(kernel.body.body):
-        match stmt:
-            case ForK():
-                around = tile.get("k", kernel.problem.k)
-                _require(
-                    stmt.extent == around, stmt, f"covers {stmt.extent} of {around} positions of k"
-                )
-                _require(
-                    "k" not in tile or around % stmt.step == 0,
-                    stmt,
-                    f"{stmt.step} does not divide {around}",
-                )
-                tile["k"] = stmt.step
-            case Load():
-                _check_load(stmt, tile, kernel)
-            case Mma():
-                m, n, k = *stmt.dst.shape, stmt.a.shape[1]
-                _require(
-                    stmt.a.shape == (m, k) and stmt.b.shape == (n, k), stmt, "shapes do not fit"
-                )
-                _require(
-                    m % 64 == 0 and n % 8 == 0 and n <= 256 and k % 32 == 0, stmt, "no such wgmma"
-                )
-                for operand in (stmt.a, stmt.b):
-                    _require(
-                        operand.swizzle_bytes == 128,
-                        stmt,
-                        f"{operand.name} is not swizzled over 128 bytes",
-                    )
-            case Promote():
-                _check_promote(stmt, tile)
-            case Evaluate():
-                _require(stmt.src.shape == stmt.dst.shape, stmt, "shapes do not fit")
-                _require(stmt.src.dtype == F32, stmt, "evaluates float32 accumulators")
-            case Store():
-                _check_store(stmt, tile)
-            case Zero():
-                pass
-    _check_smem(kernel)
-    _check_registers(kernel)
+    try:
+        check_problem(kernel.problem)
+        check_schedule(kernel.problem, kernel.schedule, kernel.target)
+    except (ProblemError, ScheduleError) as error:
+        raise VerifyError(f"{kernel.name}: {error}") from error
+    tensors = _tensors(kernel.problem)
+    arguments = tuple(tensors.values())
+    _require(kernel.tensors == arguments, kernel.name, f"takes {kernel.tensors}, not {arguments}")
+    _check_traversal(kernel.body.traversal, kernel.schedule)
+    schedule = kernel.schedule
+    tile: dict[Axis, int] = {"m": schedule.block_m, "n": schedule.block_n, "k": kernel.problem.k}
+    block = _Block(kernel, tensors, tile)
+    block.run(kernel.body.body)
+    block.end(kernel.name)
+    _require("result" in block.written, kernel.name, "does not store D")
+    _check_smem(kernel, block.written)
+    _check_registers(kernel, block.written["sums"])
 
 
 def _require(condition: bool, op: object, rule: str) -> None:
@@ -94,178 +94,282 @@ def _require(condition: bool, op: object, rule: str) -> None:
         raise VerifyError(f"{op}: {rule}")
 
 
-def _check_coverage(traversal: Traversal, n: int) -> None:
-    """Each tile of a few small and odd grids is visited once."""
-    for rows in (1, 2, 3, traversal.group, traversal.group + 1, 2 * traversal.group + 3):
-        m = rows * traversal.block_m * traversal.cluster_m - 1
-        columns = min(n, 5 * traversal.block_n * traversal.cluster_n)
-        seen = list(traversal.tiles(m, columns))
-        inside = [(row, column) for row, column in seen if row < m and column < columns]
-        expected = {
-            (row, column)
-            for row in range(0, m, traversal.block_m)
-            for column in range(0, columns, traversal.block_n)
-        }
+def _require_same(got: Buffer | Tensor, expected: Buffer | Tensor, op: object) -> None:
+    for name, value in vars(expected).items():
+        actual = getattr(got, name)
+        _require(actual == value, op, f"{got.name} has {name} {actual}, must have {value}")
+
+
+def _tensors(problem: Gemm) -> dict[str, Tensor]:
+    """The tensors of `problem` by name."""
+    m, n = Dim("m", None), Dim("n", problem.n)
+    a_scale, b_scale = problem.a_scale, problem.b_scale
+    tensors = [
+        Tensor("a", problem.a_dtype, (m, Dim("k", problem.k))),
+        Tensor("b", problem.b_dtype, (n, Dim("k", problem.k))),
+        Tensor("sfa", F32, (replace(m, block=a_scale.rows), Dim("k", problem.k, a_scale.k))),
+        Tensor("sfb", F32, (replace(n, block=b_scale.rows), Dim("k", problem.k, b_scale.k))),
+        Tensor("d", problem.d_dtype, (m, n)),
+    ]
+    for operand in operands(problem.epilogue):
+        dims = tuple(m if axis == "m" else n for axis in operand.axes)
+        tensors.append(Tensor(operand.name, operand.dtype, dims))
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _check_traversal(traversal: Traversal, schedule: Schedule) -> None:
+    """It walks the schedule's tiles, and visits each one of a few small and odd grids once."""
+    t, s = traversal, schedule
+    walked = (t.block_m, t.block_n, t.cluster_m, t.cluster_n, t.group)
+    planned = (s.block_m, s.block_n, s.cluster_m, s.cluster_n, s.raster_group)
+    _require(walked == planned, traversal, f"is not that of the schedule {schedule}")
+    # A group of 1024 rows is walked like one of 3, which takes less time to try.
+    small = replace(traversal, group=min(t.group, 3))
+    height, width = t.block_m * t.cluster_m, t.block_n * t.cluster_n
+    for rows in (1, small.group, small.group + 1, 2 * small.group + 2):
+        for m, n in ((rows * height, 2 * width), (rows * height - height + 1, 3 * width - 1)):
+            seen = list(small.tiles(m, n))
+            expected = {
+                (row, column) for row in range(0, m, t.block_m) for column in range(0, n, t.block_n)
+            }
+            inside = {(row, column) for row, column in seen if row < m and column < n}
+            _require(
+                len(seen) == len(set(seen)) and inside == expected,
+                traversal,
+                f"does not cover {m} x {n} once",
+            )
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What `buffer` holds, written in a loop nest of `depth`."""
+
+    what: str
+    buffer: Buffer
+    depth: int
+
+    def __str__(self) -> str:
+        return f"{self.what}, written {self.depth} loops deep"
+
+
+@dataclass
+class _Block:
+    """One thread block at work on one tile: the tile's size in each axis and the values at hand."""
+
+    kernel: Kernel
+    tensors: dict[str, Tensor]
+    tile: dict[Axis, int]
+    depth: int = 0  # loops of k around the op at hand
+    values: dict[str, _Value] = field(default_factory=dict)  # by buffer
+    written: dict[str, Buffer] = field(default_factory=dict)  # by what they hold or held
+
+    def run(self, stmts: tuple[Stmt, ...]) -> None:
+        for stmt in stmts:
+            match stmt:
+                case ForK():
+                    self.loop(stmt)
+                case Zero():
+                    _require(self.depth == 0, stmt, "must come before the K loop")
+                    self.write(stmt, "zeros", stmt.dst, self.accumulator(stmt.dst))
+                case Load():
+                    self.load(stmt)
+                case Mma():
+                    self.mma(stmt)
+                case Promote():
+                    self.promote(stmt)
+                case Evaluate():
+                    self.evaluate(stmt)
+                case Store():
+                    self.store(stmt)
+
+    def write(self, op: Stmt, what: str, buffer: Buffer, expected: Buffer) -> None:
+        """`buffer`, which must be as expected, holds `what` from here to the end of the loop."""
+        _require_same(buffer, expected, op)
+        _require(what not in self.written, op, f"writes {what} a second time")
+        names = [other.name for other in self.written.values()]
+        _require(buffer.name not in names, op, f"overwrites {buffer.name}")
+        self.written[what] = buffer
+        self.values[buffer.name] = _Value(what, buffer, self.depth)
+
+    def read(self, op: Stmt, what: str, buffer: Buffer, depth: int) -> None:
+        """`buffer` holds `what`, which was written `depth` loops deep; nobody else reads it."""
+        value = self.values.pop(buffer.name, None)
+        if value is None or (value.what, value.depth) != (what, depth):
+            raise VerifyError(f"{op}: {buffer.name} must hold {what}, holds {value or 'nothing'}")
+        _require_same(buffer, value.buffer, op)
+
+    def end(self, op: str) -> None:
+        """What was written in the loop that ends here, or in the tile, was read there."""
+        for value in self.values.values():
+            _require(value.depth < self.depth, op, f"{value.buffer.name} is unread: {value}")
+
+    def loop(self, loop: ForK) -> None:
+        name, around = f"for {loop.extent} of k by {loop.step}", self.tile["k"]
+        _require(loop.extent == around, name, f"covers {loop.extent} of {around} positions of k")
+        _require(loop.step > 0, name, "must step forwards")
+        # Only the last step of the outermost loop may be cut short, by the end of k.
+        _require(self.depth == 0 or around % loop.step == 0, name, f"does not divide {around}")
+        _require(bool(loop.body), name, "is empty")
+        self.tile["k"], self.depth = loop.step, self.depth + 1
+        self.run(loop.body)
+        self.end(name)
+        self.tile["k"], self.depth = around, self.depth - 1
+
+    def windows(self, tensor: Tensor) -> tuple[Window, ...]:
+        """Those of the tile and K block at hand."""
+        return tuple(Window(dim.axis, self.tile[dim.axis], dim.block) for dim in tensor.dims)
+
+    def accumulator(self, buffer: Buffer) -> Buffer:
+        """What an accumulator called like `buffer` must be."""
+        return Buffer(buffer.name, F32, (self.tile["m"], self.tile["n"]), "registers")
+
+    def load(self, op: Load) -> None:
+        name = op.src.name
+        _require(name in ("a", "b", "sfa", "sfb"), op, f"{name} is not loaded into a buffer")
+        _require_same(op.src, self.tensors[name], op)
+        windows = self.windows(op.src)
+        _require(op.windows == windows, op, f"the tile is [{', '.join(map(str, windows))}]")
+        is_tile = name in ("a", "b")
+        _require(self.depth == (2 if is_tile else 1), op, f"is {self.depth} loops of k deep")
+        via = "tma" if is_tile else "registers"
+        _require(op.via == via, op, f"must be loaded via {via}")
+        # Blocks side by side along n share the rows of A, those along m the rows of B.
+        schedule = self.kernel.schedule
+        sharing = schedule.cluster_n if name == "a" else schedule.cluster_m
+        shares = sharing if is_tile else 1
+        _require(op.multicast == shares, op, f"must be multicast {shares}")
+        _require(op.any_strides == (name == "sfa"), op, "only sfa has any strides")
+        shape = tuple(map(_num_elements, windows, op.src.dims))
+        swizzle_bytes = SWIZZLE_BYTES if is_tile else 0
+        expected = Buffer(op.dst.name, op.src.dtype, shape, "smem", True, swizzle_bytes)
+        self.write(op, f"tile of {name}", op.dst, expected)
+        if is_tile:
+            # A share of the tile must begin on a swizzle atom of 8 rows.
+            _require(shape[0] % (8 * op.multicast) == 0, op, f"{shape[0]} rows cannot be split")
+            _check_tma(op, op.src, op.dst, op.box)
+        else:
+            chunk = SCALE_BLOCKS * BLOCK_K
+            _require(windows[1].size == chunk, op, f"must take the scales of {chunk} of k")
+
+    def mma(self, op: Mma) -> None:
+        for buffer, name in ((op.a, "a"), (op.b, "b")):
+            self.read(op, f"tile of {name}", buffer, self.depth)
+            _require(buffer.dtype == E4M3, op, f"{name} is {buffer.dtype}, wgmma takes {E4M3}")
+        columns = part_columns(self.kernel.problem, self.kernel.schedule) or 0
         _require(
-            len(seen) == len(set(seen)) and set(inside) == expected,
-            traversal,
-            f"does not cover {m} x {columns} once",
-        )
-
-
-def _check_dataflow(kernel: Kernel) -> None:
-    """Every buffer is written before it is read, and D is stored once, outside the K loop."""
-    written: set[str] = set()
-    for stmt in walk(kernel.body.body):
-        reads: tuple[Buffer, ...] = ()
-        match stmt:
-            case Zero() | Load():
-                written.add(stmt.dst.name)
-            case Mma():
-                reads = (stmt.a, stmt.b)
-            case Promote():
-                reads = (stmt.acc, stmt.part, *stmt.scales)
-            case Evaluate():
-                reads = (stmt.src,)
-            case Store():
-                reads = (stmt.src,)
-        for buffer in reads:
-            _require(buffer.name in written, stmt, f"reads {buffer.name} before it is written")
-        if isinstance(stmt, (Mma, Evaluate)):
-            written.add(stmt.dst.name)
-    stores = [stmt for stmt in kernel.body.body if isinstance(stmt, Store)]
-    _require(len(stores) == 1, kernel.name, f"stores D {len(stores)} times in a tile")
-
-
-def _check_windows(op: object, windows: tuple[Window, ...], tile: dict[str, int]) -> None:
-    for window in windows:
-        size = tile.get(window.axis)
-        _require(window.size == size, op, f"window {window} is not the tile's {size}")
-
-
-def _check_load(op: Load, tile: dict[str, int], kernel: Kernel) -> None:
-    _check_windows(op, op.windows, tile)
-    for window, dim, extent in zip(op.windows, op.src.dims, op.dst.shape, strict=True):
-        _require(
-            window.axis == dim.axis and window.block == dim.block,
+            self.tile["m"] % 64 == 0
+            and columns in range(8, 257, 8)
+            and self.tile["n"] % columns == 0
+            and self.tile["k"] % 32 == 0,
             op,
-            f"window {window} is not of {dim}",
+            f"no wgmma of {columns} columns computes this tile",
         )
-        # Tiles begin at multiples of their size: one that begins inside a block may touch one more
-        # element.
-        end = dim.extent or math.lcm(window.size, window.block)
-        starts = range(0, min(end, math.lcm(window.size, window.block)), window.size)
-        need = max(
-            (min(s + window.size, end) - 1) // window.block - s // window.block + 1 for s in starts
-        )
-        _require(extent >= need, op, f"holds {extent} of {need} elements along {window.axis}")
-    if op.via == "tma":
-        rows, columns = op.box
+        self.write(op, "product", op.dst, self.accumulator(op.dst))
+
+    def promote(self, op: Promote) -> None:
+        sfa, sfb = self.tensors["sfa"], self.tensors["sfb"]
+        self.read(op, "product", op.part, self.depth)
+        self.read(op, "zeros", op.acc, 0)
+        _require(len(op.scales) == 2, op, "takes two scales")
+        for buffer, tensor in zip(op.scales, (sfa, sfb), strict=True):
+            self.read(op, f"tile of {tensor.name}", buffer, self.depth - 1)
+        windows = (self.windows(sfa)[0], self.windows(sfb)[0])
+        _require(op.windows == windows, op, f"scales by {', '.join(map(str, windows))}")
         _require(
-            rows * op.multicast == op.dst.shape[0] and rows % 8 == 0,
+            self.tile["k"] == sfa.dims[1].block == sfb.dims[1].block == BLOCK_K,
             op,
-            "cannot be split over the cluster",
+            f"takes one scale for {self.tile['k']} of k",
         )
-        _check_box(op, op.box, op.dst)
+        # The sums are those of the whole k where the loops that began at zeros have ended.
+        self.written["sums"] = op.acc
+        self.values[op.acc.name] = _Value("sums", op.acc, 0)
+
+    def evaluate(self, op: Evaluate) -> None:
+        problem = self.kernel.problem
+        _require(self.depth == 0, op, "must come after the K loop")
+        self.read(op, "sums", op.src, 0)
+        _require(op.expr == problem.epilogue, op, f"the epilogue is {problem.epilogue}")
+        tensors = tuple(self.tensors[operand.name] for operand in operands(op.expr))
+        _require(op.operands == tensors, op, f"reads {', '.join(map(str, tensors)) or 'nothing'}")
+        span, shape = op.dst.swizzle_bytes, (self.tile["m"], self.tile["n"])
+        _require(span in SWIZZLE_SPANS, op, f"swizzles {op.dst.name} over {span} bytes")
+        expected = Buffer(op.dst.name, problem.d_dtype, shape, "smem", swizzle_bytes=span)
+        self.write(op, "result", op.dst, expected)
+
+    def store(self, op: Store) -> None:
+        _require(self.depth == 0, op, "must come after the K loop")
+        self.read(op, "result", op.src, 0)
+        _require_same(op.dst, self.tensors["d"], op)
+        windows = self.windows(op.dst)
+        _require(op.windows == windows, op, f"the tile is [{', '.join(map(str, windows))}]")
+        rows = self.tile["m"] // self.kernel.schedule.num_math_warpgroups
+        columns = op.src.swizzle_bytes // op.src.dtype.size_bytes
+        _require(op.box == (rows, columns), op, f"box {op.box} must be ({rows}, {columns})")
         _require(
-            columns * op.dst.dtype.size_bytes == op.dst.swizzle_bytes,
+            self.tile["n"] % columns == 0 and columns % EPILOGUE_COLUMNS == 0,
             op,
-            "a row is not one swizzle span",
+            f"boxes of {columns} columns do not tile {self.tile['n']}",
         )
-        _require(op.src.dims[-1].extent is not None, op, "the contiguous extent must be known")
-        _require(
-            (op.src.dims[-1].extent or 0) * op.dst.dtype.size_bytes % 16 == 0,
-            op,
-            "rows are not 16-byte units",
-        )
-    else:
-        _require(op.multicast == 1 and op.dst.dtype.size_bytes == 4, op, "is for 4-byte elements")
-    _require(op.dst.pipelined, op, "must write a pipelined buffer")
-    _require(kernel.schedule.num_stages >= 2, op, "needs at least two stages")
+        _check_tma(op, op.dst, op.src, op.box)
 
 
-def _check_box(op: object, box: tuple[int, ...], buffer: Buffer) -> None:
-    _require(
-        all(0 < extent <= MAX_BOX for extent in box), op, f"box {box} exceeds {MAX_BOX} elements"
+def _num_elements(window: Window, dim: Dim) -> int:
+    """Elements that a buffer holds of a window: all, but of blocked rows those within the tensor.
+
+    Tiles begin at multiples of their size: one that begins inside a block may touch one more.
+    """
+    if window.block == 1 or window.axis == "k":
+        return -(-window.size // window.block)
+    period = math.lcm(window.size, window.block)
+    end = dim.extent or period
+    return max(
+        (min(start + window.size, end) - 1) // window.block - start // window.block + 1
+        for start in range(0, min(end, period), window.size)
     )
+
+
+def _check_tma(op: Load | Store, tensor: Tensor, buffer: Buffer, box: tuple[int, ...]) -> None:
+    size = buffer.dtype.size_bytes
+    _require(all(0 < extent <= MAX_BOX for extent in box), op, f"box {box} exceeds {MAX_BOX}")
+    _require(box[-1] * size == buffer.swizzle_bytes, op, f"box {box} is not one swizzle span wide")
+    row_bytes = (tensor.dims[-1].extent or 0) * size
     _require(
-        box[-1] * buffer.dtype.size_bytes <= buffer.swizzle_bytes,
+        row_bytes > 0 and row_bytes % TMA_BYTES == 0,
         op,
-        f"box {box} is wider than the swizzle span",
+        f"rows of {row_bytes} bytes are not whole units of {TMA_BYTES}",
     )
 
 
-def _check_promote(op: Promote, tile: dict[str, int]) -> None:
-    _require(op.acc.shape == op.part.shape, op, "shapes do not fit")
-    _check_windows(op, op.windows, tile)
-    _require(
-        tuple(window.axis for window in op.windows) == ("m", "n"), op, "scales rows, then columns"
-    )
-    _require(all(scale.dtype == F32 for scale in op.scales), op, "scales are float32")
-    _require(op.scales[0].shape[1] == op.scales[1].shape[1], op, "scales cover different K blocks")
-
-
-def _check_store(op: Store, tile: dict[str, int]) -> None:
-    _check_windows(op, op.windows, tile)
-    rows, columns = op.src.shape
-    _check_box(op, op.box, op.src)
-    _require(
-        rows % op.box[0] == 0 and columns % op.box[1] == 0,
-        op,
-        f"box {op.box} does not tile {op.src.shape}",
-    )
-    _require(op.dst.dtype == op.src.dtype, op, "dtypes differ")
-    _require(
-        (op.dst.dims[-1].extent or 0) * op.dst.dtype.size_bytes % 16 == 0,
-        op,
-        "rows are not 16-byte units",
-    )
-
-
-def _check_smem(kernel: Kernel) -> None:
+def _check_smem(kernel: Kernel, buffers: dict[str, Buffer]) -> None:
     """Buffers do not overlap, swizzled tiles are aligned, and all fit."""
     plan, stages = kernel.smem, kernel.schedule.num_stages
-    copies = {"tma": stages, "registers": num_scale_stages(kernel.schedule)}
-    num_bytes = {
-        op.dst.name: op.dst.num_bytes * (copies[op.via] if isinstance(op, Load) else 1)
-        for op in walk(kernel.body.body)
-        if isinstance(op, (Load, Evaluate))
-    }
-    regions = [
-        (plan.a, num_bytes["smem_a"], SWIZZLE_ATOM_BYTES),
-        (plan.b, num_bytes["smem_b"], SWIZZLE_ATOM_BYTES),
-        (plan.d, num_bytes["smem_d"], SWIZZLE_ATOM_BYTES),
-        (plan.scales, num_bytes["smem_sfa"] + num_bytes["smem_sfb"], 16),
-        (plan.barriers, 8 * num_barriers(kernel.schedule), 8),
-    ]
+    num_bytes = {what: buffer.num_bytes for what, buffer in buffers.items()}
+    scales = num_bytes["tile of sfa"] + num_bytes["tile of sfb"]
+    regions = (
+        ("a", plan.a, stages * num_bytes["tile of a"], SWIZZLE_ATOM_BYTES),
+        ("b", plan.b, stages * num_bytes["tile of b"], SWIZZLE_ATOM_BYTES),
+        ("d", plan.d, num_bytes["result"], SWIZZLE_ATOM_BYTES),
+        ("scales", plan.scales, num_scale_stages(kernel.schedule) * scales, 16),
+        ("barriers", plan.barriers, 8 * num_barriers(kernel.schedule), 8),
+    )
     end = 0
-    for offset, size, alignment in regions:
-        _require(
-            offset >= end and offset % alignment == 0,
-            plan,
-            f"a buffer at {offset} overlaps or is misaligned",
-        )
+    for name, offset, size, alignment in regions:
+        _require(offset >= end, plan, f"{name} at {offset} overlaps what ends at {end}")
+        _require(offset % alignment == 0, plan, f"{name} at {offset} is not {alignment}-aligned")
         end = offset + size
-    _require(
-        end <= plan.total_bytes <= kernel.target.smem_per_block_bytes,
-        plan,
-        "does not fit in shared memory",
-    )
+    limit = kernel.target.smem_per_block_bytes
+    _require(end <= plan.total_bytes <= limit, plan, f"needs {end} bytes, {limit} are allowed")
 
 
-def _check_registers(kernel: Kernel) -> None:
+def _check_registers(kernel: Kernel, sums: Buffer) -> None:
     """Accumulators fit a math thread's registers, and all threads' registers fit the SM's."""
-    math_threads = 128 * kernel.schedule.num_math_warpgroups
-    producer, math = REGISTER_SPLIT[kernel.schedule.num_math_warpgroups]
-    promoted = {op.acc.name: op.acc for op in walk(kernel.body.body) if isinstance(op, Promote)}
-    elements = sum(buffer.num_bytes // 4 for buffer in promoted.values())
-    columns = part_columns(kernel.problem, kernel.schedule) or 0
-    _require(columns > 0, kernel.name, "has no registers for partial accumulators")
-    need = elements // math_threads + num_parts(kernel.schedule) * columns // 2
-    free = accumulator_registers(kernel.problem, kernel.schedule)
-    _require(
-        need <= free < math, kernel.name, f"accumulators take {need} of {free} registers a thread"
-    )
+    problem, schedule = kernel.problem, kernel.schedule
+    math_threads = 128 * schedule.num_math_warpgroups
+    producer, math = REGISTER_SPLIT[schedule.num_math_warpgroups]
+    columns = part_columns(problem, schedule) or 0
+    need = sums.num_bytes // 4 // math_threads + num_parts(schedule) * columns // 2
+    free = accumulator_registers(problem, schedule)
+    _require(need <= free < math, kernel.name, f"sums take {need} of {free} registers a thread")
     total = 128 * producer + math_threads * math
     # setmaxnreg moves registers within what the block got at its launch: an equal share a thread,
     # in steps of 8.

@@ -304,10 +304,12 @@ void gemm_e4m3_f32_n8_k16_64x16x128_s2_w1_c1x1_g8_overlapped(
         math.full_scales = full_scales;
         math.thread_row = thread_row;
         math.lane = math_lane;
+
         for (u32 index = first_tile; index < traversal.size(); index += tile_step) {
             const TileCoordinates origin = tile_origin(traversal.tile(index));
             math.sfb_boundary = kScaleN - origin.n % kScaleN;
             float acc[kNumWaves][kBlockN / 2] = {};
+
             u32 k_block = 0;
             // Not known to the compiler: a loop of one turn would be merged with the epilogue, and spill.
             const u32 num_k_blocks = opaque(kNumKBlocks);
@@ -343,6 +345,7 @@ void gemm_e4m3_f32_n8_k16_64x16x128_s2_w1_c1x1_g8_overlapped(
                         if (!kPlainEpilogue && element_row < m && column < kN)
                             out[i / 2][i % 2] = evaluate(out[i / 2][i % 2], operands, element_row, column);
                     }
+                    if constexpr (!kPlainEpilogue) __syncwarp();  // stmatrix is a warp's
                     const u32 box = 16 * j / kStoreColumns, box_column = 16 * j % kStoreColumns;
                     const u32 box_base = warpgroup_d + box * kWarpgroupM * kStoreSpan;
                     if constexpr (sizeof(DType) == 2) {
