@@ -230,7 +230,7 @@ def check_block(block: object) -> None:
     """Raise ProblemError unless `block` is a pair of positive ints: rows and columns of a block."""
     pair = block if isinstance(block, tuple) else ()
     if len(pair) != 2 or not all(type(extent) is int and extent > 0 for extent in pair):
-        raise ProblemError(f"block must be two positive ints, got {block!r}: try (1, 128)")
+        raise ProblemError(f"block must be positive, two ints, got {block!r}: try (1, 128)")
 
 
 def quantize_blocks(x: NDArray[Any], block: tuple[int, int]) -> tuple[NDArray[Any], F32Array]:

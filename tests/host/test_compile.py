@@ -122,6 +122,18 @@ def of_large_clusters() -> Iterator[Sample]:
             yield Sample(problem, Schedule(128, 128, 2, 2, cluster_m, cluster_n), name)
 
 
+def of_tightest() -> Iterator[Sample]:
+    """Legal tiles whose accumulators fill their budget, under a float32 epilogue with a residual."""
+    for row_tile, block_n, promotion in (
+        ((128, 1), 112, "serial"),
+        ((128, 1), 128, "overlapped"),
+        ((192, 3), 144, "serial"),
+        ((256, 2), 112, "serial"),
+    ):
+        if schedule := tiles(2112, 7168, F32).get((row_tile, block_n, (1, 1), promotion)):
+            yield Sample(Gemm(2112, 7168, F32, EPILOGUES["residual"]), schedule, "residual")
+
+
 def of_choice() -> Iterator[Sample]:
     """What `gemm` takes for small and large m, under an epilogue that `choose` ignores."""
     calls = [(n, k, m, BF16) for n, k in ((4096, 7168), (576, 7168)) for m in (1, 128, 1024, 8192)]
@@ -131,7 +143,9 @@ def of_choice() -> Iterator[Sample]:
 
 
 SAMPLES = list(
-    dict.fromkeys([*of_every_tile(), *of_most_registers(), *of_large_clusters(), *of_choice()])
+    dict.fromkeys(
+        [*of_every_tile(), *of_most_registers(), *of_large_clusters(), *of_tightest(), *of_choice()]
+    )
 )
 
 
