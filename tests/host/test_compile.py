@@ -123,7 +123,7 @@ def of_large_clusters() -> Iterator[Sample]:
 
 
 def of_tightest() -> Iterator[Sample]:
-    """Legal tiles whose accumulators fill their budget, under a float32 epilogue with a residual."""
+    """Legal tiles that fill their accumulator budget, with float32 D and a residual."""
     for row_tile, block_n, promotion in (
         ((128, 1), 112, "serial"),
         ((128, 1), 128, "overlapped"),
