@@ -119,7 +119,7 @@ def render_expr(expr: Expr) -> str:
         case Operand():
             pointer = f"operands.{operand_parameter(expr.name)}"
             if not expr.axes:
-                return f"epilogue::constant(__ldg({pointer}))"
+                return f"epilogue::load_scalar({pointer})"
             index = "column" if expr.axes == ("n",) else f"u64(row) * {pointer}_stride + column"
             return f"epilogue::load_pair({pointer}, {index})"
         case Apply():

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from .dtypes import F32
 from .errors import ScheduleError
 from .problem import Gemm
 from .target import SM90A, Target
@@ -23,7 +24,8 @@ SWIZZLE_ATOM_BYTES = 1024  # 8 rows of 128 bytes: base alignment of an SW128 til
 # accumulators without spilling, in a tile that touches one row of sfb and in one that touches two.
 REGISTER_SPLIT = {1: (56, 240), 2: (56, 224), 3: (56, 152)}
 ACCUMULATOR_REGISTERS = {1: (192, 152), 2: (192, 152), 3: (104, 100)}
-CLUSTER_ACCUMULATOR_REGISTERS = 128  # at most, in a cluster and with 128 rows a warpgroup
+# At most, with 128 rows a warpgroup, in a cluster or where D is float32 (more addresses to keep).
+TWO_WAVES_ACCUMULATOR_REGISTERS = 128
 
 Promotion = Literal["overlapped", "serial"]
 
@@ -136,8 +138,8 @@ def accumulator_registers(problem: Gemm, schedule: Schedule) -> int:
     """Registers of a math thread that sums and partial accumulators may take."""
     one_row, two_rows = ACCUMULATOR_REGISTERS[schedule.num_math_warpgroups]
     limit = one_row if num_sfb_rows(problem, schedule.block_n) == 1 else two_rows
-    if schedule.cluster_size > 1 and schedule.num_waves > 1:
-        return min(limit, CLUSTER_ACCUMULATOR_REGISTERS)
+    if schedule.num_waves > 1 and (schedule.cluster_size > 1 or problem.d_dtype == F32):
+        return min(limit, TWO_WAVES_ACCUMULATOR_REGISTERS)
     return limit
 
 

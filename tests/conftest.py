@@ -47,3 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and _why_no_gpu():
             item.add_marker(pytest.mark.skip(reason=_why_no_gpu()))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="rewrite tests/golden from what the generator prints; read the diff before a commit",
+    )
+    parser.addoption("--seed", type=int, help="seed of the `rng` fixture, to repeat a failure")

@@ -70,7 +70,7 @@ def choose(problem: Gemm, m: int, num_sms: int = SM90A.num_sms, target: Target =
 
 
 def m_bucket(m: int) -> int:
-    """The least extent at or above m among 64 * (2, 3) * 2^i: what a schedule is chosen for."""
+    """The least of 64, 96, 128, 192 .. 65536 at or above m: what a schedule is chosen for."""
     bucket = 64
     while bucket < min(m, 65536):
         bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3

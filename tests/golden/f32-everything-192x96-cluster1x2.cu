@@ -79,7 +79,7 @@ struct EpilogueOperands {
 
 // Columns `column` and `column + 1` of row `row`, which lie within D.
 __device__ __forceinline__ float2 evaluate(float2 acc, const EpilogueOperands& operands, u32 row, u32 column) {
-    return epilogue::add(epilogue::sub(epilogue::mul(epilogue::cast<bf16>(epilogue::maximum(epilogue::gelu(epilogue::add(epilogue::mul(acc, epilogue::constant(__ldg(operands.operand_alpha))), epilogue::load_pair(operands.operand_bias, column))), epilogue::constant(__uint_as_float(0x3f000000u)))), epilogue::load_pair(operands.operand_gain, column)), epilogue::silu(epilogue::relu(epilogue::load_pair(operands.operand_residual, u64(row) * operands.operand_residual_stride + column)))), epilogue::load_pair(operands.operand_wide, u64(row) * operands.operand_wide_stride + column));
+    return epilogue::add(epilogue::sub(epilogue::mul(epilogue::cast<bf16>(epilogue::maximum(epilogue::gelu(epilogue::add(epilogue::mul(acc, epilogue::load_scalar(operands.operand_alpha)), epilogue::load_pair(operands.operand_bias, column))), epilogue::constant(__uint_as_float(0x3f000000u)))), epilogue::load_pair(operands.operand_gain, column)), epilogue::silu(epilogue::relu(epilogue::load_pair(operands.operand_residual, u64(row) * operands.operand_residual_stride + column)))), epilogue::load_pair(operands.operand_wide, u64(row) * operands.operand_wide_stride + column));
 }
 
 // Rank of this block in its cluster: m runs fastest.

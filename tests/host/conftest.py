@@ -19,15 +19,6 @@ settings.load_profile("host")
 SameBits = Callable[..., None]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--update-golden",
-        action="store_true",
-        help="rewrite tests/golden from what the generator prints; read the diff before a commit",
-    )
-    parser.addoption("--seed", type=int, help="seed of the `rng` fixture, to repeat a failure")
-
-
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Fresh random numbers in every run; a failing test shows the seed."""

@@ -42,16 +42,21 @@ template <> __device__ __forceinline__ float2 cast<bf16>(float2 x) { return unpa
 
 __device__ __forceinline__ float2 constant(float x) { return {x, x}; }
 
-// Elements `index` and `index + 1` of an operand. Volatile, so that the loads stay with the elements they are for:
-// hoisted together, they would not fit into registers.
+// The element of a scalar operand; elements `index` and `index + 1` of another. Volatile, so that the loads stay with
+// the elements they are for: hoisted together, or out of the K loop, they would not fit into registers.
+__device__ __forceinline__ float2 load_scalar(const float* operand) {
+    float value;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(operand) : "memory");
+    return {value, value};
+}
 __device__ __forceinline__ float2 load_pair(const bf16* operand, u64 index) {
     u32 packed;
-    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(packed) : "l"(operand + index));
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(packed) : "l"(operand + index) : "memory");
     return unpack_bf16(packed);
 }
 __device__ __forceinline__ float2 load_pair(const float* operand, u64 index) {
     float2 pair;
-    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "l"(operand + index));
+    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "l"(operand + index) : "memory");
     return pair;
 }
 
