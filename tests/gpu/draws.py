@@ -16,7 +16,7 @@ from jitgen.dtypes import BF16, F32
 from jitgen.expr import Expr, acc, cast, gelu, is_exact, matrix, maximum, relu, scalar, silu, vector
 from jitgen.interpret import interpret
 from jitgen.lower import lower
-from jitgen.schedule import max_stages
+from jitgen.schedule import check_schedule, max_stages
 from jitgen.tuning.space import candidates
 
 M = (1, 7, 63, 64, 65, 127, 128, 129, 333, 4096)
@@ -75,12 +75,22 @@ def draw(rng: random.Random, index: int) -> Draw:
     epilogue = list(EPILOGUES)[index // len(M) % len(EPILOGUES)]
     problem = Gemm(n, k, rng.choice((BF16, F32)), EPILOGUES[epilogue])
     schedule = rng.choice(list(candidates(problem)))
-    if rng.random() < 0.2 and schedule.block_n % 32 == 0:
+    if rng.random() < 0.3:
         cluster = rng.choice(((2, 2), (4, 1)))
-        schedule = replace(schedule, cluster_m=cluster[0], cluster_n=cluster[1])
+        larger = replace(schedule, cluster_m=cluster[0], cluster_n=cluster[1])
+        schedule = larger if is_legal(problem, larger) else schedule
     stages = rng.randint(2, max_stages(problem, schedule))
     schedule = replace(schedule, num_stages=min(stages, 32), raster_group=rng.choice((1, 3, 8, 16)))
     return Draw(m, problem, schedule, rng.choice(SFA_LAYOUTS), epilogue, rng.getrandbits(31))
+
+
+def is_legal(problem: Gemm, schedule: Schedule) -> bool:
+    """Whether check_schedule accepts the schedule."""
+    try:
+        check_schedule(problem, schedule)
+    except jitgen.ScheduleError:
+        return False
+    return True
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -10,6 +10,7 @@ import os
 import random
 import secrets
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,15 +51,12 @@ def _small_draws() -> list[draws.Draw]:
         ROW_TILES, PROMOTIONS, clusters
     ):
         problem = rng.choice(problems)
-        legal = {
-            (s.block_m, s.num_math_warpgroups, s.block_n, s.promotion) for s in candidates(problem)
-        }
-        block_n = rng.choice(
-            [n for n in (32, 64, 96) if (block_m, warpgroups, n, promotion) in legal]
-        )
-        schedule = Schedule(block_m, block_n, 2, warpgroups, *cluster, promotion=promotion)
-        stages = min(4, max_stages(problem, schedule))
-        schedule = Schedule(block_m, block_n, stages, warpgroups, *cluster, promotion=promotion)
+        schedules = [
+            Schedule(block_m, block_n, 2, warpgroups, *cluster, promotion=promotion)
+            for block_n in (32, 64, 96, 128)
+        ]
+        schedule = rng.choice([s for s in schedules if draws.is_legal(problem, s)])
+        schedule = replace(schedule, num_stages=min(4, max_stages(problem, schedule)))
         name = next(name for name, expr in draws.EPILOGUES.items() if expr == problem.epilogue)
         layout = rng.choice(draws.SFA_LAYOUTS)
         small.append(draws.Draw(321, problem, schedule, layout, name, rng.getrandbits(31)))
