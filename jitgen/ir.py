@@ -24,7 +24,7 @@ from typing import Literal
 from .dtypes import DType
 from .expr import Expr
 from .problem import Gemm
-from .schedule import Schedule, SmemPlan
+from .schedule import WARPGROUP_THREADS, Schedule, SmemPlan
 from .target import Target
 
 Axis = Literal["m", "n", "k"]
@@ -304,7 +304,7 @@ class Kernel:
     @property
     def num_threads(self) -> int:
         """Threads of a block: the math warpgroups and the producer's."""
-        return 128 * (self.schedule.num_math_warpgroups + 1)
+        return WARPGROUP_THREADS * (self.schedule.num_math_warpgroups + 1)
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:

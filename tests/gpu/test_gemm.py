@@ -67,10 +67,16 @@ ALL_DRAWS, SMALL_DRAWS = _all_draws(), _small_draws()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    """Every kernel of this module, compiled in parallel before the first test."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers are parallel already
-        prebuild([(d.problem, d.schedule) for d in (*ALL_DRAWS, *SMALL_DRAWS)])
+def kernels(request: pytest.FixtureRequest) -> None:
+    """The kernels of the selected draws, compiled in parallel before the first test if many."""
+    selected = []
+    for item in request.session.items:
+        index = getattr(item, "callspec", None) and item.callspec.params.get("index")
+        if index is not None:
+            selected.append((SMALL_DRAWS if "small" in item.name else ALL_DRAWS)[index])
+    # Workers of xdist are parallel already; under a sanitizer one process is all that pays.
+    if "PYTEST_XDIST_WORKER" not in os.environ and len(selected) > len(SMALL_DRAWS):
+        prebuild([(d.problem, d.schedule) for d in selected])
 
 
 @pytest.mark.parametrize("index", range(NUM_DRAWS))
