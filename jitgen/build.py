@@ -21,7 +21,7 @@ from .problem import Gemm
 from .runtime.key import make_key
 from .runtime.nvrtc import Compiled, compile_cubin, compile_options, compiler_version
 from .runtime.store import Entry, KernelStore, Stats
-from .schedule import Schedule
+from .schedule import REGISTER_SPLIT, WARPGROUP_THREADS, Schedule
 from .verify import verify
 
 
@@ -76,13 +76,32 @@ def build(kernel: Kernel, store: KernelStore | None = None) -> Entry:
     key = make_key(source, headers(), options, compiler_version(), kernel.target.arch)
 
     def compile_now() -> Compiled:
-        return compile_cubin(
+        compiled = compile_cubin(
             source, name=f"{kernel.name}.cu", headers=headers(), target=kernel.target
         )
+        check_register_split(kernel, compiled)
+        return compiled
 
     return (store or default_store()).get_or_compile(
         key, compile_now, name=kernel.name, source=source
     )
+
+
+def check_register_split(kernel: Kernel, compiled: Compiled) -> None:
+    """Raise CompileError if `setmaxnreg` asks for more registers than the block has at its launch.
+
+    The kernel would hang: a warpgroup that raises its share waits until the pool has it.
+    """
+    warpgroups = kernel.schedule.num_math_warpgroups
+    producer, math = REGISTER_SPLIT[warpgroups]
+    need = WARPGROUP_THREADS * (producer + warpgroups * math)
+    have = compiled.resources.registers * kernel.num_threads
+    if need > have:
+        raise CompileError(
+            f"kernel {kernel.name} asks for {need} registers a block, ptxas gave {have}: use NVRTC"
+            " 13.0, or report it",
+            compiled.log,
+        )
 
 
 def prebuild(

@@ -76,7 +76,7 @@ def draw(rng: random.Random, index: int) -> Draw:
     problem = Gemm(n, k, rng.choice((BF16, F32)), EPILOGUES[epilogue])
     schedule = rng.choice(list(candidates(problem)))
     if rng.random() < 0.3:
-        cluster = rng.choice(((2, 2), (4, 1)))
+        cluster = rng.choice(((2, 2), (4, 1), (1, 4)))
         larger = replace(schedule, cluster_m=cluster[0], cluster_n=cluster[1])
         schedule = larger if is_legal(problem, larger) else schedule
     stages = rng.randint(2, max_stages(problem, schedule))

@@ -42,11 +42,12 @@ def _small_draws() -> list[draws.Draw]:
     rng = random.Random(SEED + 1)
     small = []
     problems = [
-        Gemm(264, 1104, dtype, expr)
+        Gemm(264, k, dtype, expr)
+        for k in (144, 512, 1104, 1536)
         for dtype in (jitgen.BF16, jitgen.F32)
         for expr in draws.EPILOGUES.values()
     ]
-    clusters = ((1, 1), (2, 1), (1, 2), (2, 2))
+    clusters = ((1, 1), (2, 1), (1, 2), rng.choice(((2, 2), (4, 1), (1, 4))))
     for (block_m, warpgroups), promotion, cluster in itertools.product(
         ROW_TILES, PROMOTIONS, clusters
     ):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jitgen.build import Prebuilt, open_shared_store, prebuild
+from jitgen.build import Prebuilt, build, check_register_split, open_shared_store, prebuild
+from jitgen.codegen import headers, render
 from jitgen.errors import CompileError, StoreError
-from jitgen.lower import kernel_name
+from jitgen.lower import kernel_name, lower
 from jitgen.problem import Gemm
+from jitgen.runtime.nvrtc import compile_cubin
+from jitgen.runtime.store import KernelStore
 from jitgen.schedule import Schedule
 
 SMALL = Gemm(256, 512), Schedule(64, 64, 4, 1)
@@ -52,3 +56,19 @@ def test_open_shared_store_rejects_a_folder_without_write_permission(
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(StoreError, match=r"kernels cannot be written: .*JITGEN_CACHE_DIR"):
         open_shared_store(tmp_path / "kernels")
+
+
+def test_check_register_split_rejects_a_block_that_would_hang() -> None:
+    kernel = lower(*SMALL)
+    compiled = compile_cubin(render(kernel), name="small.cu", headers=headers())
+    check_register_split(kernel, compiled)
+    fewer = replace(compiled, resources=replace(compiled.resources, registers=128))
+    with pytest.raises(CompileError, match=r"asks for 37888 registers a block, ptxas gave 32768"):
+        check_register_split(kernel, fewer)
+
+
+def test_build_compiles_a_traversal_of_more_tiles_than_an_index_counts(tmp_path: Path) -> None:
+    problem = Gemm(2**31 - 8, 16)
+    schedule = Schedule(64, 16, 4, 1, raster_group=64)
+    entry = build(lower(problem, schedule), KernelStore(tmp_path / "kernels"))
+    assert entry.resources.spill_bytes == 0

@@ -15,7 +15,9 @@ template <u32 kGroup, u32 kColumns> struct Traversal {
     __device__ __forceinline__ u32 size() const { return rows * kColumns; }
 
     __device__ __forceinline__ TileCoordinates tile(u32 index) const {
-        const u32 first = index / (kGroup * kColumns) * kGroup;
+        constexpr u64 kGroupTiles = u64(kGroup) * kColumns;
+        u32 first = 0;  // a group of more tiles than an index can count is the only one
+        if constexpr (kGroupTiles <= 0xffffffff) first = index / u32(kGroupTiles) * kGroup;
         const u32 group_rows = min(kGroup, rows - first);
         const u32 within = index - first * kColumns;
         return {first + within % group_rows, within / group_rows};
