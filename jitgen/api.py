@@ -183,7 +183,6 @@ def _gemm_torch(
 
     a = arrays["a"]
     if "d" not in arrays:
-        _check_device(arrays, a.device)
         d_dtype = dtype_of(out_dtype if out_dtype is not None else BF16)
         if a.ndim == 2 and arrays["b"].ndim == 2:  # what is not a matrix is refused below
             shape = (a.shape[0], arrays["b"].shape[0])

@@ -47,6 +47,7 @@ from .schedule import (
     REGISTER_SPLIT,
     SCALE_BLOCKS,
     SWIZZLE_ATOM_BYTES,
+    WARPGROUP_THREADS,
     Schedule,
     accumulator_registers,
     check_schedule,
@@ -364,13 +365,13 @@ def _check_smem(kernel: Kernel, buffers: dict[str, Buffer]) -> None:
 def _check_registers(kernel: Kernel, sums: Buffer) -> None:
     """Accumulators fit a math thread's registers, and all threads' registers fit the SM's."""
     problem, schedule = kernel.problem, kernel.schedule
-    math_threads = 128 * schedule.num_math_warpgroups
+    math_threads = WARPGROUP_THREADS * schedule.num_math_warpgroups
     producer, math = REGISTER_SPLIT[schedule.num_math_warpgroups]
     columns = part_columns(problem, schedule) or 0
     need = sums.num_bytes // 4 // math_threads + num_parts(schedule) * columns // 2
     free = accumulator_registers(problem, schedule)
     _require(need <= free < math, kernel.name, f"sums take {need} of {free} registers a thread")
-    total = 128 * producer + math_threads * math
+    total = WARPGROUP_THREADS * producer + math_threads * math
     # setmaxnreg moves registers within what the block got at its launch: an equal share a thread,
     # in steps of 8.
     share = kernel.target.registers_per_sm // kernel.num_threads // 8 * 8

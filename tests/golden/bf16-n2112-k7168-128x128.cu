@@ -327,12 +327,12 @@ void gemm_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_overlapped(
             named_barrier_sync<128>(warpgroup_barrier);
             // Opaque, or the addresses that follow from them would be computed ahead of the K loop, and spill there.
             const u32 lane = opaque(math_lane), first_row = opaque(thread_row);
+            // A box of smem_d holds kStoreColumns columns of all the warpgroup's rows.
+            const u32 warpgroup_d = smem_d + warpgroup * kWarpgroupM * kBlockN * sizeof(DType);
 #pragma unroll
             for (u32 wave = 0; wave < kNumWaves; ++wave) {
                 const u32 row = origin.m + first_row + wave * kWaveM;
-                // Rows of this wave's warp in smem_d; a box holds kStoreColumns columns of all the warpgroup's rows.
                 const u32 warp_row = warp % 4 * 16 + wave * kWaveM;
-                const u32 warpgroup_d = smem_d + warpgroup * kWarpgroupM * kBlockN * sizeof(DType);
 #pragma unroll
                 for (u32 j = 0; j < kBlockN / 16; ++j) {
                     float2 out[2][2];  // [column group of 8][row, row + 8]
@@ -366,7 +366,6 @@ void gemm_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_overlapped(
             fence_proxy_async();
             named_barrier_sync<128>(warpgroup_barrier);
             if (is_store_thread) {
-                const u32 warpgroup_d = smem_d + warpgroup * kWarpgroupM * kBlockN * sizeof(DType);
 #pragma unroll
                 for (u32 box = 0; box < kBlockN / kStoreColumns; ++box)
                     tma_store(map_d, warpgroup_d + box * kWarpgroupM * kStoreSpan, origin.n + box * kStoreColumns,

@@ -17,18 +17,10 @@ from jitgen.expr import Expr, acc, cast, gelu, is_exact, matrix, maximum, relu, 
 from jitgen.interpret import interpret
 from jitgen.lower import lower
 from jitgen.schedule import check_schedule, max_stages
+from jitgen.tuning.bench import GRID_NK
 from jitgen.tuning.space import candidates
 
 M = (1, 7, 63, 64, 65, 127, 128, 129, 333, 4096)
-DENSE_NK = (
-    (2112, 7168),
-    (576, 7168),
-    (24576, 1536),
-    (32768, 512),
-    (7168, 16384),
-    (4096, 7168),
-    (7168, 2048),
-)
 ODD_N, ODD_K = (8, 72, 264, 576, 2112), (16, 128, 144, 576, 1040, 16384)
 SFA_LAYOUTS = ("row", "row-padded", "column", "column-padded")
 CANARY = (
@@ -71,7 +63,7 @@ class Draw:
 def draw(rng: random.Random, index: int) -> Draw:
     """The `index`-th random call: M and epilogues in turn, dense or odd shapes."""
     m = M[index % len(M)]
-    n, k = rng.choice(DENSE_NK) if rng.random() < 0.3 else (rng.choice(ODD_N), rng.choice(ODD_K))
+    n, k = rng.choice(GRID_NK) if rng.random() < 0.3 else (rng.choice(ODD_N), rng.choice(ODD_K))
     epilogue = list(EPILOGUES)[index // len(M) % len(EPILOGUES)]
     problem = Gemm(n, k, rng.choice((BF16, F32)), EPILOGUES[epilogue])
     schedule = rng.choice(list(candidates(problem)))

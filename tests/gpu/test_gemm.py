@@ -90,7 +90,7 @@ def test_gemm_small_equals_interpreter(index: int) -> None:
     draws.run_and_compare(SMALL_DRAWS[index], num_runs=2, num_tiles=2)
 
 
-@pytest.mark.parametrize(("n", "k"), draws.DENSE_NK)
+@pytest.mark.parametrize(("n", "k"), draws.GRID_NK)
 @pytest.mark.parametrize("m", [1, 64, 200, 1000])
 def test_gemm_chooses_a_schedule_that_equals_interpreter(m: int, n: int, k: int) -> None:
     problem = Gemm(n, k)
