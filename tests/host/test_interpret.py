@@ -633,7 +633,7 @@ def test_interpret_bad_scales_spread_over_their_block_only(
     clean = run(Gemm(264, 272, d_dtype), tensors)
     tensors["sfa"][5, 2] = bad
     tensors["sfb"][1, 0] = bad
-    d = run(Gemm(264, 272, d_dtype), tensors, Schedule(64, 192, 2, 1))
+    d = run(Gemm(264, 272, d_dtype), tensors, Schedule(64, 192, 2, 1, promotion="serial"))
     poisoned = np.zeros((7, 264), bool)
     poisoned[5] = True
     poisoned[:, 128:256] = True
