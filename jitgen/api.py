@@ -231,12 +231,10 @@ def _prepare_torch(
     if m == 0:
         return lambda stream: None  # an empty D needs no kernel
     kernel, loaded = _load(problem, schedule or choose(problem, m, found.num_sms), device.index)
-    size = kernel.schedule.cluster_size
-    rows, columns = kernel.body.traversal.grid(m, problem.n)
     return Launch(
         loaded,
         [_argument(parameter, views, m) for parameter in kernel.parameters],
-        grid=min(rows * columns, found.num_sms // size) * size,
+        grid=kernel.num_blocks(m, found.num_sms),
         num_threads=kernel.num_threads,
     )
 
@@ -292,14 +290,17 @@ def _argument(parameter: Parameter, views: Mapping[str, ArrayView], m: int) -> A
         case TensorMapParameter():
             view = views[parameter.tensor.name]
             size = view.dtype.size_bytes
+            box_rows, box_columns = parameter.box
+            if parameter.tensor.dims[0].extent is None:
+                box_rows = min(box_rows, m)
             return TensorMapSpec(
                 address=view.address,
                 element_bytes=size,
                 rows=max(view.shape[0], 1),
                 columns=view.shape[1],
                 pitch_bytes=view.row_stride * size,
-                box_rows=parameter.box[0],
-                box_columns=parameter.box[1],
+                box_rows=box_rows,
+                box_columns=box_columns,
                 swizzle_bytes=parameter.swizzle_bytes,
             )
 

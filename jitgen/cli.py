@@ -116,7 +116,7 @@ class Epilogue(str, Enum):
 
 SCHEDULE_HELP = (
     'Pin the schedule: "128x128 stages=5 math_warpgroups=2 cluster=1x1 raster_group=8'
-    ' promotion=overlapped"; all but the tile may be left out.'
+    ' split_k=1 promotion=overlapped"; all but the tile may be left out.'
 )
 
 
@@ -189,6 +189,7 @@ def parse_schedule(text: str, problem: Gemm) -> Schedule:
         "math_warpgroups": ("num_math_warpgroups",),
         "cluster": ("cluster_m", "cluster_n"),
         "raster_group": ("raster_group",),
+        "split_k": ("split_k",),
         "promotion": (),
     }
     for word in words:

@@ -24,7 +24,14 @@ from .ir import (
     operand_parameter,
     walk,
 )
-from .schedule import REGISTER_SPLIT, UNROLL_K, num_parts, num_scale_stages, part_columns
+from .schedule import (
+    REGISTER_SPLIT,
+    UNROLL_K,
+    num_parts,
+    num_scale_stages,
+    part_columns,
+    slice_columns,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -60,14 +67,14 @@ def headers() -> dict[str, str]:
 def constants(kernel: Kernel) -> dict[str, int]:
     """Every number that the source takes from the kernel, by its CUDA name."""
     schedule, traversal = kernel.schedule, kernel.body.traversal
-    chunks, blocks = (stmt for stmt in walk(kernel.body.body) if isinstance(stmt, ForK))
+    *_, chunks, blocks = (stmt for stmt in walk(kernel.body.body) if isinstance(stmt, ForK))
     loads = {stmt.src.name: stmt for stmt in walk(kernel.body.body) if isinstance(stmt, Load)}
     promote = next(stmt for stmt in blocks.body if isinstance(stmt, Promote))
     store = next(stmt for stmt in walk(kernel.body.body) if isinstance(stmt, Store))
     producer_registers, math_registers = REGISTER_SPLIT[schedule.num_math_warpgroups]
     return {
         "kN": kernel.problem.n,
-        "kK": chunks.extent,
+        "kK": kernel.problem.k,
         "kBlockM": traversal.block_m,
         "kBlockN": traversal.block_n,
         "kBlockK": blocks.step,
@@ -79,6 +86,9 @@ def constants(kernel: Kernel) -> dict[str, int]:
         "kUnroll": UNROLL_K,
         "kClusterM": traversal.cluster_m,
         "kClusterN": traversal.cluster_n,
+        "kSplitK": schedule.split_k,
+        "kPartBlocks": -(-chunks.extent // blocks.step),
+        "kSliceColumns": slice_columns(schedule),
         "kRasterGroup": traversal.group,
         "kPlainEpilogue": int(_evaluate(kernel).expr == acc),
         "kScaleN": promote.windows[1].block,
@@ -92,6 +102,7 @@ def constants(kernel: Kernel) -> dict[str, int]:
         "kSmemA": kernel.smem.a,
         "kSmemB": kernel.smem.b,
         "kSmemD": kernel.smem.d,
+        "kSmemInbox": kernel.smem.inbox,
         "kSmemScales": kernel.smem.scales,
         "kSmemBarriers": kernel.smem.barriers,
         "kSmemBytes": kernel.smem.total_bytes,

@@ -26,6 +26,7 @@ from .ir import (
     Load,
     Mma,
     Promote,
+    Reduce,
     Stmt,
     Store,
     Tensor,
@@ -68,7 +69,8 @@ def interpret(
     if tiles is None:
         tiles = kernel.body.traversal.tiles(m, n)
     for row, column in tiles:
-        machine = _Machine(tensors, d, {"m": row, "n": column, "k": 0}, numerics == "exact")
+        origin: dict[Axis, int] = {"m": row, "n": column, "k": 0}
+        machine = _Machine(tensors, d, origin, numerics == "exact", kernel.problem.k)
         machine.run(kernel.body.body)
     return d
 
@@ -81,6 +83,7 @@ class _Machine:
     d: Array
     origin: dict[Axis, int]
     exact: bool
+    k_end: int  # of the step of the loop at hand
     buffers: dict[str, Array] = field(default_factory=dict)
     loaded_k: dict[str, int] = field(default_factory=dict)
 
@@ -88,13 +91,12 @@ class _Machine:
         for stmt in stmts:
             match stmt:
                 case ForK():
-                    begin = self.origin["k"]
-                    for k in range(
-                        begin, min(begin + stmt.extent, self.tensors["a"].shape[1]), stmt.step
-                    ):
-                        self.origin["k"] = k
+                    begin, around = self.origin["k"], self.k_end
+                    end = min(begin + stmt.extent, around)
+                    for k in range(begin, end, stmt.step):
+                        self.origin["k"], self.k_end = k, min(k + stmt.step, end)
                         self.run(stmt.body)
-                    self.origin["k"] = begin
+                    self.origin["k"], self.k_end = begin, around
                 case Zero():
                     self.buffers[stmt.dst.name] = np.zeros(stmt.dst.shape, self.real)
                 case Load():
@@ -105,6 +107,11 @@ class _Machine:
                     self.buffers[stmt.dst.name] = _matmul_f64(a, b) if exact else wgmma_e4m3(a, b)
                 case Promote():
                     self.promote(stmt)
+                case Reduce():
+                    sums = self.buffers[stmt.src.name]
+                    if stmt.dst.name in self.buffers:
+                        sums = self.apply("add", self.buffers[stmt.dst.name], sums)
+                    self.buffers[stmt.dst.name] = sums
                 case Evaluate():
                     value = self.evaluate(stmt.expr, self.buffers[stmt.src.name])
                     value = np.broadcast_to(self.rounded(value, stmt.dst.dtype), stmt.dst.shape)
@@ -174,16 +181,18 @@ class _Machine:
             case Operand():
                 return self.operand(expr, acc.shape)
             case Apply():
-                args = [self.evaluate(arg, acc) for arg in expr.args]
-                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-                    value = np.asarray(_OPERATIONS[expr.op](*args))
-                if not self.exact:
-                    np.copyto(value, NAN_F32, where=np.isnan(value))
-                return value
+                return self.apply(expr.op, *(self.evaluate(arg, acc) for arg in expr.args))
             case Cast():
                 value = self.evaluate(expr.arg, acc)
                 return value if self.exact else round_to(value, expr.dtype).astype(np.float32)
         raise TypeError(f"no meaning of {type(expr).__name__}")
+
+    def apply(self, op: str, *args: Array) -> Array:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            value = np.asarray(_OPERATIONS[op](*args))
+        if not self.exact:
+            np.copyto(value, NAN_F32, where=np.isnan(value))
+        return value
 
     def operand(self, operand: Operand, shape: tuple[int, ...]) -> Array:
         source = self.tensors[operand.name]

@@ -2,11 +2,12 @@
 
     kernel ::= Kernel(name, problem, schedule, tensors, smem, body)
     body   ::= ForTiles(traversal, stmt*)
-    stmt   ::= ForK(extent, step, stmt*) | op
+    stmt   ::= ForK(extent, step, stmt*, num_blocks) | op
     op     ::= Zero(dst)                     dst = 0
              | Load(dst, src, windows, ...)  dst = src[windows], 0 beyond the tensor's end
              | Mma(dst, a, b)                dst = a @ b^T, a chain of k32 steps that starts at 0
              | Promote(acc, part, scales)    acc = fma(rn(scales[0] * scales[1]), part, acc)
+             | Reduce(dst, src, ...)         dst = src in the first part of k, then rn(dst + src)
              | Evaluate(dst, src, expr)      dst = expr(src), rounded to dst's dtype
              | Store(dst, src, windows)      dst[windows] = src, clipped at the tensor's end
 
@@ -164,6 +165,21 @@ class Promote:
 
 
 @dataclass(frozen=True)
+class Reduce:
+    """dst = src in the first step of a loop that blocks share, then rn(dst + src), in their order.
+
+    `inbox`: where a block receives its columns of the other blocks' sums: [sender, row, column].
+    """
+
+    dst: Buffer
+    src: Buffer
+    inbox: Buffer
+
+    def __str__(self) -> str:
+        return f"{self.dst.name} = {self.dst.name} + {self.src.name} via {self.inbox.name}"
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """dst = expr(src); `operands` are the tensors that it reads straight from global memory."""
 
@@ -195,12 +211,14 @@ class Store:
 class ForK:
     """`body` for each `step` of k, ascending, over `extent` positions.
 
-    It begins where the loop around it stands, and does nothing beyond the end of k.
+    It begins where the loop around it stands, and does nothing beyond the end of that loop's step.
+    With `num_blocks` > 1 each step is a block's of a cluster, in the order of their ranks.
     """
 
     extent: int
     step: int
     body: tuple[Stmt, ...]
+    num_blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -245,12 +263,16 @@ class ForTiles:
     body: tuple[Stmt, ...]
 
 
-Stmt = Zero | Load | Mma | Promote | Evaluate | Store | ForK
+Stmt = Zero | Load | Mma | Promote | Reduce | Evaluate | Store | ForK
 
 
 @dataclass(frozen=True)
 class TensorMapParameter:
-    """A TMA descriptor of `tensor`: `box` rows x columns, swizzled over `swizzle_bytes`."""
+    """A TMA descriptor of `tensor`: `box` rows x columns, swizzled over `swizzle_bytes`.
+
+    If the tensor's rows are known at run time only, a box has at most as many: rows beyond the end
+    would take time to fill.
+    """
 
     tensor: Tensor
     box: tuple[int, ...]
@@ -300,6 +322,17 @@ class Kernel:
     tensors: tuple[Tensor, ...]
     smem: SmemPlan
     body: ForTiles
+
+    def num_blocks(self, m: int, num_sms: int) -> int:
+        """Blocks of a launch for `m` rows of D, at least one, on a GPU with `num_sms` SMs.
+
+        Persistent clusters walk the tiles; where blocks share the k of a tile, a cluster has one.
+        """
+        rows, columns = self.body.traversal.grid(m, self.problem.n)
+        size = self.schedule.cluster_size
+        if self.schedule.split_k > 1:
+            return rows * columns * size
+        return min(rows * columns, num_sms // size) * size
 
     @property
     def num_threads(self) -> int:
@@ -366,7 +399,8 @@ def _format(stmts: tuple[Stmt, ...], indent: int) -> list[str]:
     lines = []
     for stmt in stmts:
         if isinstance(stmt, ForK):
-            lines.append(f"{' ' * indent}for {stmt.extent} of k by {stmt.step}:")
+            blocks = f" on {stmt.num_blocks} blocks of a cluster" if stmt.num_blocks > 1 else ""
+            lines.append(f"{' ' * indent}for {stmt.extent} of k by {stmt.step}{blocks}:")
             lines += _format(stmt.body, indent + 2)
         else:
             lines.append(f"{' ' * indent}{stmt}")

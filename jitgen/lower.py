@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .dtypes import F32
 from .expr import Operand, acc, operands
 from .ir import (
@@ -14,6 +16,8 @@ from .ir import (
     Load,
     Mma,
     Promote,
+    Reduce,
+    Stmt,
     Store,
     Tensor,
     Traversal,
@@ -21,7 +25,16 @@ from .ir import (
     Zero,
 )
 from .problem import Gemm, check_problem
-from .schedule import BLOCK_K, SCALE_BLOCKS, Schedule, check_schedule, num_sfb_rows, smem_plan
+from .schedule import (
+    BLOCK_K,
+    SCALE_BLOCKS,
+    Schedule,
+    check_schedule,
+    num_sfb_rows,
+    slice_columns,
+    smem_plan,
+    split_blocks,
+)
 from .target import SM90A, Target
 
 
@@ -67,14 +80,15 @@ def kernel_name(problem: Gemm, schedule: Schedule) -> str:
     name = (
         f"gemm_{problem.a_dtype}_{problem.d_dtype}_n{problem.n}_k{problem.k}"
         f"_{s.block_m}x{s.block_n}x{BLOCK_K}_s{s.num_stages}_w{s.num_math_warpgroups}"
-        f"_c{s.cluster_m}x{s.cluster_n}_g{s.raster_group}_{s.promotion}"
+        f"_c{s.cluster_m}x{s.cluster_n}_g{s.raster_group}_k{s.split_k}_{s.promotion}"
     )
     return name if problem.epilogue == acc else f"{name}_epilogue"
 
 
 def store_span_bytes(schedule: Schedule, element_bytes: int) -> int:
-    """Bytes of a row of a TMA store box: the widest swizzle span that divides a row of the tile."""
-    return next(span for span in (128, 64, 32) if schedule.block_n * element_bytes % span == 0)
+    """Bytes of a row of a TMA store box: the widest swizzle span that divides what a block stores."""
+    columns = math.gcd(schedule.block_n, slice_columns(schedule))
+    return next(span for span in (128, 64, 32) if columns * element_bytes % span == 0)
 
 
 def _operand_tensor(operand: Operand, dims: dict[str, Dim]) -> Tensor:
@@ -84,10 +98,43 @@ def _operand_tensor(operand: Operand, dims: dict[str, Dim]) -> Tensor:
 def _gemm_body(
     problem: Gemm, schedule: Schedule, tensors: tuple[Tensor, ...], extra: tuple[Tensor, ...]
 ) -> ForTiles:
-    a, b, sfa, sfb, d = tensors
+    d = tensors[-1]
     rows, columns = schedule.block_m, schedule.block_n
     span = store_span_bytes(schedule, problem.d_dtype.size_bytes)
     store_box = (rows // schedule.num_math_warpgroups, span // problem.d_dtype.size_bytes)
+    smem_d = Buffer("smem_d", d.dtype, (rows, columns), "smem", swizzle_bytes=span)
+    sums = Buffer("acc", F32, (rows, columns), "registers")
+    k_loop = _k_loop(problem, schedule, tensors, sums)
+    if schedule.split_k > 1:
+        part_sums = sums
+        sums = Buffer("total", F32, (rows, columns), "registers")
+        inbox_shape = (schedule.split_k - 1, rows, slice_columns(schedule))
+        inbox = Buffer("smem_inbox", F32, inbox_shape, "smem")
+        part_k = split_blocks(problem, schedule) * BLOCK_K
+        k_loop = (
+            ForK(
+                problem.k,
+                part_k,
+                (*k_loop, Reduce(sums, part_sums, inbox)),
+                num_blocks=schedule.split_k,
+            ),
+        )
+    return ForTiles(
+        Traversal(rows, columns, schedule.cluster_m, schedule.cluster_n, schedule.raster_group),
+        (
+            *k_loop,
+            Evaluate(smem_d, sums, problem.epilogue, extra),
+            Store(d, smem_d, (Window("m", rows), Window("n", columns)), store_box),
+        ),
+    )
+
+
+def _k_loop(
+    problem: Gemm, schedule: Schedule, tensors: tuple[Tensor, ...], sums: Buffer
+) -> tuple[Stmt, ...]:
+    """sums = the product over one block's part of k."""
+    a, b, sfa, sfb, _ = tensors
+    rows, columns = schedule.block_m, schedule.block_n
     smem_a = Buffer("smem_a", a.dtype, (rows, BLOCK_K), "smem", pipelined=True, swizzle_bytes=128)
     smem_b = Buffer(
         "smem_b", b.dtype, (columns, BLOCK_K), "smem", pipelined=True, swizzle_bytes=128
@@ -95,9 +142,7 @@ def _gemm_body(
     smem_sfa = Buffer("smem_sfa", F32, (rows, SCALE_BLOCKS), "smem", pipelined=True)
     sfb_shape = (num_sfb_rows(problem, columns), SCALE_BLOCKS)
     smem_sfb = Buffer("smem_sfb", F32, sfb_shape, "smem", pipelined=True)
-    smem_d = Buffer("smem_d", d.dtype, (rows, columns), "smem", swizzle_bytes=span)
     part = Buffer("part", F32, (rows, columns), "registers")
-    sums = Buffer("acc", F32, (rows, columns), "registers")
     over_m, over_n, over_k = Window("m", rows), Window("n", columns), Window("k", BLOCK_K)
     scale_m = Window("m", rows, problem.a_scale.rows)
     scale_n = Window("n", columns, problem.b_scale.rows)
@@ -112,8 +157,8 @@ def _gemm_body(
             Promote(sums, part, (smem_sfa, smem_sfb), (scale_m, scale_n)),
         ),
     )
-    k_loop = ForK(
-        problem.k,
+    chunk_loop = ForK(
+        split_blocks(problem, schedule) * BLOCK_K if schedule.split_k > 1 else problem.k,
         scale_k.size,
         (
             Load(smem_sfa, sfa, (scale_m, scale_k), "registers", any_strides=True),
@@ -121,12 +166,4 @@ def _gemm_body(
             block_loop,
         ),
     )
-    return ForTiles(
-        Traversal(rows, columns, schedule.cluster_m, schedule.cluster_n, schedule.raster_group),
-        (
-            Zero(sums),
-            k_loop,
-            Evaluate(smem_d, sums, problem.epilogue, extra),
-            Store(d, smem_d, (over_m, over_n), store_box),
-        ),
-    )
+    return Zero(sums), chunk_loop

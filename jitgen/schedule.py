@@ -16,6 +16,8 @@ BLOCK_K = 128  # bytes of an SW128 row of E4M3, and elements between two promoti
 SCALE_BLOCKS = 8
 WGMMA_M = 64
 UNROLL_K = 4  # K blocks of straight-line code; only the last promotion of each is not overlapped
+MAX_CLUSTER_BLOCKS = 8  # which every Hopper GPU can launch
+EPILOGUE_COLUMNS = 16  # of D that a warp writes at once
 MIN_PART_COLUMNS = 48  # a narrower wgmma reads A from shared memory too often for its work
 WARPGROUP_THREADS = 128
 SWIZZLE_ATOM_BYTES = 1024  # 8 rows of 128 bytes: base alignment of an SW128 tile
@@ -41,6 +43,8 @@ class Schedule:
     num_math_warpgroups : warpgroups that share the rows of the tile, 64 or 128 rows each
     cluster_m, cluster_n : thread blocks of a cluster along m (sharing B) and along n (sharing A)
     raster_group : tile rows that are walked together, so that their B tiles stay in L2
+    split_k : thread blocks of a cluster that each compute a part of k of one tile; they exchange
+        their sums and add them in the order of k
     promotion : "overlapped" promotes one partial accumulator while the next is computed; "serial"
         keeps one, twice as wide, and leaves it to the other math warpgroups to fill the tensor
         cores meanwhile
@@ -53,18 +57,20 @@ class Schedule:
     cluster_m: int = 1
     cluster_n: int = 1
     raster_group: int = 8
+    split_k: int = 1
     promotion: Promotion = "overlapped"
 
     def __str__(self) -> str:
         return (
             f"{self.block_m}x{self.block_n}x{BLOCK_K} stages={self.num_stages}"
             f" math_warpgroups={self.num_math_warpgroups} cluster={self.cluster_m}x{self.cluster_n}"
-            f" raster_group={self.raster_group} promotion={self.promotion}"
+            f" raster_group={self.raster_group} split_k={self.split_k} promotion={self.promotion}"
         )
 
     @property
     def cluster_size(self) -> int:
-        return self.cluster_m * self.cluster_n
+        """Blocks of a cluster, whether they share tiles or the k of one tile."""
+        return self.cluster_m * self.cluster_n * self.split_k
 
     @property
     def num_waves(self) -> int:
@@ -82,6 +88,7 @@ class SmemPlan:
     a: int
     b: int
     d: int
+    inbox: int
     scales: int
     barriers: int
     total_bytes: int
@@ -107,6 +114,7 @@ def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
         "a": schedule.num_stages * schedule.block_m * BLOCK_K * problem.a_dtype.size_bytes,
         "b": schedule.num_stages * schedule.block_n * BLOCK_K * problem.b_dtype.size_bytes,
         "d": schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes,
+        "inbox": (schedule.split_k - 1) * schedule.block_m * slice_columns(schedule) * 4,
         "scales": num_scale_stages(schedule) * _scale_stage_bytes(problem, schedule),
         "barriers": 8 * num_barriers(schedule),
     }
@@ -120,8 +128,23 @@ def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
 
 
 def num_barriers(schedule: Schedule) -> int:
-    """mbarriers of a block: full and empty for each stage of tiles and of scales."""
-    return 2 * (schedule.num_stages + num_scale_stages(schedule))
+    """mbarriers of a block: full and empty for each stage of tiles and of scales; of the inbox."""
+    return 2 * (schedule.num_stages + num_scale_stages(schedule)) + int(schedule.split_k > 1)
+
+
+def split_blocks(problem: Gemm, schedule: Schedule) -> int:
+    """K blocks of one part of k; the last part may have fewer."""
+    return -(-num_k_blocks(problem) // schedule.split_k)
+
+
+def num_k_blocks(problem: Gemm) -> int:
+    """K blocks of the problem, the last of which may be partial."""
+    return -(-problem.k // BLOCK_K)
+
+
+def slice_columns(schedule: Schedule) -> int:
+    """Columns of a tile that one block of a split cluster sums up and stores; the last, fewer."""
+    return -(-schedule.block_n // (EPILOGUE_COLUMNS * schedule.split_k)) * EPILOGUE_COLUMNS
 
 
 def max_stages(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> int:
@@ -178,6 +201,7 @@ def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) ->
         ("cluster_m", 1, 4, 1),
         ("cluster_n", 1, 4, 1),
         ("raster_group", 1, 1024, 1),
+        ("split_k", 1, MAX_CLUSTER_BLOCKS, 1),
     ):
         value = getattr(schedule, name)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -190,6 +214,7 @@ def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) ->
         )
     _check_rows(schedule)
     _check_clusters(schedule)
+    _check_split(problem, schedule)
     rows = num_sfb_rows(problem, schedule.block_n)
     if rows > 2:
         raise ScheduleError(
@@ -224,8 +249,22 @@ def _check_registers(problem: Gemm, schedule: Schedule) -> None:
         )
 
 
+def _check_split(problem: Gemm, schedule: Schedule) -> None:
+    if schedule.split_k > 1 and schedule.cluster_m * schedule.cluster_n > 1:
+        raise ScheduleError(
+            f"split_k = {schedule.split_k} takes the whole cluster: cluster_m ="
+            f" {schedule.cluster_m} and cluster_n = {schedule.cluster_n} must be 1"
+        )
+    used = -(-num_k_blocks(problem) // split_blocks(problem, schedule))
+    if used < schedule.split_k:
+        raise ScheduleError(
+            f"split_k = {schedule.split_k} leaves blocks without any of the"
+            f" {num_k_blocks(problem)} K blocks: choose {used}"
+        )
+
+
 def _check_clusters(schedule: Schedule) -> None:
-    if schedule.cluster_size > 4 or 3 in (schedule.cluster_m, schedule.cluster_n):
+    if schedule.cluster_m * schedule.cluster_n > 4 or 3 in (schedule.cluster_m, schedule.cluster_n):
         raise ScheduleError(
             f"cluster = {schedule.cluster_m}x{schedule.cluster_n} must have 1, 2 or 4 blocks in all"
         )

@@ -9,6 +9,7 @@ still of the tile or K block at hand:
     Mma       -> product                  tile of a, tile of b
     Zero      -> zeros                    before the K loops
     Promote   -> sums                     zeros, product, tile of sfa, tile of sfb
+    Reduce    -> sums                     partial sums, where blocks share the k of a tile
     Evaluate  -> result                   sums, after the K loops
     Store                                 result
 
@@ -34,6 +35,7 @@ from .ir import (
     Load,
     Mma,
     Promote,
+    Reduce,
     Stmt,
     Store,
     Tensor,
@@ -44,6 +46,7 @@ from .ir import (
 from .problem import Gemm, check_problem
 from .schedule import (
     BLOCK_K,
+    EPILOGUE_COLUMNS,
     REGISTER_SPLIT,
     SCALE_BLOCKS,
     SWIZZLE_ATOM_BYTES,
@@ -55,13 +58,14 @@ from .schedule import (
     num_parts,
     num_scale_stages,
     part_columns,
+    slice_columns,
+    split_blocks,
 )
 
 MAX_BOX = 256  # elements of a TMA box in each dimension (CUDA driver API, cuTensorMapEncodeTiled)
 TMA_BYTES = 16  # unit of a tensor's row (ibid.)
 SWIZZLE_BYTES = 128  # of the tiles that wgmma reads, whose descriptors say so
 SWIZZLE_SPANS = (32, 64, 128)
-EPILOGUE_COLUMNS = 16  # which the epilogue writes into one box at a time
 
 
 def verify(kernel: Kernel) -> None:
@@ -160,7 +164,8 @@ class _Block:
     kernel: Kernel
     tensors: dict[str, Tensor]
     tile: dict[Axis, int]
-    depth: int = 0  # loops of k around the op at hand
+    depth: int = 0  # loops of one block's k around the op at hand
+    is_part: bool = False  # whether blocks share k, and the op at hand is one block's
     values: dict[str, _Value] = field(default_factory=dict)  # by buffer
     written: dict[str, Buffer] = field(default_factory=dict)  # by what they hold or held
 
@@ -168,7 +173,10 @@ class _Block:
         for stmt in stmts:
             match stmt:
                 case ForK():
-                    self.loop(stmt)
+                    if stmt.num_blocks > 1:
+                        self.split(stmt)
+                    else:
+                        self.loop(stmt)
                 case Zero():
                     _require(self.depth == 0, stmt, "must come before the K loop")
                     self.write(stmt, "zeros", stmt.dst, self.accumulator(stmt.dst))
@@ -178,6 +186,8 @@ class _Block:
                     self.mma(stmt)
                 case Promote():
                     self.promote(stmt)
+                case Reduce():
+                    self.reduce(stmt)
                 case Evaluate():
                     self.evaluate(stmt)
                 case Store():
@@ -203,6 +213,29 @@ class _Block:
         """What was written in the loop that ends here, or in the tile, was read there."""
         for value in self.values.values():
             _require(value.depth < self.depth, op, f"{value.buffer.name} is unread: {value}")
+
+    def split(self, loop: ForK) -> None:
+        """The loop whose steps are those of the blocks of a cluster."""
+        problem, schedule = self.kernel.problem, self.kernel.schedule
+        name = f"for {loop.extent} of k by {loop.step} on {loop.num_blocks} blocks"
+        _require(self.depth == 0 and not self.is_part, name, "must be the outermost loop")
+        _require(loop.num_blocks == schedule.split_k, name, f"must be on {schedule.split_k}")
+        step, extent = split_blocks(problem, schedule) * BLOCK_K, self.tile["k"]
+        _require((loop.extent, loop.step) == (extent, step), name, f"must be {extent} by {step}")
+        self.tile["k"], self.is_part = loop.step, True
+        self.run(loop.body)
+        self.tile["k"], self.is_part = extent, False
+        unread = [value for value in self.values.values() if value.what != "sums"]
+        _require(not unread and "sums" in self.written, name, "must leave the sums and only them")
+
+    def reduce(self, op: Reduce) -> None:
+        _require(self.is_part and self.depth == 0, op, "must come after one block's part of k")
+        self.read(op, "partial sums", op.src, 0)
+        senders, columns = self.kernel.schedule.split_k - 1, slice_columns(self.kernel.schedule)
+        shape = (senders, self.tile["m"], columns)
+        _require_same(op.inbox, Buffer(op.inbox.name, F32, shape, "smem"), op)
+        self.written["inbox"] = op.inbox
+        self.write(op, "sums", op.dst, self.accumulator(op.dst))
 
     def loop(self, loop: ForK) -> None:
         name, around = f"for {loop.extent} of k by {loop.step}", self.tile["k"]
@@ -274,6 +307,9 @@ class _Block:
         _require(len(op.scales) == 2, op, "takes two scales")
         for buffer, tensor in zip(op.scales, (sfa, sfb), strict=True):
             self.read(op, f"tile of {tensor.name}", buffer, self.depth - 1)
+        _require(
+            self.is_part == (self.kernel.schedule.split_k > 1), op, "blocks do not share k as planned"
+        )
         windows = (self.windows(sfa)[0], self.windows(sfb)[0])
         _require(op.windows == windows, op, f"scales by {', '.join(map(str, windows))}")
         _require(
@@ -281,13 +317,14 @@ class _Block:
             op,
             f"takes one scale for {self.tile['k']} of k",
         )
-        # The sums are those of the whole k where the loops that began at zeros have ended.
-        self.written["sums"] = op.acc
-        self.values[op.acc.name] = _Value("sums", op.acc, 0)
+        # The sums are those of the whole k, or part, where the loops that began at zeros have ended.
+        what = "partial sums" if self.is_part else "sums"
+        self.written[what] = op.acc
+        self.values[op.acc.name] = _Value(what, op.acc, 0)
 
     def evaluate(self, op: Evaluate) -> None:
         problem = self.kernel.problem
-        _require(self.depth == 0, op, "must come after the K loop")
+        _require(self.depth == 0 and not self.is_part, op, "must come after the K loop")
         self.read(op, "sums", op.src, 0)
         _require(op.expr == problem.epilogue, op, f"the epilogue is {problem.epilogue}")
         tensors = tuple(self.tensors[operand.name] for operand in operands(op.expr))
@@ -307,7 +344,8 @@ class _Block:
         columns = op.src.swizzle_bytes // op.src.dtype.size_bytes
         _require(op.box == (rows, columns), op, f"box {op.box} must be ({rows}, {columns})")
         _require(
-            self.tile["n"] % columns == 0 and columns % EPILOGUE_COLUMNS == 0,
+            math.gcd(self.tile["n"], slice_columns(self.kernel.schedule)) % columns == 0
+            and columns % EPILOGUE_COLUMNS == 0,
             op,
             f"boxes of {columns} columns do not tile {self.tile['n']}",
         )
@@ -350,6 +388,7 @@ def _check_smem(kernel: Kernel, buffers: dict[str, Buffer]) -> None:
         ("a", plan.a, stages * num_bytes["tile of a"], SWIZZLE_ATOM_BYTES),
         ("b", plan.b, stages * num_bytes["tile of b"], SWIZZLE_ATOM_BYTES),
         ("d", plan.d, num_bytes["result"], SWIZZLE_ATOM_BYTES),
+        ("inbox", plan.inbox, num_bytes.get("inbox", 0), 16),
         ("scales", plan.scales, num_scale_stages(kernel.schedule) * scales, 16),
         ("barriers", plan.barriers, 8 * num_barriers(kernel.schedule), 8),
     )

@@ -14,7 +14,7 @@ from dataclasses import replace
 from ..expr import acc
 from ..ir import Traversal
 from ..problem import Gemm
-from ..schedule import BLOCK_K, WGMMA_M, Schedule, num_sfb_rows, part_columns
+from ..schedule import BLOCK_K, WGMMA_M, Schedule, num_sfb_rows, part_columns, split_blocks
 from ..target import SM90A, Target
 from .space import candidates
 
@@ -30,6 +30,8 @@ SERIAL_CLOCKS_ALONE = 81.0
 SERIAL_CLOCKS = 123.0
 SMEM_CLOCKS_PER_ROW = 1.05  # a row of 128 bytes read by wgmma or written by TMA
 EPILOGUE_CLOCKS_PER_ELEMENT = 0.03
+LOAD_BYTES_PER_CLOCK = 54.0  # of one SM from L2
+REDUCE_CLOCKS = 1500.0  # exchange of a split cluster's sums
 
 
 def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.num_sms) -> float:
@@ -38,7 +40,9 @@ def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.n
     tiles = Traversal(s.block_m, s.block_n, s.cluster_m, s.cluster_n, s.raster_group)
     rows, columns = tiles.grid(m, problem.n)
     rounds = -(-rows * columns // (num_sms // s.cluster_size))
-    tile = -(-problem.k // BLOCK_K) * block_clocks(problem, s)
+    load_clocks = (min(m, s.block_m) + s.block_n) * BLOCK_K / LOAD_BYTES_PER_CLOCK
+    tile = split_blocks(problem, s) * _soft_max(block_clocks(problem, s), load_clocks)
+    tile += REDUCE_CLOCKS if s.split_k > 1 else 0.0
     tile += s.block_m * s.block_n * EPILOGUE_CLOCKS_PER_ELEMENT
     compute_us = rounds * tile / CLOCKS_PER_US
     bytes_moved = (m + problem.n) * problem.k + m * problem.n * problem.d_dtype.size_bytes

@@ -14,7 +14,8 @@ from ..target import SM90A, Target
 # (block_m, math warpgroups): 64 or 128 rows a warpgroup.
 ROW_TILES = ((64, 1), (128, 1), (128, 2), (192, 3), (256, 2))
 COLUMN_TILES = tuple(range(16, 257, 16))
-CLUSTERS = ((1, 1), (2, 1), (1, 2))
+# (cluster_m, cluster_n, split_k)
+CLUSTERS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), *((1, 1, split_k) for split_k in range(2, 9)))
 PROMOTIONS: tuple[Promotion, ...] = ("overlapped", "serial")
 MAX_STAGES = 12  # beyond that, more bytes in flight no longer help
 
@@ -29,7 +30,14 @@ def candidates(problem: Gemm, target: Target = SM90A) -> Iterator[Schedule]:
             too_wide = min(too_wide, 129)
         if columns >= too_wide:
             continue
-        schedule = Schedule(rows[0], columns, 2, rows[1], *cluster, promotion=promotion)
+        cluster_m, cluster_n, split_k = cluster
+        schedule = Schedule(
+            *(rows[0], columns, 2, rows[1]),
+            cluster_m=cluster_m,
+            cluster_n=cluster_n,
+            split_k=split_k,
+            promotion=promotion,
+        )
         stages = min(max_stages(problem, schedule, target), MAX_STAGES)
         schedule = replace(schedule, num_stages=stages)
         try:

@@ -54,7 +54,7 @@ class Draw:
         return (
             f"m{self.m}-n{p.n}-k{p.k}-{p.d_dtype}-{self.epilogue}-{self.sfa_layout}-{s.block_m}x{s.block_n}"
             f"-s{s.num_stages}-w{s.num_math_warpgroups}-c{s.cluster_m}x{s.cluster_n}-g{s.raster_group}"
-            f"-{s.promotion}-seed{self.seed}"
+            f"-k{s.split_k}-{s.promotion}-seed{self.seed}"
         )
 
 
@@ -65,7 +65,7 @@ def draw(rng: random.Random, index: int) -> Draw:
     epilogue = list(EPILOGUES)[index // len(M) % len(EPILOGUES)]
     problem = Gemm(n, k, rng.choice((BF16, F32)), EPILOGUES[epilogue])
     schedule = rng.choice(list(candidates(problem)))
-    if rng.random() < 0.3:
+    if schedule.split_k == 1 and rng.random() < 0.5:
         cluster = rng.choice(((2, 2), (4, 1), (1, 4)))
         larger = replace(schedule, cluster_m=cluster[0], cluster_n=cluster[1])
         schedule = larger if is_legal(problem, larger) else schedule

@@ -22,9 +22,11 @@ from jitgen import Gemm, Schedule  # noqa: E402
 from jitgen.build import prebuild  # noqa: E402
 from jitgen.codegen import headers, render  # noqa: E402
 from jitgen.lower import lower  # noqa: E402
+from jitgen.runtime import driver  # noqa: E402
 from jitgen.runtime.nvrtc import compile_cubin  # noqa: E402
 from jitgen.schedule import max_stages  # noqa: E402
-from jitgen.tuning.space import PROMOTIONS, ROW_TILES, candidates  # noqa: E402
+from jitgen.tuning.model import choose  # noqa: E402
+from jitgen.tuning.space import PROMOTIONS, ROW_TILES  # noqa: E402
 
 from . import draws  # noqa: E402
 
@@ -47,14 +49,18 @@ def _small_draws() -> list[draws.Draw]:
         for dtype in (jitgen.BF16, jitgen.F32)
         for expr in draws.EPILOGUES.values()
     ]
-    clusters = ((1, 1), (2, 1), (1, 2), rng.choice(((2, 2), (4, 1), (1, 4))))
-    for (block_m, warpgroups), promotion, cluster in itertools.product(
-        ROW_TILES, PROMOTIONS, clusters
+    clusters = ((1, 1, 1), (2, 1, 1), (1, 2, 1), rng.choice(((2, 2, 1), (4, 1, 1), (1, 4, 1))))
+    splits = ((1, 1, 2), (1, 1, rng.choice((3, 4, 5, 8))))
+    for (block_m, warpgroups), promotion, (cluster_m, cluster_n, split_k) in itertools.product(
+        ROW_TILES, PROMOTIONS, clusters + splits
     ):
-        problem = rng.choice(problems)
+        problem = rng.choice([p for p in problems if p.k >= 128 * split_k])
+        tile = Schedule(block_m, 16, 2, warpgroups, cluster_m, cluster_n, promotion=promotion)
         schedules = [
-            Schedule(block_m, block_n, 2, warpgroups, *cluster, promotion=promotion)
+            replace(tile, block_n=block_n, split_k=parts)
             for block_n in (32, 64, 96, 128)
+            for parts in range(1, split_k + 1)
+            if split_k == 1 or parts > 1
         ]
         schedule = rng.choice([s for s in schedules if draws.is_legal(problem, s)])
         schedule = replace(schedule, num_stages=min(4, max_stages(problem, schedule)))
@@ -100,8 +106,7 @@ def test_gemm_chooses_a_schedule_that_equals_interpreter(m: int, n: int, k: int)
     d = jitgen.gemm(inputs["a"], inputs["b"], (inputs["sfa"], inputs["sfb"]))
     assert d.dtype == torch.bfloat16
     assert d.shape == (m, n)
-    # Without split-K every schedule gives the same bits: any schedule's tiles will do.
-    schedule = next(s for s in candidates(problem) if s.block_m == 64)
+    schedule = choose(problem, m, driver.device(0).num_sms)
     draws.compare_tiles(draws.Draw(m, problem, schedule, "row", "plain", SEED), inputs, d, 2)
 
 

@@ -42,6 +42,18 @@ __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
             : "memory");
 }
 
+// As mbarrier_wait, with what other blocks of the cluster wrote.
+__device__ __forceinline__ void mbarrier_wait_cluster(u32 barrier, u32 parity) {
+    u32 done = 0;
+    while (!done)
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+}
+
 // A position in a ring of kStages; `phase` flips at each turn. Producers wait on empty barriers with
 // parity phase ^ 1 (free at the start), consumers on full barriers with parity phase.
 template <u32 kStages> struct PipelineState {
