@@ -26,9 +26,9 @@ SWIZZLE_ATOM_BYTES = 1024  # 8 rows of 128 bytes: base alignment of an SW128 til
 # accumulators without spilling, in a tile that touches one row of sfb and in one that touches two.
 REGISTER_SPLIT = {1: (56, 240), 2: (56, 224), 3: (56, 152)}
 ACCUMULATOR_REGISTERS = {1: (192, 152), 2: (192, 152), 3: (104, 100)}
-# At most, with 128 rows a warpgroup, in a cluster or where D is float32 (more addresses to keep);
-# and with two rows of sfb where D is float32.
-TWO_WAVES_ACCUMULATOR_REGISTERS = 128
+# At most, where D is float32 (more addresses to keep), with 128 rows a warpgroup, and with two rows
+# of sfb.
+F32_TWO_WAVES_ACCUMULATOR_REGISTERS = 128
 F32_TWO_ROWS_ACCUMULATOR_REGISTERS = 136
 
 Promotion = Literal["overlapped", "serial"]
@@ -164,8 +164,8 @@ def accumulator_registers(problem: Gemm, schedule: Schedule) -> int:
     one_row, two_rows = ACCUMULATOR_REGISTERS[schedule.num_math_warpgroups]
     has_two_rows = num_sfb_rows(problem, schedule.block_n) > 1
     limits = [two_rows if has_two_rows else one_row]
-    if schedule.num_waves > 1 and (schedule.cluster_size > 1 or problem.d_dtype == F32):
-        limits.append(TWO_WAVES_ACCUMULATOR_REGISTERS)
+    if schedule.num_waves > 1 and problem.d_dtype == F32:
+        limits.append(F32_TWO_WAVES_ACCUMULATOR_REGISTERS)
     if has_two_rows and problem.d_dtype == F32:
         limits.append(F32_TWO_ROWS_ACCUMULATOR_REGISTERS)
     return min(limits)

@@ -308,7 +308,9 @@ class _Block:
         for buffer, tensor in zip(op.scales, (sfa, sfb), strict=True):
             self.read(op, f"tile of {tensor.name}", buffer, self.depth - 1)
         _require(
-            self.is_part == (self.kernel.schedule.split_k > 1), op, "blocks do not share k as planned"
+            self.is_part == (self.kernel.schedule.split_k > 1),
+            op,
+            "blocks do not share k as planned",
         )
         windows = (self.windows(sfa)[0], self.windows(sfb)[0])
         _require(op.windows == windows, op, f"scales by {', '.join(map(str, windows))}")

@@ -62,11 +62,8 @@ __device__ __forceinline__ void tma_store(const TensorMap& map, u32 smem, u32 x,
 
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Waits until this thread's stores have read their shared memory.
+// Waits until this thread's stores have read their shared memory, which may then be written again, or given up.
 __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-
-// Waits until this thread's stores are complete.
-__device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // The byte offset at which a TMA tile with a swizzle span of kSpan bytes holds its byte `offset`: 16-byte chunks
 // are permuted within the span by the row's index in units of 128 bytes.
