@@ -105,7 +105,7 @@ class Library:
         status = self._gemm(*operands, *extents, workspace, stream)
         if status:
             m, n, k = extents
-            raise DeviceError(f"m{m}-n{n}-k{k}: {self._status_name(status).decode()}")
+            raise DeviceError(f"refuses m{m}-n{n}-k{k}: {self._status_name(status).decode()}")
 
 
 def libraries() -> Mapping[Config, Library]:

@@ -164,16 +164,18 @@ PEERS = (
     Peer(
         "cublaslt_blockwise",
         "cuBLASLt blockwise",
-        "`torch._scaled_mm` with jitgen's scales, 1x128 and 128x128, those of A laid out"
-        " [k/128, m] before the timed call, and m padded to a multiple of 4.",
+        "`torch._scaled_mm` with jitgen's scales, 1x128 and 128x128, and BF16 output. Before the"
+        " timed call, which favours it, the scales of A are laid out [k/128, m] and m is padded to"
+        " a multiple of 4.",
         _prepare_cublaslt_blockwise,
     ),
     Peer(
         "cutlass",
         "CUTLASS",
-        "its FP8 blockwise collective, jitgen's scales laid out [k/128, m] and [k/128, n/128]"
-        f" before the timed call, m padded to a multiple of 4; of {len(cutlass.CONFIGS)}"
-        f" configurations ({'; '.join(map(str, cutlass.CONFIGS))}) the fastest for each shape.",
+        "its Hopper GEMM with FP8 blockwise scales, jitgen's, and BF16 output. Before the timed"
+        " call, which favours it, the scales are laid out [k/128, m] and [k/128, n/128] and m is"
+        f" padded to a multiple of 4. For each shape the fastest of {len(cutlass.CONFIGS)}"
+        f" configurations: {'; '.join(map(str, cutlass.CONFIGS))}.",
         _prepare_cutlass,
     ),
 )

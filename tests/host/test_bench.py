@@ -14,21 +14,15 @@ import pytest
 
 from jitgen import api
 from jitgen.dtypes import E4M3
-from jitgen.errors import DeviceError, VerifyError
+from jitgen.errors import DeviceError, ProblemError, VerifyError
 from jitgen.interpret import interpret
 from jitgen.lower import lower
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule
-from jitgen.tuning import bench, report
-from jitgen.tuning.bench import (
-    GRID_DENSE,
-    Baseline,
-    DeviceEvent,
-    Measurement,
-    Row,
-    Shape,
-)
+from jitgen.tuning import bench, peers, plot, report, timing
+from jitgen.tuning.bench import GRID_DENSE, Baseline, PeerTime, Row, Shape
 from jitgen.tuning.report import Meta, Result
+from jitgen.tuning.timing import DeviceEvent, Measurement
 
 SCHEDULE = Schedule(64, 64, 4, num_math_warpgroups=1)
 SMALL = Shape(70, 136, 256)
@@ -52,7 +46,12 @@ def measured(kernel_us: float, kernels: tuple[str, ...] = ("gemm",)) -> Measurem
 
 
 def row(shape: Shape, us: float, cublaslt_us: float, baseline: Baseline | None) -> Row:
-    return Row(shape, SCHEDULE, measured(us), measured(cublaslt_us), baseline)
+    """A row without CUTLASS, which takes half as long again with blockwise scales."""
+    times = {
+        "cublaslt": PeerTime("", measured(cublaslt_us)),
+        "cublaslt_blockwise": PeerTime("", measured(1.5 * cublaslt_us)),
+    }
+    return Row(shape, SCHEDULE, measured(us), times, {"CUTLASS": "no nvcc"}, baseline)
 
 
 # --- shapes and arithmetic ------------------------------------------------------------------------
@@ -104,7 +103,11 @@ def test_row_derives_its_figures() -> None:
     assert one.tflops == pytest.approx(shape.flops / 100e-6 / 1e12)
     assert one.gb_per_s == pytest.approx(shape.num_bytes / 100e-6 / 1e9)
     assert one.over_floor == pytest.approx(100 / shape.floor_us)
-    assert (one.vs_cublaslt, one.vs_deepgemm) == (0.8, 1.5)
+    names = ("jitgen", "deepgemm", "cublaslt", "cublaslt_blockwise", "cutlass", "best")
+    assert [one.us(name) for name in names] == [100, 150, 80, 120, None, 80]
+    assert [one.ratio(name) for name in names] == [1, 1.5, 0.8, 1.2, None, 0.8]
+    assert replace(one, baseline=None).us("best") is None
+    assert replace(one, peers={}).us("best") is None
 
 
 # --- profiler events ------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ def profiled(calls: list[list[tuple[str, float]]]) -> list[DeviceEvent]:
 def test_split_calls_sums_all_kernels_of_a_call_without_the_flush() -> None:
     calls = [[("splitk", 10.0 + i), ("Memset (Device)", 1.0), ("reduce", 2.0)] for i in range(4)]
     events = profiled(calls)[::-1]  # in any order
-    measurement = bench.summarize_calls(bench.split_calls(events, 4))
+    measurement = timing.summarize_calls(timing.split_calls(events, 4))
     assert measurement.kernels == ("splitk", "Memset (Device)", "reduce")
     assert measurement.num_kernels == 3
     assert measurement.kernel_us == pytest.approx(14.5)
@@ -150,9 +153,9 @@ def test_split_calls_rejects_incomplete_profile(
     break_events: Callable[[list[DeviceEvent]], list[DeviceEvent]], message: str
 ) -> None:
     events = profiled([[("gemm", 10.0)]] * 3)
-    assert len(bench.split_calls(events, 3)) == 3
+    assert len(timing.split_calls(events, 3)) == 3
     with pytest.raises(DeviceError, match=message):
-        bench.split_calls(break_events(events), 3)
+        timing.split_calls(break_events(events), 3)
 
 
 def test_device_events_are_the_work_of_the_gpu() -> None:
@@ -168,7 +171,7 @@ def test_device_events_are_the_work_of_the_gpu() -> None:
             is_user_annotation=True,
         ),
     ]
-    assert bench._device_events(events) == [DeviceEvent("gemm", 5.0, 2.5)]
+    assert timing._device_events(events) == [DeviceEvent("gemm", 5.0, 2.5)]
 
 
 class FakeGpu:
@@ -183,7 +186,7 @@ class FakeGpu:
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch.profiler, "profile", lambda activities: self)
         flush = SimpleNamespace(fill_=lambda value: self.log.append(FLUSH))
-        monkeypatch.setattr(bench, "_flush_buffer", lambda ordinal: flush)
+        monkeypatch.setattr(timing, "_flush_buffer", lambda ordinal: flush)
 
     def __enter__(self) -> FakeGpu:
         self.log.clear()
@@ -207,7 +210,7 @@ def test_measure_kernel_us_profiles_again_if_records_were_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu = FakeGpu(monkeypatch, lost=[1, 0])
-    measurement = bench.measure_kernel_us(lambda: gpu.log.append("gemm"), calls=12)
+    measurement = timing.measure_kernel_us(lambda: gpu.log.append("gemm"), calls=12)
     assert (measurement.kernel_us, measurement.num_calls) == (7.0, 12)
     assert gpu.lost == []
 
@@ -215,9 +218,9 @@ def test_measure_kernel_us_profiles_again_if_records_were_lost(
 def test_measure_kernel_us_rejects_profiles_that_stay_incomplete(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gpu = FakeGpu(monkeypatch, lost=[1] * bench.NUM_PROFILES)
+    gpu = FakeGpu(monkeypatch, lost=[1] * timing.NUM_PROFILES)
     with pytest.raises(DeviceError, match=r"must run the same kernels|records are missing"):
-        bench.measure_kernel_us(lambda: gpu.log.append("gemm"))
+        timing.measure_kernel_us(lambda: gpu.log.append("gemm"))
     assert gpu.lost == []
 
 
@@ -272,7 +275,7 @@ class Played:
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> Played:
-    """Lets `bench_gemm` run on CPU tensors."""
+    """Lets `bench_gemm` run on CPU tensors, beside one peer with configurations of 8 and 7 us."""
     torch = pytest.importorskip("torch")
     played = Played()
 
@@ -284,25 +287,30 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
         played.num_calls += 1
         played.spoil(out, played.num_calls)
 
+    def prepare(x: Any, weight: Any) -> peers.Prepared:
+        product = x.double() @ weight.double().t()
+        d = product.bfloat16()
+        return peers.Prepared({"slow": lambda: d[:], "fast": lambda: d}, product)
+
     def measure(call: Callable[[], Any]) -> Measurement:
         result = call()
-        played.timed.append("jitgen" if result is None else "cublaslt")
-        if result is not None:
-            assert result.shape == (SMALL.m, SMALL.n)
-            assert result.dtype == torch.bfloat16
-        return measured(10.0 if result is None else 8.0)
+        kind = "jitgen" if result is None else "slow" if result._is_view() else "fast"
+        played.timed.append(kind)
+        return measured({"jitgen": 10.0, "slow": 8.0, "fast": 7.0}[kind])
 
     real = bench._bench_shape
     monkeypatch.setattr(bench, "gemm", gemm)
+    monkeypatch.setattr(bench, "PEERS", (peers.Peer("cublaslt", "cuBLASLt", "", prepare),))
     monkeypatch.setattr(bench, "measure_kernel_us", measure)
     monkeypatch.setattr(bench, "_bench_shape", lambda s, c, b: real(s, c, b, "cpu"))
     return played
 
 
-def test_bench_gemm_times_a_checked_call_and_its_peer(played: Played) -> None:
+def test_bench_gemm_times_a_checked_call_and_the_fastest_of_its_peer(played: Played) -> None:
     (one,) = bench.bench_gemm([SMALL], H100)
-    assert played.timed == ["jitgen", "cublaslt"]
-    assert (one.shape, one.baseline, one.vs_cublaslt) == (SMALL, None, 0.8)
+    assert played.timed == ["jitgen", "slow", "fast"]
+    assert (one.shape, one.baseline, one.missing) == (SMALL, None, {})
+    assert one.peers == {"cublaslt": PeerTime("fast", measured(7.0))}
 
 
 def test_bench_gemm_times_no_wrong_result(played: Played) -> None:
@@ -316,6 +324,41 @@ def test_bench_gemm_rejects_results_that_change(played: Played) -> None:
     played.spoil = lambda d, n: d[0, 0].add_(n - 1)
     with pytest.raises(VerifyError, match="repeated calls give different results"):
         list(bench.bench_gemm([SMALL], H100))
+
+
+def fails(error: Exception) -> Any:
+    def call() -> None:
+        raise error
+
+    return call
+
+
+def test_bench_gemm_goes_on_without_a_peer_and_says_why(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    reference = torch.ones(SMALL.m, SMALL.n, dtype=torch.float64)
+    calls = {
+        "wrong": lambda: 2 * reference,
+        "refused": fails(RuntimeError("CUDA error:\n  not supported")),
+        "mistaken": fails(ValueError("scale_a must have shape")),
+    }
+    monkeypatch.setattr(
+        bench,
+        "PEERS",
+        (
+            peers.Peer("one", "One", "", lambda x, weight: peers.Prepared(calls, reference)),
+            peers.Peer("two", "Two", "", lambda x, weight: fails(DeviceError("no nvcc"))()),
+        ),
+    )
+    (one,) = bench.bench_gemm([SMALL], H100)
+    assert played.timed == ["jitgen"]
+    assert one.peers == {}
+    assert list(one.missing) == ["One wrong", "One refused", "One mistaken", "Two"]
+    assert one.missing["One wrong"].startswith("70 of 70 rows are wrong")
+    assert one.missing["One refused"] == "CUDA error: not supported"
+    assert one.missing["Two"] == "no nvcc"
 
 
 @pytest.mark.parametrize(
@@ -346,13 +389,24 @@ def test_check_machine_rejects_missing_torch(monkeypatch: pytest.MonkeyPatch) ->
 
 # --- reports --------------------------------------------------------------------------------------
 
-META = Meta(H100.name, "580.1", "13.0.88", "2.11", "0.1.0", "2026-11-22", "Method.", "jitgen bench")
+META = Meta(
+    gpu=H100.name,
+    driver="580.1",
+    nvrtc="13.0.88",
+    torch="2.11",
+    cutlass="4.2.0 (nvcc 13.0.88)",
+    jitgen="0.1.0",
+    date="2026-11-22",
+    method="Method.",
+    peers={"cuBLASLt": "per tensor."},
+    command="jitgen bench",
+)
 WIN, LOSS = GRID_DENSE[0], GRID_DENSE[-1]
 
 
 @pytest.fixture
 def result() -> Result:
-    """One shape that beats both peers and one that loses to both."""
+    """One shape that beats the peers and one that loses to two."""
     rows = (
         row(WIN, 10.0, 20.0, Baseline(40.0, 20.0)),
         row(LOSS, 100.0, 90.0, Baseline(81.0, 45.0)),
@@ -363,47 +417,144 @@ def result() -> Result:
 def test_summarize_gives_each_m_and_all(result: Result) -> None:
     first, second, total = report.summarize(result.rows)
     assert [first.label, second.label, total.label] == ["1", "4096", "all"]
-    assert (first.vs_deepgemm, first.vs_cublaslt, first.num_losses) == (4, 2, 0)
-    assert (second.num_losses, total.num_losses, total.num_shapes) == (1, 1, 2)
-    assert total.vs_deepgemm == pytest.approx((4 * 0.81) ** 0.5)
+    ratios = {"deepgemm": 4, "cublaslt": 2, "cublaslt_blockwise": 3, "cutlass": None, "best": 2}
+    assert first.ratios == pytest.approx(ratios)
+    assert set(first.num_losses.values()) == {0, None}
+    assert list(second.num_losses.values()) == [1, 1, 0, None, 1]
+    assert (total.num_losses["best"], total.num_shapes) == (1, 2)
+    assert total.ratios["best"] == pytest.approx((2 * 0.81) ** 0.5)
     assert total.live_over_baseline == pytest.approx(2**0.5)
+    assert first.over_floor["jitgen"] == pytest.approx(10 / WIN.floor_us)
+    assert first.over_floor["cublaslt_blockwise"] == pytest.approx(30 / WIN.floor_us)
+    assert first.over_floor["cutlass"] is None
 
 
 def test_summarize_compares_with_no_partial_baseline(result: Result) -> None:
     rows = (*result.rows, row(SMALL, 5.0, 6.0, None))
     total = report.summarize(rows)[-1]
-    assert (total.vs_deepgemm, total.num_losses, total.live_over_baseline) == (None, None, None)
-    assert total.vs_cublaslt == pytest.approx((2 * 0.9 * 1.2) ** (1 / 3))
+    for name in ("deepgemm", "best"):
+        figures = total.ratios[name], total.num_losses[name], total.over_floor[name]
+        assert figures == (None, None, None)
+    assert total.live_over_baseline is None
+    assert total.ratios["cublaslt"] == pytest.approx((2 * 0.9 * 1.2) ** (1 / 3))
     assert report.summarize([]) == []
 
 
+def table(text: str, title: str) -> list[dict[str, str]]:
+    """The rows of the Markdown table below a heading, by column."""
+    lines = text.split(f"\n## {title}\n\n")[1].split("\n\n")[0].splitlines()
+    columns, _, *rows = (line.strip("| ").split(" | ") for line in lines)
+    return [dict(zip(columns, cells, strict=True)) for cells in rows]
+
+
 def test_render_markdown_shows_losses_in_bold(result: Result) -> None:
-    lines = report.render_markdown(result).splitlines()
-    won = next(line for line in lines if line.startswith("| 2112 | 7168 |"))
-    lost = next(line for line in lines if line.startswith("| 7168 | 2048 |"))
-    assert "**" not in won
-    assert "| 10.00 | 1.0% | 20.00 | 40.00 | 4.00 |" in won
-    assert "| 100.00 | 0.1% | **90.00** | **81.00** | **0.81** |" in lost
-    total = next(line for line in lines if line.startswith("| all | 2 |"))
-    assert total.split(" | ")[2:5] == ["1.80", "**1**", "1.34"]
+    text = report.render_markdown(result)
+    (won,), (lost,) = table(text, "M = 1"), table(text, "M = 4096")
+    assert not any("**" in cell for cell in won.values())
+    assert (won["jitgen us"], won["spread"], won["DeepGEMM us"]) == ("10.00", "1.0%", "40.00")
+    assert (won["CUTLASS us"], won["best peer / jitgen"]) == ("-", "2.00")
+    assert (lost["DeepGEMM us"], lost["cuBLASLt us"]) == ("**81.00**", "**90.00**")
+    assert (lost["cuBLASLt blockwise us"], lost["best peer / jitgen"]) == ("135.00", "**0.81**")
+    total = table(text, "Geometric means")[-1]
+    assert (total["best peer / jitgen"], total["slower than best peer"]) == ("1.27", "**1**")
+    assert (total["cuBLASLt / jitgen"], total["cuBLASLt live / file"]) == ("1.34", "1.41")
+    floors = table(text, "Time over floor, geometric means")
+    assert [cells["M"] for cells in floors] == ["1", "4096", "all"]
+    assert floors[1]["DeepGEMM"].startswith("**")
+    assert floors[0]["CUTLASS"] == "-"
 
 
 def test_render_markdown_says_where_and_how(result: Result) -> None:
     text = report.render_markdown(result)
     for part in (*vars(META).values(), "## M = 1", "## M = 4096", "DeepGEMM 2.6.1", "launches: 1."):
-        assert part in text
-    tables = [line for line in text.splitlines() if line.startswith("|")]
-    widths = {len(report.COLUMNS) - 1, len(report.SUMMARY_COLUMNS)}  # M is in the headings
-    assert {line.count("|") - 1 for line in tables} == widths
+        assert part is META.peers or part in text
+    assert "- cuBLASLt, live in the same run: per tensor.\n" in text
+    assert "Not measured:\n\n- CUTLASS, every shape: no nvcc\n" in text
+    configs = table(text, "Schedules")
+    assert [cells["jitgen"] for cells in configs] == [str(SCHEDULE)] * 2
+    assert "![" not in text
+    assert "(plot.svg)" in report.render_markdown(result, plot="plot.svg")
 
 
-def test_result_to_json_holds_all_figures(result: Result) -> None:
+def test_render_markdown_names_the_shapes_that_a_peer_lacks(result: Result) -> None:
+    rows = (result.rows[0], replace(result.rows[1], missing={}))
+    text = report.render_markdown(replace(result, rows=rows))
+    assert f"- CUTLASS, {WIN}: no nvcc\n" in text
+
+
+def test_result_json_holds_all_figures_and_reads_back(result: Result) -> None:
     data = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert data["meta"] == vars(META)
     one = data["rows"][1]
     assert one["shape"] == {"m": 4096, "n": 7168, "k": 2048}
     assert one["schedule"]["num_stages"] == SCHEDULE.num_stages
-    assert (one["jitgen"]["kernel_us"], one["jitgen"]["num_kernels"]) == (100.0, 1)
-    assert one["jitgen"]["kernels"] == ["gemm"]
-    assert one["vs_deepgemm"] == pytest.approx(0.81)
-    assert one["floor_us"] == pytest.approx(LOSS.floor_us)
+    assert (one["jitgen"]["kernel_us"], one["jitgen"]["kernels"]) == (100.0, ["gemm"])
+    assert one["peers"]["cublaslt"]["measurement"]["kernel_us"] == 90.0
+    derived = one["derived"]
+    assert derived["ratios"]["deepgemm"] == pytest.approx(0.81)
+    assert (derived["num_kernels"], derived["floor_us"]) == (1, pytest.approx(LOSS.floor_us))
+    assert Result.from_json(data) == result
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data.pop("rows"), "KeyError 'rows'"),
+        (lambda data: data["meta"].pop("date"), "TypeError .*date"),
+        (lambda data: data["rows"][0].pop("peers"), "KeyError 'peers'"),
+        (lambda data: data["rows"][0]["schedule"].update(block_q=1), "TypeError .*block_q"),
+    ],
+    ids=["rows", "meta", "peers", "schedule"],
+)
+def test_result_rejects_json_of_another_version(
+    result: Result, spoil: Callable[[Any], object], message: str
+) -> None:
+    data = json.loads(json.dumps(result.to_json()))
+    spoil(data)
+    with pytest.raises(ProblemError, match=message):
+        Result.from_json(data)
+
+
+def test_collect_meta_keeps_no_folder_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(report, "_driver_release", lambda: "580.1")
+    monkeypatch.setattr(report, "describe", lambda: "4.2.0 (nvcc 13.0.88)")
+    arguments = ["bench", "gemm", "--json", "/tmp/out/a b.json", "--markdown=/work/docs/p.md"]
+    meta = report.collect_meta(H100, version="0.1.0", arguments=arguments)
+    assert meta.command == "jitgen bench gemm --json 'a b.json' --markdown=p.md"
+    assert list(meta.peers) == ["cuBLASLt", "cuBLASLt blockwise", "CUTLASS"]
+
+
+# --- the plot -------------------------------------------------------------------------------------
+
+
+def test_plot_has_a_style_for_everything_compared() -> None:
+    assert set(plot.STYLES) | {"best"} == {"jitgen", *report.TITLES}
+
+
+def test_series_are_geometric_means_by_m_without_missing_peers(result: Result) -> None:
+    rows = (*result.rows, row(SMALL, 5.0, 6.0, None))
+    extents, lines = plot.series(rows)
+    assert extents == ["1", "70", "4096"]
+    assert list(lines) == ["jitgen", "deepgemm", "cublaslt", "cublaslt_blockwise"]
+    assert lines["deepgemm"] == [
+        pytest.approx(40 / WIN.floor_us),
+        None,
+        pytest.approx(81 / LOSS.floor_us),
+    ]
+
+
+def test_render_svg_draws_each_series_and_is_reproducible(result: Result) -> None:
+    pytest.importorskip("matplotlib")
+    svg = plot.render_svg(result.rows)
+    assert svg is not None
+    assert svg == plot.render_svg(result.rows)
+    assert "DeepGEMM" in svg
+    assert "CUTLASS" not in svg
+
+
+def test_render_svg_without_matplotlib_is_none(
+    result: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot.render_svg(result.rows) is None
