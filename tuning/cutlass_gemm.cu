@@ -32,10 +32,12 @@ constexpr int kAlignmentD = 8;
 
 using TileShape = Shape<Int<TILE_M>, Int<TILE_N>, _128>;
 using ClusterShape = Shape<Int<CLUSTER_M>, _1, _1>;
-using LayoutD = std::conditional_t<kSwapped, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
+using LayoutD =
+    std::conditional_t<kSwapped, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
 
 // The left operand is A with a scale every row, or, swapped, B with a scale every 128 rows.
-using Scales = cutlass::detail::Sm90BlockwiseScaleConfig<kSwapped ? 128 : 1, kSwapped ? 1 : 128, 128>;
+using Scales =
+    cutlass::detail::Sm90BlockwiseScaleConfig<kSwapped ? 128 : 1, kSwapped ? 1 : 128, 128>;
 using LayoutLeftScales = decltype(Scales::deduce_layoutSFA());
 using LayoutRightScales = decltype(Scales::deduce_layoutSFB());
 
