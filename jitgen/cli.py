@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 import warnings
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .tuning.bench import Shape
+    from .tuning.report import Result
 
 PIPE_COLUMNS = 200  # width of what is printed where there is no terminal
 
@@ -371,10 +371,11 @@ def bench_gemm(
         Path | None, typer.Option("--json", help="Write the result here, after each shape.")
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="Write a report here, after each shape.")
+        Path | None,
+        typer.Option(help="Write a report here, after each shape; in the end a plot beside it."),
     ] = None,
 ) -> None:
-    """Kernel times of the FP8 GEMM beside cuBLASLt (live) and DeepGEMM (from a file)."""
+    """Kernel times of the FP8 GEMM beside cuBLASLt, CUTLASS (live) and DeepGEMM (from a file)."""
     from rich.progress import Progress
 
     from . import __version__
@@ -382,8 +383,7 @@ def bench_gemm(
 
     shapes = _shapes(bench.GRID_QUICK if quick else bench.GRID_DENSE, m)
     device = bench.check_machine()
-    command = f"jitgen {shlex.join(sys.argv[1:])}"
-    meta = report.collect_meta(device, version=__version__, command=command)
+    meta = report.collect_meta(device, version=__version__, arguments=sys.argv[1:])
     result = report.Result(meta, ())
     console = _console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
@@ -394,7 +394,44 @@ def bench_gemm(
             if markdown:
                 _write(markdown, report.render_markdown(result))
             console.print(f"{row.shape}: {row.jitgen.kernel_us:.2f} us", highlight=False)
+    if markdown:
+        _write_report(markdown, result)
     report.print_result(_console(), result)
+
+
+@bench_app.command("report")
+def bench_report(
+    json_file: Annotated[Path, typer.Argument(help="What `bench gemm --json` wrote.")],
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write a report here, and its plot beside it.")
+    ] = None,
+) -> None:
+    """The report of an earlier `bench gemm` again; needs no GPU."""
+    from .tuning import report
+
+    try:
+        data = json.loads(json_file.read_text())
+    except OSError as error:
+        raise ProblemError(f"cannot read {json_file}: {error.strerror}") from None
+    except ValueError as error:
+        raise ProblemError(f"{json_file} is not JSON: {error}") from None
+    result = report.Result.from_json(data)
+    if markdown:
+        _write_report(markdown, result)
+    report.print_result(_console(), result)
+
+
+def _write_report(markdown: Path, result: Result) -> None:
+    """The report and, beside it, its plot; without matplotlib a warning instead."""
+    from .tuning import plot, report
+
+    picture = markdown.with_suffix(".svg")
+    svg = plot.render_svg(result.rows)
+    if svg:
+        _write(picture, svg)
+    else:
+        warnings.warn("no plot without matplotlib: pip install 'jitgen[bench]'", stacklevel=2)
+    _write(markdown, report.render_markdown(result, plot=picture.name if svg else None))
 
 
 def _shapes(grid: Sequence[Shape], extents: Sequence[int] | None) -> list[Shape]:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,9 @@ from jitgen.problem import Gemm
 from jitgen.runtime import nvrtc
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule, check_schedule
-from jitgen.tuning import bench, report
+from jitgen.tuning import bench, plot, report
 from jitgen.tuning.model import choose
+from jitgen.tuning.timing import Measurement
 
 ROOT = Path(__file__).parents[2]
 PROBLEM = Gemm(256, 512)
@@ -357,14 +359,16 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[bench.Shape]:
         for shape in asked:
             shapes.append(shape)
             times = [2 * shape.floor_us, 1.5 * shape.floor_us]
-            ours, theirs = (bench.Measurement(us, 0.1, us, us, 12, ("k",)) for us in times)
+            ours, theirs = (Measurement(us, 0.1, us, us, 12, ("k",)) for us in times)
             schedule = choose(shape.problem, shape.m)
-            yield bench.Row(shape, schedule, ours, theirs, bench.baseline_dense().get(shape))
+            peers = {"cublaslt": bench.PeerTime("", theirs)}
+            yield bench.Row(shape, schedule, ours, peers, {}, bench.baseline_dense().get(shape))
 
     gpu = Device(0, "NVIDIA H100 80GB HBM3", (9, 0), 132)
-    meta = report.Meta(gpu.name, "580.1", "13.0.88", "2.11", "0.1.0", "2026-11-22", "M.", "jitgen")
+    names = (field.name for field in fields(report.Meta))
+    meta = report.Meta(**{name: name for name in names} | {"gpu": gpu.name, "peers": {}})
     monkeypatch.setattr(bench, "check_machine", lambda: gpu)
-    monkeypatch.setattr(report, "collect_meta", lambda device, version, command: meta)
+    monkeypatch.setattr(report, "collect_meta", lambda device, version, arguments: meta)
     monkeypatch.setattr(bench, "bench_gemm", bench_gemm)
     return shapes
 
@@ -378,7 +382,7 @@ def test_bench_measures_the_grid_and_writes_reports(
     assert tuple(measured) == bench.GRID_DENSE
     data = json.loads(files[0].read_text())
     assert len(data["rows"]) == 49
-    assert data["rows"][0]["over_floor"] == pytest.approx(2)
+    assert data["rows"][0]["derived"]["over_floor"] == pytest.approx(2)
     assert "## M = 4096" in files[1].read_text()
     assert "NVIDIA H100 80GB HBM3: 1 kernel launched by a call" in result.stdout
     assert "│  all │     49 │" in result.stdout
@@ -406,6 +410,49 @@ def test_bench_warns_if_the_machine_is_not_like_the_baselines(
     result = run("bench", "gemm", "--quick")
     assert result.stderr.count(" us\n") == 6  # one line a shape
     assert "\nwarning: cuBLASLt takes " in result.stderr
+
+
+def test_bench_report_writes_the_same_report_again(
+    run: Run, measured: list[bench.Shape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plot, "render_svg", lambda rows: f"<svg>{len(rows)}</svg>")
+    files = tmp_path / "out.json", tmp_path / "first.md", tmp_path / "again.md"
+    first = run("bench", "gemm", "--json", files[0], "--markdown", files[1])
+    again = run("bench", "report", files[0], "--markdown", files[2])
+    assert (first.exit_code, again.exit_code) == (0, 0)
+    assert again.stdout == first.stdout
+    assert files[2].read_text() == files[1].read_text().replace("(first.svg)", "(again.svg)")
+    assert "(again.svg)" in files[2].read_text()
+    assert (tmp_path / "again.svg").read_text() == "<svg>49</svg>"
+
+
+def test_bench_report_without_matplotlib_has_no_plot_and_says_so(
+    run: Run, measured: list[bench.Shape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plot, "render_svg", lambda rows: None)
+    result = run("bench", "gemm", "--quick", "--markdown", tmp_path / "report.md")
+    assert result.exit_code == 0
+    assert "warning: no plot without matplotlib" in result.stderr
+    assert "![" not in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "report.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read"),
+        ("{", "is not JSON"),
+        ("{}", "not a result that this version's"),
+        ("[]", "not a result that this version's"),
+    ],
+)
+def test_bench_report_rejects_what_is_no_result(
+    run: Run, tmp_path: Path, text: str | None, message: str
+) -> None:
+    path = tmp_path / "out.json"
+    if text is not None:
+        path.write_text(text)
+    assert message in error_line(run("bench", "report", path))
 
 
 def test_bench_rejects_report_that_cannot_be_written(

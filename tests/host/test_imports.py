@@ -40,7 +40,11 @@ ALLOWED |= {
     "runtime": set(FOUNDATION),  # NVRTC, kernel store, driver: knows no problem and no kernel
     "tuning": _before | {"runtime"},  # candidates, cost model, measured records
     "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
+    "tuning.timing": {"errors"},  # of any call
+    "tuning.peers": _before | {"tuning", "api"},  # what it is timed beside
+    "tuning.cutlass": {"errors", "runtime"},  # a peer that nvcc builds
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
+    "tuning.plot": {"tuning.bench", "tuning.report"},  # and in a picture
     "arrays": set(_before),  # the rules that a caller's arrays must keep
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
     "api": _before | {"runtime", "tuning", "arrays", "build"},  # what users call
@@ -49,13 +53,15 @@ ALLOWED |= {
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
     "doctor": _before | {"runtime", "build", "tuning", "api", "jitgen"},
     "cli": _before
-    | {"build", "tuning", "tuning.bench", "tuning.report", "doctor", "demo", "jitgen"},
+    | {"build", "tuning", "tuning.bench", "tuning.report", "tuning.plot"}
+    | {"doctor", "demo", "jitgen"},
     "__main__": {"cli"},
 }
 
 # Libraries that most users lack or wait for: who may import them, and only inside functions.
 LAZY: dict[str, set[str]] = {
-    "torch": {"api", "demo", "tuning.bench", "tuning.report"},
+    "torch": {"api", "demo", "tuning.bench", "tuning.peers", "tuning.report", "tuning.timing"},
+    "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
     "jinja2": {"codegen"},
     "tokenizers": {"minilm"},
