@@ -40,6 +40,8 @@ ALLOWED |= {
     "runtime": set(FOUNDATION),  # NVRTC, kernel store, driver: knows no problem and no kernel
     "tuning": _before | {"runtime"},  # candidates, cost model, measured records
     "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
+    "tuning.host": _before
+    | {"runtime", "tuning.bench", "calls", "api"},  # times what they wait for
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
     "arrays": set(_before),  # the rules that a caller's arrays must keep
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
@@ -49,14 +51,15 @@ ALLOWED |= {
     "minilm": _before,  # the demo's model
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
     "doctor": _before | {"runtime", "build", "tuning", "api", "jitgen"},
-    "cli": _before
-    | {"build", "tuning", "tuning.bench", "tuning.report", "doctor", "demo", "jitgen"},
+    "console": set(),  # what the commands print on
+    "cli_bench": {"errors", "console", "tuning.bench", "tuning.host", "tuning.report", "jitgen"},
+    "cli": _before | {"build", "console", "tuning", "tuning.bench", "cli_bench", "doctor", "demo"},
     "__main__": {"cli"},
 }
 
 # Libraries that most users lack or wait for: who may import them, and only inside functions.
 LAZY: dict[str, set[str]] = {
-    "torch": {"calls", "demo", "tuning.bench", "tuning.report"},
+    "torch": {"calls", "demo", "tuning.bench", "tuning.host", "tuning.report"},
     "cuda": {"runtime"},
     "jinja2": {"codegen"},
     "tokenizers": {"minilm"},
