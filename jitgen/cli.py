@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
+from .cli_bench import Grid, bench_app
+from .console import make_console
 from .dtypes import BF16, DType, dtype_of
 from .errors import CompileError, JitgenError, ProblemError, ScheduleError, one_line
 from .expr import Expr, acc, gelu, matrix, relu, silu, vector
@@ -24,11 +25,6 @@ from .target import SM90A
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from .tuning.bench import Shape
-    from .tuning.report import Result
-
-PIPE_COLUMNS = 200  # width of what is printed where there is no terminal
 
 
 class _Group(TyperGroup):
@@ -64,26 +60,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench_app = typer.Typer(help="Measure on this machine's GPU.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:
     """Run the command line: what the console script `jitgen` calls."""
     app(prog_name="jitgen")
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else PIPE_COLUMNS)
-
-
-class Grid(str, Enum):
-    """A named list of shapes."""
-
-    dense = "dense"
 
 
 # --- show -----------------------------------------------------------------------------------------
@@ -140,7 +122,7 @@ def show(
     pinned = parse_schedule(schedule, problem) if schedule is not None else choose(problem, m)
     kernel = lower(problem, pinned)
     entry = build(kernel)
-    console = _console()
+    console = make_console()
     _section(console, "Problem", str(problem))
     _section(console, "Schedule", str(pinned))
     _section(console, "Kernel", str(kernel))
@@ -276,7 +258,7 @@ def prebuild(
     root = build.open_shared_store().root
     done: list[build.Prebuilt] = []
     started = time.perf_counter()
-    console = _console(stderr=True)
+    console = make_console(stderr=True)
     try:
         with Progress(console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"{len(kernels)} kernels", total=len(kernels))
@@ -359,95 +341,7 @@ def _read_extent(field: str, value: object) -> int:
     return value
 
 
-# --- bench, demo ----------------------------------------------------------------------------------
-
-
-@bench_app.command("gemm")
-def bench_gemm(
-    grid: Annotated[Grid, typer.Option(help="Shapes: DeepSeek-V3's linear layers.")] = Grid.dense,
-    m: Annotated[list[int] | None, typer.Option(min=1, help="Only these m; repeatable.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Six shapes only, for a look.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the result here, after each shape.")
-    ] = None,
-    markdown: Annotated[
-        Path | None,
-        typer.Option(help="Write a report here, after each shape; in the end a plot beside it."),
-    ] = None,
-) -> None:
-    """Kernel times of the FP8 GEMM beside cuBLASLt, CUTLASS (live) and DeepGEMM (from a file)."""
-    from rich.progress import Progress
-
-    from . import __version__
-    from .tuning import bench, report
-
-    shapes = _shapes(bench.GRID_QUICK if quick else bench.GRID_DENSE, m)
-    device = bench.check_machine()
-    meta = report.collect_meta(device, version=__version__, arguments=sys.argv[1:])
-    result = report.Result(meta, ())
-    console = _console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        for row in progress.track(bench.bench_gemm(shapes, device), total=len(shapes)):
-            result = replace(result, rows=(*result.rows, row))
-            if json_file:
-                _write(json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
-            if markdown:
-                _write(markdown, report.render_markdown(result))
-            console.print(f"{row.shape}: {row.jitgen.kernel_us:.2f} us", highlight=False)
-    if markdown:
-        _write_report(markdown, result)
-    report.print_result(_console(), result)
-
-
-@bench_app.command("report")
-def bench_report(
-    json_file: Annotated[Path, typer.Argument(help="What `bench gemm --json` wrote.")],
-    markdown: Annotated[
-        Path | None, typer.Option(help="Write a report here, and its plot beside it.")
-    ] = None,
-) -> None:
-    """The report of an earlier `bench gemm` again; needs no GPU."""
-    from .tuning import report
-
-    try:
-        data = json.loads(json_file.read_text())
-    except OSError as error:
-        raise ProblemError(f"cannot read {json_file}: {error.strerror}") from None
-    except ValueError as error:
-        raise ProblemError(f"{json_file} is not JSON: {error}") from None
-    result = report.Result.from_json(data)
-    if markdown:
-        _write_report(markdown, result)
-    report.print_result(_console(), result)
-
-
-def _write_report(markdown: Path, result: Result) -> None:
-    """The report and, beside it, its plot; without matplotlib a warning instead."""
-    from .tuning import plot, report
-
-    picture = markdown.with_suffix(".svg")
-    svg = plot.render_svg(result.rows)
-    if svg:
-        _write(picture, svg)
-    else:
-        warnings.warn("no plot without matplotlib: pip install 'jitgen[bench]'", stacklevel=2)
-    _write(markdown, report.render_markdown(result, plot=picture.name if svg else None))
-
-
-def _shapes(grid: Sequence[Shape], extents: Sequence[int] | None) -> list[Shape]:
-    """The grid, or its (n, k) at other m."""
-    if not extents:
-        return list(grid)
-    shapes = (replace(shape, m=m) for m in extents for shape in grid)
-    return list(dict.fromkeys(shapes))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise ProblemError(f"cannot write {path}: {error.strerror}") from None
+# --- demo -----------------------------------------------------------------------------------------
 
 
 @app.command()

@@ -119,8 +119,13 @@ def collect_meta(device: driver.Device, *, version: str, arguments: Sequence[str
         date=datetime.now(timezone.utc).date().isoformat(),
         method=METHOD,
         peers={peer.title: peer.method for peer in PEERS},
-        command=shlex.join(["jitgen", *map(_without_folders, arguments)]),
+        command=command_line(arguments),
     )
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """What was typed, given what came after `jitgen`; of a path its last part is kept."""
+    return shlex.join(["jitgen", *map(_without_folders, arguments)])
 
 
 def _without_folders(argument: str) -> str:

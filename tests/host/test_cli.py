@@ -22,7 +22,7 @@ from jitgen.problem import Gemm
 from jitgen.runtime import nvrtc
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule, check_schedule
-from jitgen.tuning import bench, plot, report
+from jitgen.tuning import bench, host, plot, report
 from jitgen.tuning.model import choose
 from jitgen.tuning.timing import Measurement
 
@@ -347,7 +347,8 @@ def test_prebuild_takes_one_list_of_problems(run: Run, arguments: list[str]) -> 
 def test_bench_without_gpu_is_one_error_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "a benchmark needs a Hopper GPU" in error_line(run("bench", "gemm"))
+    for command in ("gemm", "host"):
+        assert "a benchmark needs a Hopper GPU" in error_line(run("bench", command))
 
 
 @pytest.fixture
@@ -461,6 +462,49 @@ def test_bench_rejects_report_that_cannot_be_written(
     folder = write(tmp_path / "file", "") / "out.json"
     assert f"cannot write {folder}" in error_line(run("bench", "gemm", "--json", folder))
     assert len(measured) == 1
+
+
+@pytest.fixture
+def host_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bench.Shape, int]]:
+    """Plays the GPU: a call takes 9 us of host time. Returns what was measured."""
+    measured: list[tuple[bench.Shape, int]] = []
+
+    def bench_host(
+        shape: bench.Shape, device: Device, *, num_calls: int, version: str, command: str
+    ) -> host.HostResult:
+        measured.append((shape, num_calls))
+        times = (host.HostTime(host.GEMM_OUT, 9.0, 8.5, 9.5, num_calls),)
+        where = (device.name, "Xeon", "3.12", "2.11", version, "2026-11-22", command)
+        return host.HostResult(shape, times, *where)
+
+    gpu = Device(0, "NVIDIA H100 80GB HBM3", (9, 0), 132)
+    monkeypatch.setattr(bench, "check_machine", lambda: gpu)
+    monkeypatch.setattr(host, "bench_host", bench_host)
+    return measured
+
+
+def test_bench_host_prints_and_writes_what_it_measured(
+    run: Run, host_calls: list[tuple[bench.Shape, int]], tmp_path: Path
+) -> None:
+    file = tmp_path / "new" / "host.json"
+    result = run("bench", "host", "--n", 576, "--k", 1536, "--m", 8, "--calls", 500, "--json", file)
+    assert result.exit_code == 0, result.output
+    assert host_calls == [(bench.Shape(8, 576, 1536), 500)]
+    assert "m8-n576-k1536 on NVIDIA H100 80GB HBM3, Xeon" in result.stdout
+    assert "gemm(out=out)" in result.stdout
+    assert json.loads(file.read_text())["times"][0]["median_us"] == 9.0
+
+
+def test_bench_host_has_defaults(run: Run, host_calls: list[tuple[bench.Shape, int]]) -> None:
+    assert run("bench", "host").exit_code == 0
+    assert host_calls == [(bench.Shape(64, 2112, 7168), 10_000)]
+
+
+def test_bench_host_rejects_report_that_cannot_be_written(
+    run: Run, host_calls: list[tuple[bench.Shape, int]], tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "file", "") / "out.json"
+    assert f"cannot write {folder}" in error_line(run("bench", "host", "--json", folder))
 
 
 @pytest.mark.parametrize("code", [0, 1])
