@@ -150,6 +150,17 @@ def make_current(ordinal: int) -> None:
     check(driver().cuCtxSetCurrent(_primary_context(ordinal)))
 
 
+def ensure_current(ordinal: int) -> None:
+    """Make a GPU's primary context current if the thread has none: it has not used CUDA yet.
+
+    Raises
+    ------
+    DeviceError : the driver refuses
+    """
+    if not int(check(driver().cuCtxGetCurrent())):
+        make_current(ordinal)
+
+
 @functools.cache
 def _primary_context(ordinal: int) -> Any:
     api = driver()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import DeviceError
-from .driver import LoadedKernel, driver, make_current
+from .driver import LoadedKernel, driver, ensure_current, make_current
 from .tensor_map import TensorMapSpec, encode, replace_address
 
 TENSOR_MAP_BYTES = 128
@@ -59,9 +59,10 @@ class Launch:
     ) -> None:
         self.addresses = addresses
         self._kernel = kernel  # keeps the code loaded
+        ensure_current(kernel.ordinal)  # TMA descriptors are encoded in a context
         self._storage = [_store(argument, addresses) for argument in arguments]
         self._writers = [
-            (argument.tensor, _writer(argument, cell))
+            (argument.tensor, _writer(argument, cell, kernel.ordinal))
             for argument, cell in zip(arguments, self._storage, strict=True)
             if not isinstance(argument, UInt32)
         ]
@@ -164,10 +165,10 @@ def _store(argument: Argument, addresses: Sequence[int]) -> _Cell:
             return ctypes.c_uint32(argument.value)
 
 
-def _writer(argument: TensorMap | Pointer, cell: _Cell) -> Callable[[int], None]:
+def _writer(argument: TensorMap | Pointer, cell: _Cell, ordinal: int) -> Callable[[int], None]:
     """What puts another address into a stored argument."""
     if isinstance(argument, TensorMap):
-        return functools.partial(replace_address, driver().CUtensorMap(_address(cell)))
+        return functools.partial(replace_address, driver().CUtensorMap(_address(cell)), ordinal)
     return functools.partial(setattr, cell, "value")
 
 

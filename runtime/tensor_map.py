@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DeviceError
-from .driver import check, driver
+from .driver import check, driver, make_current
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,16 @@ def encode(spec: TensorMapSpec, address: int) -> Any:
     )
 
 
-def replace_address(descriptor: Any, address: int) -> None:
-    """Make a CUtensorMap describe a matrix like the one before, at another address.
+def replace_address(descriptor: Any, ordinal: int, address: int) -> None:
+    """Make a CUtensorMap describe a matrix like the one before, at another address of a GPU.
 
     Raises
     ------
     DeviceError : the driver refuses the address
     """
     (status,) = driver().cuTensorMapReplaceAddress(descriptor, address)
+    if status and status == driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        make_current(ordinal)  # the thread's first use of CUDA
+        (status,) = driver().cuTensorMapReplaceAddress(descriptor, address)
     if status:
         raise DeviceError(f"a tensor at {address:#x} cannot be described for TMA: {status.name}")

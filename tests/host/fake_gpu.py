@@ -81,12 +81,15 @@ class FakeDriver:
         self.num_replaced = 0
         self.refusals: list[Result] = []  # what the next launches fail with
         self.current: list[object] = []  # contexts that were made current
+        self.context = 1  # of the thread at hand; 0 is none
         self.on_launch: Callable[[], object] = lambda: None  # while arguments must not change
 
     def cuTensorMapEncodeTiled(
         self, data_type: str, rank: int, address: int, extents: Any, strides: Any, *_: object
     ) -> tuple[Result, TensorMap]:
         self.num_encoded += 1
+        if not self.context:
+            return Result.CUDA_ERROR_INVALID_CONTEXT, TensorMap()
         size = {"UINT8": 1, "BFLOAT16": 2, "FLOAT32": 4}[data_type.rpartition("_")[2]]
         made = TensorMap()
         made.words[:] = (address, size, extents[1], extents[0], strides[0])
@@ -94,6 +97,8 @@ class FakeDriver:
 
     def cuTensorMapReplaceAddress(self, tensor_map: TensorMap, address: int) -> tuple[Result]:
         self.num_replaced += 1
+        if not self.context:
+            return (Result.CUDA_ERROR_INVALID_CONTEXT,)
         tensor_map.words[0] = address
         return (_aligned(address),)
 
@@ -103,8 +108,12 @@ class FakeDriver:
     def cuDevicePrimaryCtxRetain(self, device: str) -> tuple[Result, str]:
         return Result.CUDA_SUCCESS, f"context of {device}"
 
+    def cuCtxGetCurrent(self) -> tuple[Result, int]:
+        return Result.CUDA_SUCCESS, self.context
+
     def cuCtxSetCurrent(self, context: object) -> tuple[Result]:
         self.current.append(context)
+        self.context = 1
         return (Result.CUDA_SUCCESS,)
 
     def cuLaunchKernel(self, kernel: Kernel, *call: Any) -> tuple[Result]:

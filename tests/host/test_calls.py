@@ -411,6 +411,20 @@ def test_launch_makes_the_context_current_in_a_new_thread(
     np.testing.assert_array_equal(bits(t["out"]), bits(expected(t)))
 
 
+@pytest.mark.parametrize("num_before", [0, 1, MAX_IDLE_LAUNCHES + 1])
+def test_launch_of_new_addresses_makes_the_context_current_in_a_new_thread(
+    rng: np.random.Generator, gpu: FakeGpu, num_before: int
+) -> None:
+    earlier = [make(rng) for _ in range(num_before)]  # kept, or their memory would be used again
+    for t in earlier:
+        call(t, "out")
+    t = make(rng)
+    gpu.driver.context = 0
+    call(t, "out")
+    assert gpu.driver.context == 1
+    np.testing.assert_array_equal(bits(t["out"]), bits(expected(t)))
+
+
 @pytest.mark.parametrize(
     "status", [Result.CUDA_ERROR_INVALID_VALUE, None], ids=["value", "context"]
 )

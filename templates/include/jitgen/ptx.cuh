@@ -40,6 +40,11 @@ template <u32 kThreads> __device__ __forceinline__ void named_barrier_sync(u32 i
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
+// Counts this warp in, without waiting.
+template <u32 kThreads> __device__ __forceinline__ void named_barrier_arrive(u32 id) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
 // Orders ordinary shared-memory accesses before those of the async proxy (wgmma, TMA).
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -52,14 +57,14 @@ __device__ __forceinline__ u32 cluster_rank() {
     return rank;
 }
 
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The two halves of cluster_sync, where only mbarriers have to be seen by then, behind fence_mbarrier_init.
 __device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_sync() {
-    cluster_arrive();
-    cluster_wait();
-}
 
 // Four 8x8 matrices of 16-bit elements: a warp stores 16 rows x 16 columns, lane l giving the address of row l % 16
 // in column group l / 16.
