@@ -37,7 +37,7 @@ from .runtime import driver
 from .runtime.launch import Argument, Launch, Pointer, UInt32
 from .runtime.tensor_map import TensorMapSpec
 from .schedule import Schedule
-from .tuning.model import choose
+from .tuning.select import select
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,7 @@ def gemm(
     out_dtype: object = None,
     epilogue: Expr | Bound = acc,
     schedule: Schedule | None = None,
+    batch_invariant: bool = False,
 ) -> Any:
     """D = epilogue((A * sfa) @ (B * sfb)^T), in FP8 with FP32 promotion every 128 of k.
 
@@ -66,7 +67,9 @@ def gemm(
     out : where to put D, rows a multiple of 16 bytes apart; a new array if None
     out_dtype : bfloat16 or float32; default that of `out`, or bfloat16
     epilogue : expression of `jitgen.acc`, bound to the operands it has: `expr.bind(bias=bias)`
-    schedule : pins the schedule; None lets jitgen choose
+    schedule : pins the schedule; None lets jitgen choose, by m
+    batch_invariant : the choice does not depend on m, so that the bits of a row of D depend on
+        that row of A only, not on the rows beside it; costs time where m is far from the middle
 
     All are torch CUDA tensors of one device, or all are NumPy arrays. Tensors run on their device,
     ordered on its current stream; arrays run on the interpreter, which predicts the same bits.
@@ -93,8 +96,8 @@ def gemm(
         arrays["d"] = out
     _check_kinds(arrays)
     if isinstance(a, np.ndarray):
-        return _gemm_numpy(arrays, out_dtype, bound, schedule)
-    return _gemm_torch(arrays, out_dtype, bound, schedule)
+        return _gemm_numpy(arrays, out_dtype, bound, schedule, batch_invariant)
+    return _gemm_torch(arrays, out_dtype, bound, schedule, batch_invariant)
 
 
 def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
@@ -155,7 +158,11 @@ def _check_kinds(arrays: Mapping[str, Any]) -> None:
 
 
 def _gemm_numpy(
-    arrays: dict[str, Any], out_dtype: object, bound: Bound, schedule: Schedule | None
+    arrays: dict[str, Any],
+    out_dtype: object,
+    bound: Bound,
+    schedule: Schedule | None,
+    batch_invariant: bool,
 ) -> np.ndarray[Any, Any]:
     views = {
         name: ArrayView(
@@ -168,7 +175,8 @@ def _gemm_numpy(
     }
     out = arrays.pop("d", None)
     problem, m = _check_gemm(views, out_dtype, bound)
-    kernel = lower(problem, schedule or choose(problem, m))
+    schedule = schedule or select(problem, m, batch_invariant=batch_invariant)
+    kernel = lower(problem, schedule)
     d = interpret(kernel, arrays)
     if out is None:
         return d
@@ -177,7 +185,11 @@ def _gemm_numpy(
 
 
 def _gemm_torch(
-    arrays: dict[str, torch.Tensor], out_dtype: object, bound: Bound, schedule: Schedule | None
+    arrays: dict[str, torch.Tensor],
+    out_dtype: object,
+    bound: Bound,
+    schedule: Schedule | None,
+    batch_invariant: bool,
 ) -> torch.Tensor:
     import torch
 
@@ -191,13 +203,14 @@ def _gemm_torch(
     signature = (
         bound.expr,
         schedule,
+        batch_invariant,
         out_dtype,
         a.device,
         *((n, t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for n, t in arrays.items()),
     )
     launch = _launches.get(signature)
     if launch is None:
-        launch = _prepare_torch(arrays, out_dtype, bound, schedule)
+        launch = _prepare_torch(arrays, out_dtype, bound, schedule, batch_invariant)
         _launches.put(signature, launch)
     index = a.device.index
     with (
@@ -210,7 +223,11 @@ def _gemm_torch(
 
 
 def _prepare_torch(
-    arrays: dict[str, torch.Tensor], out_dtype: object, bound: Bound, schedule: Schedule | None
+    arrays: dict[str, torch.Tensor],
+    out_dtype: object,
+    bound: Bound,
+    schedule: Schedule | None,
+    batch_invariant: bool,
 ) -> Callable[[int], None]:
     """Check everything, then build, load and lay out the launch of one call signature."""
     device = arrays["a"].device
@@ -230,7 +247,8 @@ def _prepare_torch(
     problem, m = _check_gemm(views, out_dtype, bound)
     if m == 0:
         return lambda stream: None  # an empty D needs no kernel
-    kernel, loaded = _load(problem, schedule or choose(problem, m, found.num_sms), device.index)
+    schedule = schedule or select(problem, m, found.gpu, batch_invariant=batch_invariant)
+    kernel, loaded = _load(problem, schedule, device.index)
     return Launch(
         loaded,
         [_argument(parameter, views, m) for parameter in kernel.parameters],

@@ -29,7 +29,7 @@ from ..lower import lower
 from ..problem import Gemm
 from ..runtime import driver
 from ..schedule import Schedule
-from .model import choose
+from .select import select
 
 GRID_M = (1, 16, 64, 128, 256, 512, 4096)
 # (n, k) of DeepSeek-V3's linear layers.
@@ -208,22 +208,28 @@ def measure_kernel_us(
         call()
     for _ in range(NUM_PROFILES - 1):
         with contextlib.suppress(DeviceError):
-            return summarize_calls(_profile(call, calls, flush))
-    return summarize_calls(_profile(call, calls, flush))
+            return summarize_calls(profile_calls([call] * calls))
+    return summarize_calls(profile_calls([call] * calls))
 
 
-def _profile(call: Callable[[], object], num_calls: int, flush: Any) -> list[list[DeviceEvent]]:
-    """What ran on the GPU for each of `num_calls` calls."""
+def profile_calls(calls: Sequence[Callable[[], object]]) -> list[list[DeviceEvent]]:
+    """What ran on the GPU for each of `calls`, one after the other, each with a cold L2.
+
+    Raises
+    ------
+    DeviceError : records were lost; another attempt may succeed
+    """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
+    flush = _flush_buffer(torch.cuda.current_device())
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(num_calls):
+        for call in calls:
             flush.fill_(1)
             call()
         torch.cuda.synchronize()
-    return split_calls(_device_events(profiler.events()), num_calls)
+    return split_calls(_device_events(profiler.events()), len(calls))
 
 
 @functools.cache
@@ -250,7 +256,7 @@ def split_calls(events: Sequence[DeviceEvent], num_calls: int) -> list[list[Devi
 
     Raises
     ------
-    DeviceError : there is not one flush a call, or the calls did not all run the same work
+    DeviceError : there is not one flush a call, or a call ran nothing
     """
     calls: list[list[DeviceEvent]] = []
     ordered = sorted(events, key=lambda event: event.start_us)
@@ -264,17 +270,24 @@ def split_calls(events: Sequence[DeviceEvent], num_calls: int) -> list[list[Devi
             f"the profile of {num_calls} calls holds {len(calls)} L2 flushes: records are missing,"
             " or the call launches the same kernel as the flush"
         )
-    runs = {tuple(event.name for event in call) for call in calls}
-    if len(runs) != 1 or () in runs:
-        raise DeviceError(
-            f"{num_calls} calls must run the same kernels, at least one each, got"
-            f" {' or '.join(str(list(run)) for run in sorted(runs))}"
-        )
+    if not all(calls):
+        raise DeviceError(f"the profile of {num_calls} calls holds none of the kernels of one")
     return calls
 
 
 def summarize_calls(calls: Sequence[Sequence[DeviceEvent]]) -> Measurement:
-    """The measurement that calls of equal work make."""
+    """The measurement that calls of equal work make.
+
+    Raises
+    ------
+    DeviceError : they did not all run the same kernels
+    """
+    runs = {tuple(event.name for event in call) for call in calls}
+    if len(runs) != 1:
+        raise DeviceError(
+            f"{len(calls)} calls must run the same kernels, got"
+            f" {' or '.join(str(list(run)) for run in sorted(runs))}"
+        )
     times = [sum(event.duration_us for event in call) for call in calls]
     return Measurement(
         kernel_us=statistics.fmean(times),
@@ -314,10 +327,19 @@ def check_sample(
         if row < d.shape[0] and column < d.shape[1]
     )
     chosen = random.Random(seed).sample(tiles, min(num_random, len(tiles)))
-    sample = sorted({tiles[0], tiles[-1], *chosen})
-    expected = interpret(kernel, tensors, tiles=sample)
+    check_tiles(kernel, tensors, d, sorted({tiles[0], tiles[-1], *chosen}))
+
+
+def check_tiles(
+    kernel: Kernel,
+    tensors: Mapping[str, NDArray[Any]],
+    d: NDArray[Any],
+    tiles: Sequence[tuple[int, int]],
+) -> None:
+    """Raise VerifyError unless `d` has the interpreter's bits in the tiles with these origins."""
+    expected = interpret(kernel, tensors, tiles=tiles)
     word = np.dtype(f"u{d.dtype.itemsize}")
-    for row, column in sample:
+    for row, column in tiles:
         traversal = kernel.body.traversal
         tile = slice(row, row + traversal.block_m), slice(column, column + traversal.block_n)
         wrong = np.argwhere(d[tile].view(word) != expected[tile].view(word))
@@ -364,7 +386,7 @@ def bench_gemm(shapes: Iterable[Shape], device: driver.Device) -> Iterator[Row]:
     """
     baselines = baseline_dense() if device.name == baseline_meta()["gpu"] else {}
     for shape in shapes:
-        schedule = choose(shape.problem, shape.m, device.num_sms)
+        schedule = select(shape.problem, shape.m, device.gpu)
         yield _bench_shape(shape, schedule, baselines.get(shape))
 
 
@@ -383,10 +405,10 @@ def _bench_shape(
         gemm(a, b, (sfa, sfb), out=d, schedule=schedule)
 
     call()
-    tensors = {"a": _to_numpy(a, E4M3), "b": _to_numpy(b, E4M3)}
-    tensors |= {"sfa": _to_numpy(sfa, F32), "sfb": _to_numpy(sfb, F32)}
+    tensors = {"a": to_numpy(a, E4M3), "b": to_numpy(b, E4M3)}
+    tensors |= {"sfa": to_numpy(sfa, F32), "sfb": to_numpy(sfb, F32)}
     kernel = lower(shape.problem, schedule)
-    check_sample(kernel, tensors, _to_numpy(d, kernel.problem.d_dtype))
+    check_sample(kernel, tensors, to_numpy(d, kernel.problem.d_dtype))
     checked = d.clone()
     jitgen = measure_kernel_us(call)
     if not torch.equal(d.view(torch.int16), checked.view(torch.int16)):
@@ -406,7 +428,8 @@ def _cublaslt_call(x: Any, weight: Any) -> Callable[[], object]:
     )
 
 
-def _to_numpy(tensor: Any, dtype: DType) -> NDArray[Any]:
+def to_numpy(tensor: Any, dtype: DType) -> NDArray[Any]:
+    """A torch tensor, copied to the host; bfloat16 and FP8 as ml_dtypes has them."""
     import torch
 
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.size_bytes]

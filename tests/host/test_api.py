@@ -31,7 +31,7 @@ from jitgen.dtypes import E4M3
 from jitgen.errors import DeviceError, JitgenError, ProblemError, ScheduleError
 from jitgen.interpret import interpret
 from jitgen.lower import lower
-from jitgen.tuning.model import choose
+from jitgen.tuning.select import select
 
 torch = pytest.importorskip("torch")
 
@@ -61,7 +61,7 @@ def call(arguments: dict[str, Any], **options: Any) -> Any:
 
 def interpreted(problem: Gemm, tensors: dict[str, Any], schedule: Schedule | None = None) -> Array:
     m = tensors["a"].shape[0]
-    return interpret(lower(problem, schedule or choose(problem, m)), tensors)
+    return interpret(lower(problem, schedule or select(problem, m)), tensors)
 
 
 # --- gemm on NumPy arrays -----------------------------------------------------------------------

@@ -44,12 +44,23 @@ ALLOWED |= {
     "arrays": set(_before),  # the rules that a caller's arrays must keep
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
     "api": _before | {"runtime", "tuning", "arrays", "build"},  # what users call
-    "jitgen": _before | {"api"},  # __init__.py: the public names
+    "plans": _before | {"tuning", "build"},  # finite sets of kernels
+    "jitgen": _before | {"api", "plans"},  # __init__.py: the public names
+    "problem_list": _before | {"tuning", "tuning.bench"},  # what to compile or tune
     "minilm": _before,  # the demo's model
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
     "doctor": _before | {"runtime", "build", "tuning", "api", "jitgen"},
     "cli": _before
-    | {"build", "tuning", "tuning.bench", "tuning.report", "doctor", "demo", "jitgen"},
+    | {
+        "build",
+        "tuning",
+        "tuning.bench",
+        "tuning.report",
+        "problem_list",
+        "doctor",
+        "demo",
+        "jitgen",
+    },
     "__main__": {"cli"},
 }
 

@@ -426,7 +426,7 @@ def test_choose_works_for_any_number_of_sms(num_sms: int) -> None:
 
 @given(st.integers(0, 65536))
 def test_m_bucket_is_the_least_extent_at_or_above_m(m: int) -> None:
-    extents = sorted({64 * 2**i for i in range(12)} | {96 * 2**i for i in range(12)})
+    extents = sorted({16, 32} | {64 * 2**i for i in range(12)} | {96 * 2**i for i in range(12)})
     assert m_bucket(m) == next(extent for extent in extents if extent >= m)
 
 
