@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
+from . import cli_tune
 from .dtypes import BF16, dtype_of
 from .errors import CompileError, JitgenError, ProblemError, ScheduleError, one_line
 from .expr import Expr, acc, gelu, matrix, relu, silu, vector
@@ -66,6 +67,8 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure on this machine's GPU.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.command()(cli_tune.tune)
+app.add_typer(cli_tune.records_app, name="records")
 
 
 def main() -> None:

@@ -34,17 +34,20 @@ DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 @dataclass(frozen=True)
 class Provenance:
-    """With what a record was measured.
+    """The versions that a record was measured with.
 
     fingerprint : of the kernels' source, see `codegen.fingerprint`
-    date : of the measurement, in UTC, in DATE_FORMAT
     """
 
     driver: str
     nvrtc: str
     jitgen: str
     fingerprint: str
-    date: str
+
+    @property
+    def kernels(self) -> tuple[str, str]:
+        """Times with the same are times of the same kernels."""
+        return self.fingerprint, self.nvrtc
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Record:
     spread_us : standard deviation over these calls
     num_candidates : schedules that were measured
     sm_clock_mhz : right after the measurement; None if it could not be read
+    date : of the measurement, in UTC, in DATE_FORMAT
     """
 
     gpu: Gpu
@@ -68,17 +72,13 @@ class Record:
     num_calls: int
     num_candidates: int
     sm_clock_mhz: int | None
+    date: str
     provenance: Provenance
 
     @property
     def key(self) -> tuple[Gpu, Gemm, int]:
         """What the record is the answer to."""
         return self.gpu, self.problem, self.m
-
-    @property
-    def kernels(self) -> tuple[str, str]:
-        """Records with the same are timings of the same kernels."""
-        return self.provenance.fingerprint, self.provenance.nvrtc
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -147,9 +147,9 @@ def merge(records: Iterable[Record]) -> list[Record]:
 
 
 def _best(records: list[Record]) -> Record:
-    newest = max(records, key=lambda r: (r.provenance.date, r.kernels))
-    same = (record for record in records if record.kernels == newest.kernels)
-    return min(same, key=lambda r: (r.kernel_us, r.provenance.date, repr(r)))
+    kernels = max((record.date, record.provenance.kernels) for record in records)[1]
+    same = (record for record in records if record.provenance.kernels == kernels)
+    return min(same, key=lambda record: (record.kernel_us, record.date, repr(record)))
 
 
 def _place(record: Record) -> tuple[object, ...]:
@@ -183,6 +183,7 @@ def _record_json(record: Record) -> dict[str, Any]:
         "num_calls": record.num_calls,
         "num_candidates": record.num_candidates,
         "sm_clock_mhz": record.sm_clock_mhz,
+        "date": record.date,
         **asdict(record.provenance),
     }
 
@@ -309,11 +310,11 @@ _MEASURED: dict[str, Rule] = {
     "num_calls": _COUNT,
     "num_candidates": _COUNT,
     "sm_clock_mhz": (lambda value: value is None or _COUNT[0](value), "an int above 0, or null"),
+    "date": (_is_date, f"a time like {DATE_FORMAT}"),
 }
 _RULES: dict[str, Rule] = {
     "num_sms": _COUNT,
     "out_dtype": _TEXT,
     **_MEASURED,
     **{field.name: _TEXT for field in fields(Provenance)},
-    "date": (_is_date, f"a time like {DATE_FORMAT}"),
 }

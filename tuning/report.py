@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from .bench import (
     Row,
     baseline_meta,
 )
+from .machine import driver_release
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,7 +83,7 @@ def collect_meta(device: driver.Device, *, version: str, command: str) -> Meta:
 
     return Meta(
         gpu=device.name,
-        driver=_driver_release(),
+        driver=driver_release(),
         nvrtc=compiler_version(),
         torch=str(torch.__version__),
         jitgen=version,
@@ -91,16 +91,6 @@ def collect_meta(device: driver.Device, *, version: str, command: str) -> Meta:
         method=METHOD,
         command=command,
     )
-
-
-def _driver_release() -> str:
-    """Such as "580.95.05"; where there is no nvidia-smi, the CUDA version that the driver runs."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return f"CUDA {driver.driver_version()}"
-    return done.stdout.partition("\n")[0].strip()
 
 
 # --- figures --------------------------------------------------------------------------------------

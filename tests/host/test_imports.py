@@ -40,6 +40,7 @@ ALLOWED |= {
     "runtime": set(FOUNDATION),  # NVRTC, kernel store, driver: knows no problem and no kernel
     "tuning": _before | {"runtime"},  # candidates, cost model, measured records
     "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
+    "tuning.measure": _before | {"runtime", "tuning", "tuning.bench", "api"},  # checks, and times
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
     "arrays": set(_before),  # the rules that a caller's arrays must keep
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
@@ -50,23 +51,17 @@ ALLOWED |= {
     "minilm": _before,  # the demo's model
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
     "doctor": _before | {"runtime", "build", "tuning", "api", "jitgen"},
+    "cli_tune": _before
+    | {"runtime", "build", "tuning", "tuning.measure", "problem_list", "jitgen"},
     "cli": _before
-    | {
-        "build",
-        "tuning",
-        "tuning.bench",
-        "tuning.report",
-        "problem_list",
-        "doctor",
-        "demo",
-        "jitgen",
-    },
+    | {"build", "tuning", "tuning.bench", "tuning.report", "problem_list", "doctor", "demo"}
+    | {"cli_tune", "jitgen"},
     "__main__": {"cli"},
 }
 
 # Libraries that most users lack or wait for: who may import them, and only inside functions.
 LAZY: dict[str, set[str]] = {
-    "torch": {"api", "demo", "tuning.bench", "tuning.report"},
+    "torch": {"api", "demo", "tuning.bench", "tuning.measure", "tuning.report"},
     "cuda": {"runtime"},
     "jinja2": {"codegen"},
     "tokenizers": {"minilm"},

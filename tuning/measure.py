@@ -1,0 +1,171 @@
+"""Measuring on a GPU: schedules are run as users run them, checked, and timed in turns.
+
+It runs in a process of its own, see `worker`: a kernel may end that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..api import gemm, quantize
+from ..dtypes import E4M3, F32
+from ..errors import CandidateError, CompileError, DeviceError, ScheduleError, VerifyError
+from ..lower import lower
+from ..problem import Gemm
+from ..schedule import Schedule
+from .bench import (
+    NUM_PROFILES,
+    check_machine,
+    check_sample,
+    check_tiles,
+    profile_calls,
+    summarize_calls,
+    to_numpy,
+)
+from .space import numerics_class
+
+SAMPLE_MACS = 10**8  # multiply-adds of the interpreter that prove a result: 0.1 s
+
+
+class GpuMeasurer:
+    """A Measurer on torch's current GPU.
+
+    The first schedule of a numerics class is compared with the interpreter in a sample of tiles,
+    all others bit for bit with the whole of its result.
+
+    Raises
+    ------
+    DeviceError : torch is missing or sees no GPU, or the GPU cannot run the kernels
+    """
+
+    def __init__(self, device: str = "cuda") -> None:
+        check_machine()
+        self._device = device
+        self._case: _Case | None = None
+
+    def check(self, problem: Gemm, m: int, schedule: Schedule) -> None:
+        """Raise CandidateError unless D is the interpreter's, bit for bit."""
+        try:
+            self._case_of(problem, m).check(schedule)
+        except (CompileError, ScheduleError) as error:
+            raise CandidateError(str(error)) from None
+
+    def time(
+        self, problem: Gemm, m: int, schedules: Sequence[Schedule], num_calls: int
+    ) -> list[list[float]]:
+        """Device times of each schedule in microseconds, L2 cold; the schedules take turns."""
+        case = self._case_of(problem, m)
+        calls = [functools.partial(case.run, schedule) for schedule in schedules]
+        for call in calls:
+            call()  # all kernels are loaded before the first is timed
+        return time_in_turns(calls, num_calls)
+
+    def _case_of(self, problem: Gemm, m: int) -> _Case:
+        if self._case is None or (self._case.problem, self._case.m) != (problem, m):
+            self._case = None  # frees its memory first
+            self._case = _Case(problem, m, self._device)
+        return self._case
+
+
+def time_in_turns(calls: Sequence[Callable[[], object]], num_calls: int) -> list[list[float]]:
+    """Device times of each of `calls` in microseconds; they take turns, the first is not counted.
+
+    Raises
+    ------
+    DeviceError : records of the profiler were lost, several times
+    """
+
+    def attempt() -> list[list[float]]:
+        runs = profile_calls([*calls] * (1 + num_calls))
+        of_each = [runs[i :: len(calls)][1:] for i in range(len(calls))]
+        for same in of_each:
+            summarize_calls(same)  # which sees that they ran the same kernels
+        return [[sum(event.duration_us for event in run) for run in same] for same in of_each]
+
+    for _ in range(NUM_PROFILES - 1):
+        with contextlib.suppress(DeviceError):
+            return attempt()
+    return attempt()
+
+
+class _Case:
+    """The operands of one problem with m rows, and the results that are proven right."""
+
+    def __init__(self, problem: Gemm, m: int, device: str) -> None:
+        import torch
+
+        self.problem, self.m = problem, m
+        generator = torch.Generator(device).manual_seed(m)
+        x = torch.randn(m, problem.k, device=device, generator=generator)
+        self.a, self.sfa = quantize(x)
+        self.b, self.sfb = _weights(problem.n, problem.k, device)
+        dtype = getattr(torch, problem.d_dtype.name)
+        self.d = torch.empty(m, problem.n, dtype=dtype, device=device)
+        self._proven: dict[tuple[object, ...], tuple[Schedule, Any]] = {}
+
+    def run(self, schedule: Schedule) -> None:
+        """D, launched as a user would."""
+        gemm(self.a, self.b, (self.sfa, self.sfb), out=self.d, schedule=schedule)
+
+    def check(self, schedule: Schedule) -> None:
+        """Run on a poisoned D, and compare with what is proven or else with the interpreter."""
+        self.d.fill_(math.nan)
+        self.run(schedule)
+        kind = numerics_class(schedule)
+        if kind not in self._proven:
+            self._compare_with_interpreter(schedule)
+            self._proven[kind] = schedule, self.d.clone()
+            return
+        proven_by, proven = self._proven[kind]
+        wrong = self._bits(self.d) != self._bits(proven)
+        if wrong.any():
+            first = int(wrong.flatten().byte().argmax())
+            self._settle(schedule, proven_by, *divmod(first, self.problem.n))
+
+    def _compare_with_interpreter(self, schedule: Schedule) -> None:
+        tile_macs = schedule.block_m * schedule.block_n * self.problem.k
+        num_random = max(2, SAMPLE_MACS // tile_macs)
+        kernel = lower(self.problem, schedule)
+        try:
+            check_sample(kernel, self._host, self._host_d(), num_random=num_random)
+        except VerifyError as error:
+            raise CandidateError(str(error)) from None
+
+    def _settle(self, schedule: Schedule, proven_by: Schedule, row: int, column: int) -> None:
+        """Two schedules give different bits at [row, column]: raise the error of the wrong one."""
+        tile = row - row % schedule.block_m, column - column % schedule.block_n
+        try:
+            check_tiles(lower(self.problem, schedule), self._host, self._host_d(), [tile])
+        except VerifyError as error:
+            raise CandidateError(str(error)) from None
+        raise VerifyError(
+            f"{self.problem}, m = {self.m}: {proven_by} is wrong at [{row}, {column}], where"
+            f" {schedule} has the interpreter's bits: report this"
+        )
+
+    @functools.cached_property
+    def _host(self) -> dict[str, Any]:
+        """The operands, as the interpreter takes them."""
+        tensors = {"a": to_numpy(self.a, E4M3), "sfa": to_numpy(self.sfa, F32)}
+        return tensors | {"b": to_numpy(self.b, E4M3), "sfb": to_numpy(self.sfb, F32)}
+
+    def _host_d(self) -> Any:
+        return to_numpy(self.d, self.problem.d_dtype)
+
+    def _bits(self, d: Any) -> Any:
+        import torch
+
+        return d.view(torch.int16 if self.problem.d_dtype.size_bytes == 2 else torch.int32)
+
+
+@functools.lru_cache(maxsize=1)
+def _weights(n: int, k: int, device: str) -> tuple[Any, Any]:
+    """B and sfb, which all m of a problem share."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(n)
+    return quantize(torch.randn(n, k, device=device, generator=generator), (128, 128))
