@@ -25,8 +25,10 @@ NUM_FINALISTS = 6
 # Calls of each schedule, in turns with the others: in the first round, and in each half of the
 # final.
 NUM_SCREENING_CALLS = 6
-NUM_FINAL_CALLS = 12
-MIN_NOISE = 0.005  # times that are closer than this are equal
+NUM_FINAL_CALLS = 20
+MIN_NOISE = 0.005  # medians that are closer than this are equal
+# So are those within this many standard errors, which for a median are larger than for a mean.
+NOISE_ERRORS = 3 * math.sqrt(math.pi / 2)
 # What a schedule's median may move between the rounds, and its standard deviation in the final:
 # more, and something else ran on the GPU, or its clocks changed.
 MAX_DRIFT = 0.05
@@ -253,7 +255,7 @@ def pick_winner(times: Times) -> Schedule:
 
     def noise_us(schedule: Schedule) -> float:
         errors = (statistics.pvariance(times[s]) / len(times[s]) for s in (schedule, fastest))
-        return max(MIN_NOISE * limit, 2 * math.sqrt(sum(errors)))
+        return max(MIN_NOISE * limit, NOISE_ERRORS * math.sqrt(sum(errors)))
 
     return next(s for s in times if statistics.median(times[s]) <= limit + noise_us(s))
 
