@@ -13,7 +13,14 @@ from typing import Any
 
 from ..api import gemm, quantize
 from ..dtypes import E4M3, F32
-from ..errors import CandidateError, CompileError, DeviceError, ScheduleError, VerifyError
+from ..errors import (
+    CandidateError,
+    CompileError,
+    DeviceError,
+    ProblemError,
+    ScheduleError,
+    VerifyError,
+)
 from ..lower import lower
 from ..problem import Gemm
 from ..schedule import Schedule
@@ -49,10 +56,16 @@ class GpuMeasurer:
 
     def check(self, problem: Gemm, m: int, schedule: Schedule) -> None:
         """Raise CandidateError unless D is the interpreter's, bit for bit."""
+        import torch
+
         try:
             self._case_of(problem, m).check(schedule)
         except (CompileError, ScheduleError) as error:
             raise CandidateError(str(error)) from None
+        except torch.OutOfMemoryError:
+            raise ProblemError(
+                f"{problem} with m = {m} does not fit into the GPU's memory twice: tune smaller m"
+            ) from None
 
     def time(
         self, problem: Gemm, m: int, schedules: Sequence[Schedule], num_calls: int

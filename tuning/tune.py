@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from ..errors import CandidateError, VerifyError, one_line
+from ..errors import CandidateError, ProblemError, VerifyError, one_line
 from ..problem import Gemm
 from ..schedule import Schedule
 from ..target import Gpu
@@ -42,8 +42,9 @@ Times = dict[Schedule, list[float]]  # microseconds of each call
 class Measurer(Protocol):
     """Runs schedules of `problem` with `m` rows, without epilogue, on one GPU.
 
-    Both methods raise CandidateError if it is a schedule's fault, VerifyError if one that had been
-    proven right is wrong; other JitgenErrors end the search.
+    Both methods raise CandidateError if it is a schedule's fault, ProblemError if nothing can be
+    measured, VerifyError if a schedule that had been proven right is wrong. Other JitgenErrors end
+    the search.
     """
 
     def check(self, problem: Gemm, m: int, schedule: Schedule) -> None:
@@ -156,7 +157,7 @@ def tune(
             return
         try:
             outcome = _Race(job, measurer, on_progress).run(is_late)
-        except VerifyError as error:
+        except (ProblemError, VerifyError) as error:
             outcome = Outcome(job, "failed", one_line(error))
         if outcome is None:
             return

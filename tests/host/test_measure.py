@@ -10,7 +10,7 @@ import pytest
 
 from jitgen import api
 from jitgen.dtypes import E4M3, F32
-from jitgen.errors import CandidateError, DeviceError, ScheduleError, VerifyError
+from jitgen.errors import CandidateError, DeviceError, ProblemError, ScheduleError, VerifyError
 from jitgen.problem import Gemm
 from jitgen.schedule import Schedule
 from jitgen.tuning import bench, measure
@@ -138,6 +138,17 @@ def test_check_rejects_a_schedule_that_is_refused(
 
     monkeypatch.setattr(measure, "gemm", refuse)
     with pytest.raises(CandidateError, match="too much shared memory"):
+        measurer.check(PROBLEM, M, FIRST)
+
+
+def test_check_rejects_a_problem_that_does_not_fit(
+    measurer: GpuMeasurer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_up(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 200 GiB")
+
+    monkeypatch.setattr(measure, "quantize", fill_up)
+    with pytest.raises(ProblemError, match="m = 70 does not fit into the GPU's memory"):
         measurer.check(PROBLEM, M, FIRST)
 
 

@@ -17,7 +17,7 @@ from jitgen.target import H100
 from jitgen.tuning import tune as search
 from jitgen.tuning.model import predict_us
 from jitgen.tuning.select import select
-from jitgen.tuning.space import numerics_class
+from jitgen.tuning.space import candidates, numerics_class
 from jitgen.tuning.tune import Job, Outcome, make_jobs, pick_winner, shortlist, tune
 
 from .fake_measurer import FakeMeasurer
@@ -52,11 +52,13 @@ def test_shortlist_is_legal_distinct_and_begins_with_what_is_used(m: int) -> Non
     assert max(predicted) <= search.MAX_PREDICTED * min(predicted)
 
 
-def test_shortlist_has_the_best_of_each_family() -> None:
-    promotions = {s.promotion for s in shortlist(PROBLEM, 4096, H100, 24)}
-    row_tiles = {(s.block_m, s.num_math_warpgroups) for s in shortlist(PROBLEM, 4096, H100, 24)}
-    assert promotions == {"overlapped", "serial"}
-    assert row_tiles == {(64, 1), (128, 1), (128, 2), (192, 3), (256, 2)}
+def test_shortlist_has_more_families_than_the_best_predicted() -> None:
+    ranked = sorted(candidates(PROBLEM), key=lambda s: predict_us(PROBLEM, s, 4096))
+    row_tiles, best = (
+        {(s.block_m, s.num_math_warpgroups) for s in schedules}
+        for schedules in (shortlist(PROBLEM, 4096, H100, 24), ranked[:24])
+    )
+    assert row_tiles > best
 
 
 def test_shortlist_of_one_is_what_is_used() -> None:
