@@ -46,7 +46,7 @@ def tune(
     output: Annotated[
         Path | None, typer.Option(help="Folder of records; default: the one that `gemm` reads.")
     ] = None,
-    candidates: Annotated[int, typer.Option(min=1, help="Schedules to measure a shape.")] = 24,
+    candidates: Annotated[int, typer.Option(min=1, help="Schedules to measure a shape.")] = 32,
     time_limit: Annotated[
         float | None, typer.Option(min=0, help="Seconds after which nothing more is measured.")
     ] = None,

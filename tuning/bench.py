@@ -321,13 +321,17 @@ def check_sample(
     """
     if unwritten := int(np.isnan(d).sum()):
         raise VerifyError(f"{kernel.problem}, {kernel.schedule}: {unwritten} elements of D are NaN")
+    check_tiles(kernel, tensors, d, sample_tiles(kernel, d.shape[0], num_random, seed))
+
+
+def sample_tiles(kernel: Kernel, m: int, num_random: int, seed: int = 0) -> list[tuple[int, int]]:
+    """Origins of the first and the last tile of D [m, n], and of some others."""
+    n = kernel.problem.n
     tiles = sorted(
-        (row, column)
-        for row, column in kernel.body.traversal.tiles(*d.shape)
-        if row < d.shape[0] and column < d.shape[1]
+        (row, column) for row, column in kernel.body.traversal.tiles(m, n) if row < m and column < n
     )
     chosen = random.Random(seed).sample(tiles, min(num_random, len(tiles)))
-    check_tiles(kernel, tensors, d, sorted({tiles[0], tiles[-1], *chosen}))
+    return sorted({tiles[0], tiles[-1], *chosen})
 
 
 def check_tiles(

@@ -21,15 +21,16 @@ from ..errors import (
     ScheduleError,
     VerifyError,
 )
+from ..ir import Kernel
 from ..lower import lower
 from ..problem import Gemm
 from ..schedule import Schedule
 from .bench import (
     NUM_PROFILES,
     check_machine,
-    check_sample,
     check_tiles,
     profile_calls,
+    sample_tiles,
     summarize_calls,
     to_numpy,
 )
@@ -140,34 +141,37 @@ class _Case:
             self._settle(schedule, proven_by, *divmod(first, self.problem.n))
 
     def _compare_with_interpreter(self, schedule: Schedule) -> None:
-        tile_macs = schedule.block_m * schedule.block_n * self.problem.k
-        num_random = max(2, SAMPLE_MACS // tile_macs)
+        import torch
+
+        if unwritten := int(torch.isnan(self.d).sum()):
+            raise CandidateError(f"{schedule}: {unwritten} elements of D are NaN")
         kernel = lower(self.problem, schedule)
-        try:
-            check_sample(kernel, self._host, self._host_d(), num_random=num_random)
-        except VerifyError as error:
-            raise CandidateError(str(error)) from None
+        num_random = max(2, SAMPLE_MACS // (schedule.block_m * schedule.block_n * self.problem.k))
+        for row, column in sample_tiles(kernel, self.m, num_random):
+            self._check_tile(kernel, row, column)
 
     def _settle(self, schedule: Schedule, proven_by: Schedule, row: int, column: int) -> None:
         """Two schedules give different bits at [row, column]: raise the error of the wrong one."""
         tile = row - row % schedule.block_m, column - column % schedule.block_n
-        try:
-            check_tiles(lower(self.problem, schedule), self._host, self._host_d(), [tile])
-        except VerifyError as error:
-            raise CandidateError(str(error)) from None
+        self._check_tile(lower(self.problem, schedule), *tile)
         raise VerifyError(
             f"{self.problem}, m = {self.m}: {proven_by} is wrong at [{row}, {column}], where"
             f" {schedule} has the interpreter's bits: report this"
         )
 
-    @functools.cached_property
-    def _host(self) -> dict[str, Any]:
-        """The operands, as the interpreter takes them."""
-        tensors = {"a": to_numpy(self.a, E4M3), "sfa": to_numpy(self.sfa, F32)}
-        return tensors | {"b": to_numpy(self.b, E4M3), "sfb": to_numpy(self.sfb, F32)}
+    def _check_tile(self, kernel: Kernel, row: int, column: int) -> None:
+        """Raise CandidateError unless the tile at [row, column] has the interpreter's bits."""
+        rows = slice(row, row + kernel.schedule.block_m)  # which depend on no others
+        tensors = {"a": to_numpy(self.a[rows], E4M3), "sfa": to_numpy(self.sfa[rows], F32)}
+        d = to_numpy(self.d[rows], self.problem.d_dtype)
+        try:
+            check_tiles(kernel, self._host_weights | tensors, d, [(0, column)])
+        except VerifyError as error:
+            raise CandidateError(f"m = {self.m}, in the rows from {row}: {error}") from None
 
-    def _host_d(self) -> Any:
-        return to_numpy(self.d, self.problem.d_dtype)
+    @functools.cached_property
+    def _host_weights(self) -> dict[str, Any]:
+        return {"b": to_numpy(self.b, E4M3), "sfb": to_numpy(self.sfb, F32)}
 
     def _bits(self, d: Any) -> Any:
         import torch

@@ -79,6 +79,12 @@ def choose(problem: Gemm, m: int, num_sms: int = SM90A.num_sms, target: Target =
     return _choose(replace(problem, epilogue=acc), m_bucket(m), num_sms, target)
 
 
+def rank(problem: Gemm, m: int, num_sms: int = SM90A.num_sms) -> dict[Schedule, float]:
+    """Every candidate with its predicted microseconds, the fastest first."""
+    found = {s: predict_us(problem, s, m, num_sms) for s in _candidates(problem)}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
 def choose_for_all(problem: Gemm, num_sms: int = SM90A.num_sms) -> Schedule:
     """One schedule for every m: it loses least to the choice of each bucket, in geometric mean."""
     return _choose_for_all(replace(problem, epilogue=acc), num_sms)
@@ -107,10 +113,16 @@ def _soft_max(a: float, b: float) -> float:
     return float((a**4 + b**4) ** 0.25)
 
 
+@functools.lru_cache(maxsize=256)
+def _candidates(problem: Gemm, target: Target = SM90A) -> tuple[Schedule, ...]:
+    """All candidates, which every bucket chooses from."""
+    return tuple(candidates(problem, target))
+
+
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: Gemm, m: int, num_sms: int, target: Target) -> Schedule:
     return min(
-        candidates(problem, target), key=lambda schedule: predict_us(problem, schedule, m, num_sms)
+        _candidates(problem, target), key=lambda schedule: predict_us(problem, schedule, m, num_sms)
     )
 
 
@@ -119,4 +131,4 @@ def _choose_for_all(problem: Gemm, num_sms: int) -> Schedule:
     def total(schedule: Schedule) -> float:
         return sum(math.log(predict_us(problem, schedule, m, num_sms)) for m in M_BUCKETS)
 
-    return min(candidates(problem), key=total)
+    return min(_candidates(problem), key=total)

@@ -15,11 +15,11 @@ from ..errors import CandidateError, ProblemError, VerifyError, one_line
 from ..problem import Gemm
 from ..schedule import Schedule
 from ..target import Gpu
-from .model import m_bucket, predict_us
+from .model import m_bucket, rank
 from .select import select
-from .space import candidates, numerics_class
+from .space import numerics_class
 
-NUM_CANDIDATES = 24
+NUM_CANDIDATES = 32
 MAX_PREDICTED = 1.6  # of the least predicted time: what is worth a measurement
 NUM_FINALISTS = 6
 # Calls of each schedule, in turns with the others: in the first round, and in each half of the
@@ -119,20 +119,30 @@ def make_jobs(
 def shortlist(problem: Gemm, m: int, gpu: Gpu, count: int) -> tuple[Schedule, ...]:
     """At most `count` schedules: what is used without tuning, then in order of predicted time.
 
-    Half are the best predicted; then comes the best of each family, lest the model be wrong about
-    all of one.
+    Half are the best predicted. Then comes the best of each kind, by row tile, cluster, split and
+    promotion, lest the model be wrong about all of one.
     """
-    predicted = {s: predict_us(problem, s, m, gpu.num_sms) for s in candidates(problem)}
+    predicted = rank(problem, m, gpu.num_sms)
     limit = MAX_PREDICTED * min(predicted.values())
-    ranked = sorted((s for s in predicted if predicted[s] <= limit), key=predicted.__getitem__)
-    families: dict[tuple[object, ...], Schedule] = {}
-    for s in ranked:
-        family = (s.block_m, s.num_math_warpgroups, s.promotion, numerics_class(s))
-        families.setdefault(family, s)
+    ranked = [schedule for schedule, us in predicted.items() if us <= limit]
+    best: dict[tuple[object, ...], Schedule] = {}
+    for schedule in ranked:
+        for kind in kinds(schedule):
+            best.setdefault(kind, schedule)
     first = select(problem, m, gpu)
-    wanted = dict.fromkeys([first, *ranked[: count // 2], *families.values(), *ranked])
+    wanted = dict.fromkeys([first, *ranked[: count // 2], *best.values(), *ranked])
     chosen = set(list(wanted)[:count])
     return (first, *(s for s in ranked if s in chosen and s != first))
+
+
+def kinds(schedule: Schedule) -> tuple[tuple[object, ...], ...]:
+    """The kinds of schedules that this one belongs to."""
+    return (
+        ("rows", schedule.block_m, schedule.num_math_warpgroups),
+        ("cluster", schedule.cluster_m, schedule.cluster_n),
+        ("promotion", schedule.promotion),
+        ("numerics", *numerics_class(schedule)),
+    )
 
 
 # --- the race -------------------------------------------------------------------------------------
