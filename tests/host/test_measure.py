@@ -81,6 +81,31 @@ def test_check_proves_one_schedule_of_each_numerics_class(
     assert played.num_interpreted == 2
 
 
+def test_check_compares_numerics_classes_with_each_other(
+    played: Played, measurer: GpuMeasurer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(d: Any, schedule: Schedule) -> None:
+        if schedule == SECOND:
+            d[40, 50] *= 1.1
+
+    monkeypatch.setattr(measure, "numerics_class", lambda schedule: (schedule.block_n,))
+    monkeypatch.setattr(measure, "sample_tiles", lambda *a: [(64, 0)])  # which misses it
+    played.spoil = spoil
+    measurer.check(PROBLEM, M, FIRST)
+    measurer.check(PROBLEM, M, THIRD)
+    with pytest.raises(CandidateError, match=r"in the rows from 0: .* the first, \[40, 50\]"):
+        measurer.check(PROBLEM, M, SECOND)
+
+
+@pytest.mark.parametrize("k", [512, 16384])
+def test_check_takes_results_that_add_up_k_in_another_order(
+    played: Played, measurer: GpuMeasurer, k: int
+) -> None:
+    for split_k in (1, 2, 4):
+        measurer.check(Gemm(136, k), 5, Schedule(64, 16, 4, 1, split_k=split_k))
+    assert played.num_interpreted == 3
+
+
 def test_check_proves_again_for_another_m(played: Played, measurer: GpuMeasurer) -> None:
     for m in (M, 5, M):
         measurer.check(PROBLEM, m, FIRST)
