@@ -1,6 +1,6 @@
 """jitgen: a compiler-style JIT kernel generator for NVIDIA Hopper GPUs."""
 
-from .api import gemm, quantize
+from .api import bind, gemm, quantize
 from .dtypes import BF16, E4M3, F32, DType
 from .errors import (
     CompileError,
@@ -35,6 +35,7 @@ __all__ = [
     "StoreError",
     "VerifyError",
     "acc",
+    "bind",
     "cast",
     "gelu",
     "gemm",

@@ -1,48 +1,29 @@
 """The public API: torch CUDA tensors run on the GPU, NumPy arrays on the interpreter.
 
-This is the only module of the compiler that knows torch.
+What tensors need is in `calls`, the only module of the compiler that imports torch.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import sys
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .arrays import ArrayView, check_operands, check_output, gemm_problem
-from .build import build
-from .dtypes import BF16, DType, array_dtype, dtype_of
-from .errors import DeviceError, ProblemError, ScheduleError
+from .arrays import ArrayView, check_gemm, name_arrays
+from .calls import find_call
+from .dtypes import array_dtype
+from .errors import ProblemError, ScheduleError
 from .expr import Bound, Expr, acc, as_expr
 from .interpret import interpret
-from .ir import (
-    ExtentParameter,
-    Kernel,
-    Parameter,
-    PointerParameter,
-    StrideParameter,
-    TensorMapParameter,
-)
 from .lower import lower
 from .numerics import AMAX_FLOOR, E4M3_MAX, check_block, quantize_blocks
-from .problem import Gemm, check_operand_names
-from .runtime import driver
-from .runtime.launch import Argument, Launch, Pointer, UInt32
-from .runtime.tensor_map import TensorMapSpec
 from .schedule import Schedule
 from .tuning.select import select
 
-if TYPE_CHECKING:
-    import torch
-
-MAX_CACHED_LAUNCHES = 4096
+PLAIN = Bound(acc, {})
 
 
 def gemm(
@@ -85,19 +66,57 @@ def gemm(
     DeviceError : tensors are not on one CUDA device, or it is not of compute capability 9.0
     CompileError, StoreError : the kernel is not in the store and cannot be compiled or stored
     """
-    if not isinstance(scales, (tuple, list)) or len(scales) != 2:
-        raise ProblemError(f"scales must be the pair (sfa, sfb), got {type(scales).__name__}")
-    if not isinstance(schedule, (Schedule, NoneType)):
-        raise ScheduleError(f"schedule is a {type(schedule).__name__}, must be a jitgen.Schedule")
-    bound = epilogue if isinstance(epilogue, Bound) else Bound(as_expr(epilogue), {})
-    check_operand_names(bound.tensors)
-    arrays = {"a": a, "b": b, "sfa": scales[0], "sfb": scales[1], **bound.tensors}
-    if out is not None:
-        arrays["d"] = out
-    _check_kinds(arrays)
+    bound = _check_options(scales, epilogue, schedule)
     if isinstance(a, np.ndarray):
-        return _gemm_numpy(arrays, out_dtype, bound, schedule, batch_invariant)
-    return _gemm_torch(arrays, out_dtype, bound, schedule, batch_invariant)
+        arrays = name_arrays(a, b, scales, bound, out)
+        return _bind_numpy(arrays, out_dtype, bound, schedule, batch_invariant)()
+    call, addresses = find_call(a, b, scales, bound, out, out_dtype, schedule, batch_invariant)
+    if out is None:
+        out = call.empty()
+        addresses = (*addresses, out.data_ptr())
+    call.launch(addresses)
+    return out
+
+
+def bind(
+    a: Any,
+    b: Any,
+    scales: tuple[Any, Any],
+    *,
+    out: Any,
+    epilogue: Expr | Bound = acc,
+    schedule: Schedule | None = None,
+    batch_invariant: bool = False,
+) -> Callable[[], Any]:
+    """`gemm` on these very arrays, checked and prepared once, to be called many times.
+
+    For static buffers, CUDA graphs and benchmarks. A call reads what the arrays hold then, writes D
+    to `out` and returns it; tensors run on their device, ordered on the stream that is current at
+    the call. Threads may share the callable.
+
+    Parameters
+    ----------
+    a, b, scales, epilogue : as for `gemm`; kept alive by the callable. It knows their memory: to
+        resize a tensor or to give it other storage does not reach it
+    out : where to put D: bfloat16 or float32 [m, n], rows a multiple of 16 bytes apart
+    schedule, batch_invariant : as for `gemm`
+
+    Returns
+    -------
+    a callable without arguments that returns `out`; on NumPy arrays it interprets every time
+
+    Raises
+    ------
+    As `gemm`, at once; a call raises DeviceError if the driver refuses the launch
+    """
+    bound = _check_options(scales, epilogue, schedule)
+    if out is None:
+        raise ProblemError("out is None: give the array that every call writes D to")
+    arrays = name_arrays(a, b, scales, bound, out)
+    if isinstance(a, np.ndarray):
+        return _bind_numpy(arrays, None, bound, schedule, batch_invariant)
+    call, addresses = find_call(a, b, scales, bound, out, None, schedule, batch_invariant)
+    return call.bind(addresses, arrays)
 
 
 def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
@@ -143,27 +162,25 @@ def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
     return quantized.view_as(padded)[:rows, :k].to(torch.float8_e4m3fn), scale
 
 
-def _check_kinds(arrays: Mapping[str, Any]) -> None:
-    """Raise ProblemError unless all are NumPy arrays, or all torch tensors."""
-    torch = sys.modules.get("torch")
-    in_numpy = [name for name, array in arrays.items() if isinstance(array, np.ndarray)]
-    in_torch = [name for name, array in arrays.items() if torch and isinstance(array, torch.Tensor)]
-    unknown = [name for name in arrays if name not in (*in_numpy, *in_torch)]
-    if unknown or (in_numpy and in_torch):
-        name = (*unknown, *in_numpy)[0]
-        raise ProblemError(
-            f"{name} is a {type(arrays[name]).__name__}: give torch CUDA tensors only, or NumPy"
-            " arrays only"
-        )
+def _check_options(scales: object, epilogue: Any, schedule: object) -> Bound:
+    """The epilogue with its operands; scales must be a pair and schedule a Schedule or None."""
+    if not isinstance(scales, (tuple, list)) or len(scales) != 2:
+        raise ProblemError(f"scales must be the pair (sfa, sfb), got {type(scales).__name__}")
+    if not isinstance(schedule, (Schedule, NoneType)):
+        raise ScheduleError(f"schedule is a {type(schedule).__name__}, must be a jitgen.Schedule")
+    if isinstance(epilogue, Bound):
+        return epilogue
+    return PLAIN if epilogue is acc else Bound(as_expr(epilogue), {})
 
 
-def _gemm_numpy(
+def _bind_numpy(
     arrays: dict[str, Any],
     out_dtype: object,
     bound: Bound,
     schedule: Schedule | None,
     batch_invariant: bool,
-) -> np.ndarray[Any, Any]:
+) -> Callable[[], np.ndarray[Any, Any]]:
+    """Check everything; what comes back interprets the call."""
     views = {
         name: ArrayView(
             name,
@@ -174,175 +191,14 @@ def _gemm_numpy(
         for name, array in arrays.items()
     }
     out = arrays.pop("d", None)
-    problem, m = _check_gemm(views, out_dtype, bound)
-    schedule = schedule or select(problem, m, batch_invariant=batch_invariant)
-    kernel = lower(problem, schedule)
-    d = interpret(kernel, arrays)
-    if out is None:
-        return d
-    out[...] = d
-    return out  # type: ignore[no-any-return]
+    problem, m = check_gemm(views, out_dtype, bound)
+    kernel = lower(problem, schedule or select(problem, m, batch_invariant=batch_invariant))
 
+    def call() -> np.ndarray[Any, Any]:
+        d = interpret(kernel, arrays)
+        if out is None:
+            return d
+        out[...] = d
+        return out  # type: ignore[no-any-return]
 
-def _gemm_torch(
-    arrays: dict[str, torch.Tensor],
-    out_dtype: object,
-    bound: Bound,
-    schedule: Schedule | None,
-    batch_invariant: bool,
-) -> torch.Tensor:
-    import torch
-
-    a = arrays["a"]
-    if "d" not in arrays:
-        d_dtype = dtype_of(out_dtype if out_dtype is not None else BF16)
-        if a.ndim == 2 and arrays["b"].ndim == 2:  # what is not a matrix is refused below
-            shape = (a.shape[0], arrays["b"].shape[0])
-            arrays["d"] = torch.empty(shape, dtype=getattr(torch, d_dtype.name), device=a.device)
-            out_dtype = None
-    signature = (
-        bound.expr,
-        schedule,
-        batch_invariant,
-        out_dtype,
-        a.device,
-        *((n, t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for n, t in arrays.items()),
-    )
-    launch = _launches.get(signature)
-    if launch is None:
-        launch = _prepare_torch(arrays, out_dtype, bound, schedule, batch_invariant)
-        _launches.put(signature, launch)
-    index = a.device.index
-    with (
-        torch.cuda.device(index)
-        if torch.cuda.current_device() != index
-        else contextlib.nullcontext()
-    ):
-        launch(torch._C._cuda_getCurrentRawStream(index))
-    return arrays["d"]
-
-
-def _prepare_torch(
-    arrays: dict[str, torch.Tensor],
-    out_dtype: object,
-    bound: Bound,
-    schedule: Schedule | None,
-    batch_invariant: bool,
-) -> Callable[[int], None]:
-    """Check everything, then build, load and lay out the launch of one call signature."""
-    device = arrays["a"].device
-    _check_device(arrays, device)
-    found = driver.device(device.index)
-    driver.check_architecture(found)
-    views = {
-        name: ArrayView(
-            name,
-            array_dtype(t.dtype, t.itemsize),
-            tuple(t.shape),
-            tuple(t.stride()),
-            t.data_ptr(),
-        )
-        for name, t in arrays.items()
-    }
-    problem, m = _check_gemm(views, out_dtype, bound)
-    if m == 0:
-        return lambda stream: None  # an empty D needs no kernel
-    schedule = schedule or select(problem, m, found.gpu, batch_invariant=batch_invariant)
-    kernel, loaded = _load(problem, schedule, device.index)
-    return Launch(
-        loaded,
-        [_argument(parameter, views, m) for parameter in kernel.parameters],
-        grid=kernel.num_blocks(m, found.num_sms),
-        num_threads=kernel.num_threads,
-    )
-
-
-def _check_gemm(
-    views: Mapping[str, ArrayView], out_dtype: object, bound: Bound
-) -> tuple[Gemm, int]:
-    """The problem and its m; every rule on dtypes, shapes and strides is checked here."""
-    d: DType = BF16
-    if out_dtype is not None:
-        d = dtype_of(out_dtype)
-    elif "d" in views:
-        d = views["d"].dtype
-    problem, m = gemm_problem(views["a"], views["b"], views["sfa"], views["sfb"], d, bound.expr)
-    if "d" in views:
-        check_output(views["d"], problem, m)
-    check_operands({name: views[name] for name in bound.tensors}, problem, m)
-    return problem, m
-
-
-def _check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    for name, tensor in arrays.items():
-        if tensor.device.type != "cuda":
-            raise DeviceError(
-                f"{name} is on {tensor.device}: torch tensors must be on a CUDA device (`.cuda()`);"
-                " NumPy arrays (`.numpy()`) run on the interpreter"
-            )
-        if tensor.device != device:
-            raise DeviceError(
-                f"{name} is on {tensor.device}, a is on {device}: all must be on one device"
-            )
-
-
-@functools.cache
-def _load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driver.LoadedKernel]:
-    """The kernel, built or taken from the store, and loaded on one device."""
-    kernel = lower(problem, schedule)
-    entry = build(kernel)
-    return kernel, driver.load(
-        entry.cubin, kernel.name, smem_bytes=kernel.smem.total_bytes, ordinal=ordinal
-    )
-
-
-def _argument(parameter: Parameter, views: Mapping[str, ArrayView], m: int) -> Argument:
-    """The value of a kernel parameter for these arrays."""
-    match parameter:
-        case ExtentParameter():
-            return UInt32(m)
-        case PointerParameter():
-            return Pointer(views[parameter.tensor.name].address)
-        case StrideParameter():
-            return UInt32(views[parameter.tensor.name].strides[parameter.dim])
-        case TensorMapParameter():
-            view = views[parameter.tensor.name]
-            size = view.dtype.size_bytes
-            box_rows, box_columns = parameter.box
-            if parameter.tensor.dims[0].extent is None:
-                box_rows = min(box_rows, m)
-            return TensorMapSpec(
-                address=view.address,
-                element_bytes=size,
-                rows=max(view.shape[0], 1),
-                columns=view.shape[1],
-                pitch_bytes=view.row_stride * size,
-                box_rows=box_rows,
-                box_columns=box_columns,
-                swizzle_bytes=parameter.swizzle_bytes,
-            )
-
-
-class _LaunchCache:
-    """The launches of recent call signatures, least recently used first; safe in threads."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._entries: OrderedDict[object, Callable[[int], None]] = OrderedDict()
-        self._mutex = threading.Lock()
-
-    def get(self, signature: object) -> Callable[[int], None] | None:
-        with self._mutex:
-            launch = self._entries.get(signature)
-            if launch is not None:
-                self._entries.move_to_end(signature)
-            return launch
-
-    def put(self, signature: object, launch: Callable[[int], None]) -> None:
-        with self._mutex:
-            self._entries[signature] = launch
-            while len(self._entries) > self._capacity:
-                self._entries.popitem(last=False)
-
-
-_launches = _LaunchCache(MAX_CACHED_LAUNCHES)
+    return call

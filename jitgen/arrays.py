@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .dtypes import F32, DType
+import numpy as np
+
+from .dtypes import BF16, F32, DType, dtype_of
 from .errors import ProblemError
-from .expr import Expr, operands
-from .problem import MAX_EXTENT, Gemm, check_problem, check_rows
+from .expr import Bound, Expr, operands
+from .problem import MAX_EXTENT, Gemm, check_operand_names, check_problem, check_rows
+
+ADDRESS_UNIT = 16  # bytes; the rules look at addresses modulo this only
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,50 @@ class ArrayView:
         return (
             f"{self.name} is {self.dtype.name}{list(self.shape)} with strides {list(self.strides)}"
         )
+
+
+def name_arrays(a: Any, b: Any, scales: tuple[Any, Any], bound: Bound, out: Any) -> dict[str, Any]:
+    """The arrays of a call by name: a, b, sfa, sfb, operands, and d last if there is `out`.
+
+    Raises
+    ------
+    ProblemError : an operand has the name of another array, or the arrays are neither all NumPy's
+        nor all torch's
+    """
+    check_operand_names(bound.tensors)
+    arrays = {"a": a, "b": b, "sfa": scales[0], "sfb": scales[1], **bound.tensors}
+    if out is not None:
+        arrays["d"] = out
+    torch = sys.modules.get("torch")
+    in_numpy = [name for name, array in arrays.items() if isinstance(array, np.ndarray)]
+    in_torch = [name for name, array in arrays.items() if torch and isinstance(array, torch.Tensor)]
+    unknown = [name for name in arrays if name not in (*in_numpy, *in_torch)]
+    if unknown or (in_numpy and in_torch):
+        name = (*unknown, *in_numpy)[0]
+        raise ProblemError(
+            f"{name} is a {type(arrays[name]).__name__}: give torch CUDA tensors only, or NumPy"
+            " arrays only"
+        )
+    return arrays
+
+
+def check_gemm(views: Mapping[str, ArrayView], out_dtype: object, bound: Bound) -> tuple[Gemm, int]:
+    """The problem that named arrays pose, and its m.
+
+    Raises
+    ------
+    ProblemError : a dtype, shape, stride or address breaks a rule; every rule is checked here
+    """
+    d: DType = BF16
+    if out_dtype is not None:
+        d = dtype_of(out_dtype)
+    elif "d" in views:
+        d = views["d"].dtype
+    problem, m = gemm_problem(views["a"], views["b"], views["sfa"], views["sfb"], d, bound.expr)
+    if "d" in views:
+        check_output(views["d"], problem, m)
+    check_operands({name: views[name] for name in bound.tensors}, problem, m)
+    return problem, m
 
 
 def gemm_problem(
@@ -81,7 +130,7 @@ def check_tma_matrix(view: ArrayView) -> None:
         raise ProblemError(
             f"{view}: rows must not overlap and their pitch of {pitch} B be a multiple of 16"
         )
-    if view.address % 16:
+    if view.address % ADDRESS_UNIT:
         raise ProblemError(f"{view}: starts at an address that is not a multiple of 16 B")
 
 
@@ -119,7 +168,8 @@ def check_operands(views: Mapping[str, ArrayView], problem: Gemm, m: int) -> Non
 def _check_scales(view: ArrayView, block: Any, shape: tuple[int, int]) -> None:
     if view.dtype != F32 or view.shape != shape:
         raise ProblemError(f"{view}: one scale a {block} block makes {F32.name}{list(shape)}")
-    if not all(0 <= stride <= MAX_EXTENT for stride in view.strides) or view.address % 4:
+    used = [stride for stride, extent in zip(view.strides, shape, strict=True) if extent > 1]
+    if not all(0 <= stride <= MAX_EXTENT for stride in used) or view.address % 4:
         raise ProblemError(
             f"{view}: strides must be in 0..{MAX_EXTENT}, and the address a multiple of 4 B"
         )

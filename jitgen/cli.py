@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -16,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from . import cli_tune
+from .cli_bench import bench_app
+from .cli_tune import records_app, tune
+from .console import make_console
 from .dtypes import BF16, dtype_of
-from .errors import CompileError, JitgenError, ProblemError, ScheduleError, one_line
+from .errors import CompileError, JitgenError, ScheduleError, one_line
 from .expr import Expr, acc, gelu, matrix, relu, silu, vector
 from .problem import Gemm, check_problem
 from .problem_list import GPU_HELP, NUM_SMS_HELP, PROBLEMS_HELP, Grid, read_problems
@@ -26,10 +25,6 @@ from .schedule import Schedule, max_stages
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from .tuning.bench import Shape
-
-PIPE_COLUMNS = 200  # width of what is printed where there is no terminal
 
 
 class _Group(TyperGroup):
@@ -65,22 +60,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench_app = typer.Typer(help="Measure on this machine's GPU.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-app.command()(cli_tune.tune)
-app.add_typer(cli_tune.records_app, name="records")
+app.command()(tune)
+app.add_typer(records_app, name="records")
 
 
 def main() -> None:
     """Run the command line: what the console script `jitgen` calls."""
     app(prog_name="jitgen")
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else PIPE_COLUMNS)
 
 
 # --- show -----------------------------------------------------------------------------------------
@@ -140,7 +127,7 @@ def show(
         pinned = select(problem, m, named_gpu())
     kernel = lower(problem, pinned)
     entry = build(kernel)
-    console = _console()
+    console = make_console()
     _section(console, "Problem", str(problem))
     _section(console, "Schedule", str(pinned))
     _section(console, "Kernel", str(kernel))
@@ -279,7 +266,7 @@ def prebuild(
     root = build.open_shared_store().root
     done: list[build.Prebuilt] = []
     started = time.perf_counter()
-    console = _console(stderr=True)
+    console = make_console(stderr=True)
     try:
         with Progress(console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"{len(kernels)} kernels", total=len(kernels))
@@ -298,58 +285,7 @@ def prebuild(
         )
 
 
-# --- bench, demo ----------------------------------------------------------------------------------
-
-
-@bench_app.command("gemm")
-def bench_gemm(
-    grid: Annotated[Grid, typer.Option(help="Shapes: DeepSeek-V3's linear layers.")] = Grid.dense,
-    m: Annotated[list[int] | None, typer.Option(min=1, help="Only these m; repeatable.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Six shapes only, for a look.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the result here, after each shape.")
-    ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(help="Write a report here, after each shape.")
-    ] = None,
-) -> None:
-    """Kernel times of the FP8 GEMM beside cuBLASLt (live) and DeepGEMM (from a file)."""
-    from rich.progress import Progress
-
-    from . import __version__
-    from .tuning import bench, report
-
-    shapes = _shapes(bench.GRID_QUICK if quick else bench.GRID_DENSE, m)
-    device = bench.check_machine()
-    command = f"jitgen {shlex.join(sys.argv[1:])}"
-    meta = report.collect_meta(device, version=__version__, command=command)
-    result = report.Result(meta, ())
-    console = _console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        for row in progress.track(bench.bench_gemm(shapes, device), total=len(shapes)):
-            result = replace(result, rows=(*result.rows, row))
-            if json_file:
-                _write(json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
-            if markdown:
-                _write(markdown, report.render_markdown(result))
-            console.print(f"{row.shape}: {row.jitgen.kernel_us:.2f} us", highlight=False)
-    report.print_result(_console(), result)
-
-
-def _shapes(grid: Sequence[Shape], extents: Sequence[int] | None) -> list[Shape]:
-    """The grid, or its (n, k) at other m."""
-    if not extents:
-        return list(grid)
-    shapes = (replace(shape, m=m) for m in extents for shape in grid)
-    return list(dict.fromkeys(shapes))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise ProblemError(f"cannot write {path}: {error.strerror}") from None
+# --- demo -----------------------------------------------------------------------------------------
 
 
 @app.command()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .console import make_console
 from .dtypes import BF16, dtype_of
 from .errors import DeviceError, JitgenError, one_line
 from .problem import Gemm, check_problem
@@ -26,8 +27,6 @@ from .problem_list import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from .runtime.driver import Device
     from .schedule import Schedule
     from .tuning.session import Session
@@ -169,7 +168,7 @@ def _compile(jobs: Sequence[Job], processes: int | None) -> list[Job]:
     started = time.perf_counter()
     kernels = list(dict.fromkeys((job.problem, s) for job in jobs for s in job.schedules))
     refused: dict[tuple[Gemm, Schedule], JitgenError] = {}
-    console = _console()
+    console = make_console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"compiling {len(kernels)} kernels", total=len(kernels))
         built = build.prebuild(
@@ -201,7 +200,7 @@ def _measure(jobs: Sequence[Job], session: Session, is_late: Callable[[], bool])
     from .tuning.worker import IsolatedMeasurer
 
     counts: Counter[str] = Counter()
-    console = _console()
+    console = make_console(stderr=True)
     with (
         IsolatedMeasurer(GpuMeasurer) as measurer,
         Progress(console=console, disable=not console.is_terminal) as progress,
@@ -217,12 +216,6 @@ def _measure(jobs: Sequence[Job], session: Session, is_late: Callable[[], bool])
             progress.advance(task)
             console.print(_outcome_line(outcome), markup=False, highlight=False, soft_wrap=True)
     return counts
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 def _outcome_line(outcome: Outcome) -> str:

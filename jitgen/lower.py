@@ -86,7 +86,7 @@ def kernel_name(problem: Gemm, schedule: Schedule) -> str:
 
 
 def store_span_bytes(schedule: Schedule, element_bytes: int) -> int:
-    """Bytes of a row of a TMA store box: the widest swizzle span that divides what a block stores."""
+    """Bytes of a row of a TMA store box: the widest swizzle span that divides a block's columns."""
     columns = math.gcd(schedule.block_n, slice_columns(schedule))
     return next(span for span in (128, 64, 32) if columns * element_bytes % span == 0)
 

@@ -23,11 +23,12 @@ WARPGROUP_THREADS = 128
 SWIZZLE_ATOM_BYTES = 1024  # 8 rows of 128 bytes: base alignment of an SW128 tile
 # By number of math warpgroups: registers of a producer and of a math thread, which `setmaxnreg`
 # moves from the one to the other in steps of 8; and how many of the latter NVRTC 13.0 leaves for
-# accumulators without spilling, in a tile that touches one row of sfb and in one that touches two.
+# accumulators without spilling.
 REGISTER_SPLIT = {1: (56, 240), 2: (56, 224), 3: (56, 152)}
-ACCUMULATOR_REGISTERS = {1: (192, 152), 2: (192, 152), 3: (104, 100)}
-# At most, where D is float32 (more addresses to keep), with 128 rows a warpgroup, and with two rows
-# of sfb.
+ACCUMULATOR_REGISTERS = {1: 192, 2: 192, 3: 100}
+# At most: with 128 rows a warpgroup in a tile that touches two rows of sfb (scales to keep); and
+# where D is float32 (addresses to keep), with 128 rows a warpgroup, and with two rows of sfb.
+TWO_WAVES_TWO_ROWS_ACCUMULATOR_REGISTERS = 152
 F32_TWO_WAVES_ACCUMULATOR_REGISTERS = 128
 F32_TWO_ROWS_ACCUMULATOR_REGISTERS = 136
 
@@ -161,12 +162,13 @@ def _scale_stage_bytes(problem: Gemm, schedule: Schedule) -> int:
 
 def accumulator_registers(problem: Gemm, schedule: Schedule) -> int:
     """Registers of a math thread that sums and partial accumulators may take."""
-    one_row, two_rows = ACCUMULATOR_REGISTERS[schedule.num_math_warpgroups]
-    has_two_rows = num_sfb_rows(problem, schedule.block_n) > 1
-    limits = [two_rows if has_two_rows else one_row]
-    if schedule.num_waves > 1 and problem.d_dtype == F32:
+    two_waves, two_rows = schedule.num_waves > 1, num_sfb_rows(problem, schedule.block_n) > 1
+    limits = [ACCUMULATOR_REGISTERS[schedule.num_math_warpgroups]]
+    if two_waves and two_rows:
+        limits.append(TWO_WAVES_TWO_ROWS_ACCUMULATOR_REGISTERS)
+    if problem.d_dtype == F32 and two_waves:
         limits.append(F32_TWO_WAVES_ACCUMULATOR_REGISTERS)
-    if has_two_rows and problem.d_dtype == F32:
+    if problem.d_dtype == F32 and two_rows:
         limits.append(F32_TWO_ROWS_ACCUMULATOR_REGISTERS)
     return min(limits)
 

@@ -319,7 +319,7 @@ class _Block:
             op,
             f"takes one scale for {self.tile['k']} of k",
         )
-        # The sums are those of the whole k, or part, where the loops that began at zeros have ended.
+        # The sums are those of the whole k, or part, where the loops from zeros on have ended.
         what = "partial sums" if self.is_part else "sums"
         self.written[what] = op.acc
         self.values[op.acc.name] = _Value(what, op.acc, 0)

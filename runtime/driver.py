@@ -32,6 +32,7 @@ class LoadedKernel:
     function: Any
     library: Any
     smem_bytes: int
+    ordinal: int
 
 
 def driver() -> Any:
@@ -141,4 +142,20 @@ def load(cubin: bytes, name: str, *, smem_bytes: int, ordinal: int) -> LoadedKer
     kernel = check(api.cuLibraryGetKernel(library, name.encode()))
     attribute = api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     check(api.cuKernelSetAttribute(attribute, smem_bytes, kernel, check(api.cuDeviceGet(ordinal))))
-    return LoadedKernel(api.CUfunction(int(kernel)), library, smem_bytes)
+    return LoadedKernel(api.CUfunction(int(kernel)), library, smem_bytes, ordinal)
+
+
+def make_current(ordinal: int) -> None:
+    """Make a GPU's primary context, which torch and the CUDA runtime use, this thread's.
+
+    Raises
+    ------
+    DeviceError : the driver refuses
+    """
+    check(driver().cuCtxSetCurrent(_primary_context(ordinal)))
+
+
+@functools.cache
+def _primary_context(ordinal: int) -> Any:
+    api = driver()
+    return check(api.cuDevicePrimaryCtxRetain(check(api.cuDeviceGet(ordinal))))

@@ -1,24 +1,35 @@
-"""Launching: argument buffers laid out once, then one driver call a launch."""
+"""Launching: arguments laid out once, addresses written if they change, one driver call."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import DeviceError
-from .driver import LoadedKernel, driver
-from .tensor_map import TensorMapSpec, encode
+from .driver import LoadedKernel, driver, make_current
+from .tensor_map import TensorMapSpec, encode, replace_address
 
 TENSOR_MAP_BYTES = 128
 TENSOR_MAP_ALIGNMENT = 64
+MAX_IDLE_LAUNCHES = 4  # of a pool, about 5 KB each; beyond, addresses are rewritten
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """The TMA descriptor of a call's `tensor`-th tensor."""
+
+    tensor: int
+    spec: TensorMapSpec
 
 
 @dataclass(frozen=True)
 class Pointer:
-    """A device address."""
+    """The device address of a call's `tensor`-th tensor."""
 
-    address: int
+    tensor: int
 
 
 @dataclass(frozen=True)
@@ -28,22 +39,34 @@ class UInt32:
     value: int
 
 
-Argument = TensorMapSpec | Pointer | UInt32
+Argument = TensorMap | Pointer | UInt32
 
 
 class Launch:
-    """A kernel with its arguments and grid: everything but the stream.
+    """A kernel with its grid and its arguments for tensors at `addresses`: all but the stream.
 
-    It never changes, so threads may share it.
+    Threads may share it as long as none moves it.
     """
 
     def __init__(
-        self, kernel: LoadedKernel, arguments: Sequence[Argument], *, grid: int, num_threads: int
+        self,
+        kernel: LoadedKernel,
+        arguments: Sequence[Argument],
+        addresses: tuple[int, ...],
+        *,
+        grid: int,
+        num_threads: int,
     ) -> None:
+        self.addresses = addresses
         self._kernel = kernel  # keeps the code loaded
-        self._storage = [_store(argument) for argument in arguments]
-        addresses = [_address(cell) for cell in self._storage]
-        self._pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._storage = [_store(argument, addresses) for argument in arguments]
+        self._writers = [
+            (argument.tensor, _writer(argument, cell))
+            for argument, cell in zip(arguments, self._storage, strict=True)
+            if not isinstance(argument, UInt32)
+        ]
+        cells = [_address(cell) for cell in self._storage]
+        self._pointers = (ctypes.c_void_p * len(cells))(*cells)
         self._call = (
             kernel.function,
             *(grid, 1, 1),
@@ -56,30 +79,99 @@ class Launch:
     def __call__(self, stream: int) -> None:
         """Launch on `stream`, a CUstream handle of the kernel's device.
 
-        The context of that device must be current.
+        No context of another device may be current.
 
         Raises
         ------
         DeviceError : the driver refuses the launch
         """
         (status,) = self._launch(*self._call, stream, self._arguments, 0)
+        if status and status == driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            make_current(self._kernel.ordinal)  # the thread's first use of CUDA
+            (status,) = self._launch(*self._call, stream, self._arguments, 0)
         if status:
             raise DeviceError(f"the kernel cannot be launched: {status.name}")
 
+    def move(self, addresses: tuple[int, ...]) -> None:
+        """Point the arguments at tensors like those before, elsewhere.
 
-def _store(argument: Argument) -> ctypes.Array[ctypes.c_char] | ctypes._SimpleCData[int]:
+        Earlier launches keep their arguments: the driver has copied them.
+
+        Raises
+        ------
+        DeviceError : the driver refuses an address; the launch must not be used any more
+        """
+        for tensor, write in self._writers:
+            if addresses[tensor] != self.addresses[tensor]:
+                write(addresses[tensor])
+        self.addresses = addresses
+
+
+class LaunchPool:
+    """Launches of one kernel that differ in their addresses only; safe in threads.
+
+    A launch is taken by one thread at a time.
+    """
+
+    def __init__(
+        self, kernel: LoadedKernel, arguments: Sequence[Argument], *, grid: int, num_threads: int
+    ) -> None:
+        self._make = functools.partial(
+            Launch, kernel, arguments, grid=grid, num_threads=num_threads
+        )
+        self._idle: OrderedDict[tuple[int, ...], Launch] = OrderedDict()  # the oldest first
+
+    def make(self, addresses: tuple[int, ...]) -> Launch:
+        """A launch that stays the caller's."""
+        return self._make(addresses)
+
+    def take(self, addresses: tuple[int, ...]) -> Launch:
+        """A launch with these addresses, for `give_back` after use.
+
+        Raises
+        ------
+        DeviceError : the driver refuses an address
+        """
+        launch = self._idle.pop(addresses, None)
+        if launch is not None:
+            return launch
+        if len(self._idle) < MAX_IDLE_LAUNCHES:
+            return self._make(addresses)
+        try:
+            launch = self._idle.popitem(last=False)[1]
+        except KeyError:  # other threads have taken them all
+            return self._make(addresses)
+        launch.move(addresses)
+        return launch
+
+    def give_back(self, launch: Launch) -> None:
+        self._idle[launch.addresses] = launch
+
+
+_Cell = ctypes.Array[ctypes.c_char] | ctypes.c_uint64 | ctypes.c_uint32
+
+
+def _store(argument: Argument, addresses: Sequence[int]) -> _Cell:
     match argument:
-        case TensorMapSpec():
+        case TensorMap():
             buffer = (ctypes.c_char * (TENSOR_MAP_BYTES + TENSOR_MAP_ALIGNMENT))()
-            ctypes.memmove(_address(buffer), int(encode(argument).getPtr()), TENSOR_MAP_BYTES)
+            descriptor = encode(argument.spec, addresses[argument.tensor])
+            ctypes.memmove(_address(buffer), int(descriptor.getPtr()), TENSOR_MAP_BYTES)
             return buffer
         case Pointer():
-            return ctypes.c_uint64(argument.address)
+            return ctypes.c_uint64(addresses[argument.tensor])
         case UInt32():
             return ctypes.c_uint32(argument.value)
 
 
-def _address(cell: ctypes.Array[ctypes.c_char] | ctypes._SimpleCData[int]) -> int:
+def _writer(argument: TensorMap | Pointer, cell: _Cell) -> Callable[[int], None]:
+    """What puts another address into a stored argument."""
+    if isinstance(argument, TensorMap):
+        return functools.partial(replace_address, driver().CUtensorMap(_address(cell)))
+    return functools.partial(setattr, cell, "value")
+
+
+def _address(cell: _Cell) -> int:
     address = ctypes.addressof(cell)
     if isinstance(cell, ctypes.Array):
         return -(-address // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import DeviceError
 from .driver import check, driver
 
 
@@ -17,7 +18,6 @@ class TensorMapSpec:
     most 256, a box row at most `swizzle_bytes`.
     """
 
-    address: int
     element_bytes: int
     rows: int
     columns: int
@@ -27,8 +27,8 @@ class TensorMapSpec:
     swizzle_bytes: int
 
 
-def encode(spec: TensorMapSpec) -> Any:
-    """The descriptor, as the driver's 128-byte CUtensorMap.
+def encode(spec: TensorMapSpec, address: int) -> Any:
+    """The descriptor of a matrix at `address`, as the driver's 128-byte CUtensorMap.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def encode(spec: TensorMapSpec) -> Any:
         api.cuTensorMapEncodeTiled(
             data_type,
             2,
-            spec.address,
+            address,
             [api.cuuint64_t(spec.columns), api.cuuint64_t(spec.rows)],
             [api.cuuint64_t(spec.pitch_bytes)],
             words(spec.box_columns, spec.box_rows),
@@ -65,3 +65,15 @@ def encode(spec: TensorMapSpec) -> Any:
             api.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
+
+
+def replace_address(descriptor: Any, address: int) -> None:
+    """Make a CUtensorMap describe a matrix like the one before, at another address.
+
+    Raises
+    ------
+    DeviceError : the driver refuses the address
+    """
+    (status,) = driver().cuTensorMapReplaceAddress(descriptor, address)
+    if status:
+        raise DeviceError(f"a tensor at {address:#x} cannot be described for TMA: {status.name}")

@@ -1,19 +1,18 @@
 """Benchmarks: what one call costs the GPU, beside its peers and the floor.
 
-A time is reported only for a call whose result was compared with the interpreter's, bit for bit,
-just before. Ratios of times are peer / jitgen: above 1, jitgen is faster.
+A time of jitgen is reported only for a call whose result was compared with the interpreter's, bit
+for bit, just before; a peer's, as `peers.check_result` does. Ratios of times are peer / jitgen:
+above 1, jitgen is faster.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
 import random
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
@@ -22,14 +21,16 @@ from numpy.typing import NDArray
 
 from ..api import gemm, quantize
 from ..dtypes import E4M3, F32, DType
-from ..errors import DeviceError, VerifyError
+from ..errors import DeviceError, VerifyError, one_line
 from ..interpret import interpret
 from ..ir import Kernel
 from ..lower import lower
 from ..problem import Gemm
 from ..runtime import driver
 from ..schedule import Schedule
+from .peers import PEERS, check_result
 from .select import select
+from .timing import Measurement, measure_kernel_us
 
 GRID_M = (1, 16, 64, 128, 256, 512, 4096)
 # (n, k) of DeepSeek-V3's linear layers.
@@ -47,11 +48,6 @@ GRID_NK = (
 FLOOR_BYTES_PER_US = 3.0e6
 FLOOR_FLOPS_PER_US = 1575e6
 FLOOR_LAUNCH_US = 2.0
-
-NUM_CALLS = 12
-NUM_WARMUP_CALLS = 20
-NUM_PROFILES = 3  # attempts: CUPTI may lose a record
-FLUSH_BYTES = 256 * 2**20  # several times the L2 of any Hopper GPU
 
 
 @dataclass(frozen=True)
@@ -92,22 +88,6 @@ GRID_QUICK = tuple(Shape(m, n, k) for m in (1, 128, 4096) for n, k in (GRID_NK[0
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Device time of one call, over `num_calls` calls, and the kernels that it launches."""
-
-    kernel_us: float
-    std_us: float
-    min_us: float
-    max_us: float
-    num_calls: int
-    kernels: tuple[str, ...]
-
-    @property
-    def num_kernels(self) -> int:
-        return len(self.kernels)
-
-
-@dataclass(frozen=True)
 class Baseline:
     """Kernel times of the peers, measured once and kept in the repository."""
 
@@ -116,13 +96,27 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class PeerTime:
+    """A peer's measurement, in the configuration that was its fastest."""
+
+    config: str
+    measurement: Measurement
+
+
+@dataclass(frozen=True)
 class Row:
-    """One shape, measured; `baseline` is None off the grid and on another GPU."""
+    """One shape, measured.
+
+    peers : by name, those of `peers.PEERS` that could be timed
+    missing : why a peer, or one of its configurations, was not timed, by its title
+    baseline : None off the grid and on another GPU
+    """
 
     shape: Shape
     schedule: Schedule
     jitgen: Measurement
-    cublaslt: Measurement
+    peers: Mapping[str, PeerTime]
+    missing: Mapping[str, str]
     baseline: Baseline | None
 
     @property
@@ -137,13 +131,54 @@ class Row:
     def gb_per_s(self) -> float:
         return self.shape.num_bytes / self.jitgen.kernel_us / 1e3
 
-    @property
-    def vs_cublaslt(self) -> float:
-        return self.cublaslt.kernel_us / self.jitgen.kernel_us
+    def us(self, name: str) -> float | None:
+        """Kernel time of "jitgen", of a peer, of "deepgemm" (from the file), or of the "best" of
+        DeepGEMM and cuBLASLt; None if it was not measured."""
+        if name == "jitgen":
+            return self.jitgen.kernel_us
+        if name == "deepgemm":
+            return self.baseline.deepgemm_us if self.baseline else None
+        if name == "best":
+            deepgemm, cublaslt = self.us("deepgemm"), self.us("cublaslt")
+            return None if deepgemm is None or cublaslt is None else min(deepgemm, cublaslt)
+        return self.peers[name].measurement.kernel_us if name in self.peers else None
 
-    @property
-    def vs_deepgemm(self) -> float | None:
-        return self.baseline.deepgemm_us / self.jitgen.kernel_us if self.baseline else None
+    def ratio(self, name: str) -> float | None:
+        """That time / jitgen's."""
+        us = self.us(name)
+        return None if us is None else us / self.jitgen.kernel_us
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and figures derived of them, as JSON values."""
+        derived = {
+            "floor_us": self.shape.floor_us,
+            "over_floor": self.over_floor,
+            "tflops": self.tflops,
+            "gb_per_s": self.gb_per_s,
+            "num_kernels": self.jitgen.num_kernels,
+            "ratios": {name: self.ratio(name) for name in ("deepgemm", *self.peers, "best")},
+        }
+        return asdict(self) | {"derived": derived}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Row:
+        """The row that `to_json` wrote; KeyError or TypeError if it did not."""
+        peers = {
+            name: PeerTime(peer["config"], _measurement(peer["measurement"]))
+            for name, peer in data["peers"].items()
+        }
+        return cls(
+            Shape(**data["shape"]),
+            Schedule(**data["schedule"]),
+            _measurement(data["jitgen"]),
+            peers,
+            data["missing"],
+            Baseline(**data["baseline"]) if data["baseline"] else None,
+        )
+
+
+def _measurement(data: dict[str, Any]) -> Measurement:
+    return Measurement(**(data | {"kernels": tuple(data["kernels"])}))
 
 
 # --- baselines ------------------------------------------------------------------------------------
@@ -168,135 +203,6 @@ def baseline_dense() -> Mapping[Shape, Baseline]:
         Shape(row["m"], row["n"], row["k"]): Baseline(row["deepgemm_us"], row["cublaslt_us"])
         for row in _baseline_file()["dense"]
     }
-
-
-# --- timing ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DeviceEvent:
-    """One kernel, copy or fill that ran on the GPU."""
-
-    name: str
-    start_us: float
-    duration_us: float
-
-
-def measure_kernel_us(
-    call: Callable[[], object],
-    *,
-    calls: int = NUM_CALLS,
-    warmup_calls: int = NUM_WARMUP_CALLS,
-) -> Measurement:
-    """The device time of what one `call()` launches on torch's current stream, with a cold L2.
-
-    Parameters
-    ----------
-    call : launches the same work every time; it need not wait for it
-    calls : how many are timed; a published time takes at least 12
-    warmup_calls : how many go before, while kernels are compiled and clocks rise
-
-    Raises
-    ------
-    DeviceError : the calls did not all launch the same kernels, or records of them were lost
-    """
-    import torch
-
-    flush = _flush_buffer(torch.cuda.current_device())
-    for _ in range(warmup_calls):
-        flush.fill_(1)
-        call()
-    for _ in range(NUM_PROFILES - 1):
-        with contextlib.suppress(DeviceError):
-            return summarize_calls(profile_calls([call] * calls))
-    return summarize_calls(profile_calls([call] * calls))
-
-
-def profile_calls(calls: Sequence[Callable[[], object]]) -> list[list[DeviceEvent]]:
-    """What ran on the GPU for each of `calls`, one after the other, each with a cold L2.
-
-    Raises
-    ------
-    DeviceError : records were lost; another attempt may succeed
-    """
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    flush = _flush_buffer(torch.cuda.current_device())
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for call in calls:
-            flush.fill_(1)
-            call()
-        torch.cuda.synchronize()
-    return split_calls(_device_events(profiler.events()), len(calls))
-
-
-@functools.cache
-def _flush_buffer(ordinal: int) -> Any:
-    import torch
-
-    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=f"cuda:{ordinal}")
-
-
-def _device_events(events: Iterable[Any]) -> list[DeviceEvent]:
-    """The work that ran on the GPU, of all events that a torch profiler recorded."""
-    from torch.autograd import DeviceType
-
-    return [
-        DeviceEvent(event.name, event.time_range.start, event.time_range.elapsed_us())
-        for event in events
-        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-    ]
-
-
-def split_calls(events: Sequence[DeviceEvent], num_calls: int) -> list[list[DeviceEvent]]:
-    """What each call ran, without the flush before it. The first event is a flush, and so is every
-    event of the same name.
-
-    Raises
-    ------
-    DeviceError : there is not one flush a call, or a call ran nothing
-    """
-    calls: list[list[DeviceEvent]] = []
-    ordered = sorted(events, key=lambda event: event.start_us)
-    for event in ordered:
-        if event.name == ordered[0].name:
-            calls.append([])
-        else:
-            calls[-1].append(event)
-    if len(calls) != num_calls:
-        raise DeviceError(
-            f"the profile of {num_calls} calls holds {len(calls)} L2 flushes: records are missing,"
-            " or the call launches the same kernel as the flush"
-        )
-    if not all(calls):
-        raise DeviceError(f"the profile of {num_calls} calls holds none of the kernels of one")
-    return calls
-
-
-def summarize_calls(calls: Sequence[Sequence[DeviceEvent]]) -> Measurement:
-    """The measurement that calls of equal work make.
-
-    Raises
-    ------
-    DeviceError : they did not all run the same kernels
-    """
-    runs = {tuple(event.name for event in call) for call in calls}
-    if len(runs) != 1:
-        raise DeviceError(
-            f"{len(calls)} calls must run the same kernels, got"
-            f" {' or '.join(str(list(run)) for run in sorted(runs))}"
-        )
-    times = [sum(event.duration_us for event in call) for call in calls]
-    return Measurement(
-        kernel_us=statistics.fmean(times),
-        std_us=statistics.pstdev(times),
-        min_us=min(times),
-        max_us=max(times),
-        num_calls=len(times),
-        kernels=tuple(event.name for event in calls[0]),
-    )
 
 
 # --- checking -------------------------------------------------------------------------------------
@@ -417,19 +323,31 @@ def _bench_shape(
     jitgen = measure_kernel_us(call)
     if not torch.equal(d.view(torch.int16), checked.view(torch.int16)):
         raise VerifyError(f"{kernel.problem}, {schedule}: repeated calls give different results")
-    cublaslt = measure_kernel_us(_cublaslt_call(x, weight))
-    return Row(shape, schedule, jitgen, cublaslt, baseline)
+    times, missing = _time_peers(x, weight)
+    return Row(shape, schedule, jitgen, times, missing, baseline)
 
 
-def _cublaslt_call(x: Any, weight: Any) -> Callable[[], object]:
-    """x @ weight^T in FP8 with one scale a tensor, to BF16."""
-    import torch
-
-    (a, scale_a), (b, scale_b) = (quantize(matrix, tuple(matrix.shape)) for matrix in (x, weight))
-    scale_a, scale_b = scale_a.reshape(()), scale_b.reshape(())
-    return functools.partial(
-        torch._scaled_mm, a, b.t(), scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+def _time_peers(x: Any, weight: Any) -> tuple[dict[str, PeerTime], dict[str, str]]:
+    """The peers' times by name, and by title why there is none."""
+    times: dict[str, PeerTime] = {}
+    missing: dict[str, str] = {}
+    for peer in PEERS:
+        measured: dict[str, Measurement] = {}
+        try:
+            prepared = peer.prepare(x, weight)
+        except DeviceError as error:
+            missing[peer.title] = one_line(error)
+            continue
+        for config, call in prepared.calls.items():
+            try:
+                check_result(call(), prepared.reference)
+                measured[config] = measure_kernel_us(call)
+            except (RuntimeError, ValueError, VerifyError) as error:  # torch's are of two kinds
+                missing[f"{peer.title} {config}".strip()] = f"{one_line(error):.300}"
+        if measured:
+            fastest = min(measured, key=lambda config: measured[config].kernel_us)
+            times[peer.name] = PeerTime(fastest, measured[fastest])
+    return times, missing
 
 
 def to_numpy(tensor: Any, dtype: DType) -> NDArray[Any]:

@@ -25,16 +25,9 @@ from ..ir import Kernel
 from ..lower import lower
 from ..problem import Gemm
 from ..schedule import BLOCK_K, Schedule
-from .bench import (
-    NUM_PROFILES,
-    check_machine,
-    check_tiles,
-    profile_calls,
-    sample_tiles,
-    summarize_calls,
-    to_numpy,
-)
+from .bench import check_machine, check_tiles, sample_tiles, to_numpy
 from .space import numerics_class
+from .timing import NUM_PROFILES, profile_calls, summarize_calls
 
 SAMPLE_MACS = 3 * 10**7  # multiply-adds of the interpreter that may prove a result, about
 

@@ -21,6 +21,7 @@ from ..schedule import BLOCK_K, WGMMA_M, Schedule, num_sfb_rows, part_columns, s
 from ..target import SM90A, Target
 from .space import candidates
 
+GPC_SMS = 16  # 33 clusters of 4 or 18 of 6 blocks did not fit into the 132 SMs of an H100
 CLOCKS_PER_US = 1750.0
 FIXED_US = 5.0  # launch, first loads from HBM, last stores
 HBM_BYTES_PER_US = 2.4e6
@@ -45,7 +46,8 @@ def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.n
     s = schedule
     tiles = Traversal(s.block_m, s.block_n, s.cluster_m, s.cluster_n, s.raster_group)
     rows, columns = tiles.grid(m, problem.n)
-    rounds = -(-rows * columns // (num_sms // s.cluster_size))
+    clusters = max_clusters(s.cluster_size, num_sms)
+    rounds = -(-rows * columns // clusters) if clusters else math.inf
     load_clocks = (min(m, s.block_m) + s.block_n) * BLOCK_K / LOAD_BYTES_PER_CLOCK
     tile = split_blocks(problem, s) * _soft_max(block_clocks(problem, s), load_clocks)
     tile += REDUCE_CLOCKS if s.split_k > 1 else 0.0
@@ -53,6 +55,17 @@ def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.n
     compute_us = rounds * tile / CLOCKS_PER_US
     bytes_moved = (m + problem.n) * problem.k + m * problem.n * problem.d_dtype.size_bytes
     return FIXED_US + _soft_max(compute_us, bytes_moved / HBM_BYTES_PER_US)
+
+
+def max_clusters(size: int, num_sms: int) -> int:
+    """Clusters of `size` blocks, each with an SM of its own, that run at once.
+
+    SMs come in pairs, and those in GPCs of at least GPC_SMS; a cluster lies in one GPC.
+    """
+    if size <= 2:
+        return num_sms // size
+    num_gpcs = max(num_sms // GPC_SMS, 1)
+    return num_gpcs * (min(GPC_SMS, num_sms) // size)
 
 
 def block_clocks(problem: Gemm, schedule: Schedule) -> float:
@@ -63,15 +76,15 @@ def block_clocks(problem: Gemm, schedule: Schedule) -> float:
     tensor = waves * s.block_n * 2.0  # 64 x 1 x 128 multiply-adds at 4096 a clock
     promote = waves / s.num_math_warpgroups * s.block_n / 2
     if s.promotion == "overlapped":
-        math = max(tensor, promote)
+        compute = max(tensor, promote)
     elif s.num_math_warpgroups == 1:
-        math = tensor + promote + SERIAL_CLOCKS_ALONE
+        compute = tensor + promote + SERIAL_CLOCKS_ALONE
     else:
-        math = tensor + SERIAL_CLOCKS / (s.num_math_warpgroups - 1)
+        compute = tensor + SERIAL_CLOCKS / (s.num_math_warpgroups - 1)
     smem_rows = waves * (slices * WGMMA_M + s.block_n) + s.block_m + s.block_n
     extra = BLOCK_CLOCKS + SFB_ROW_CLOCKS * (num_sfb_rows(problem, s.block_n) - 1)
-    extra += CLUSTER_CLOCKS if s.cluster_size > 1 else 0.0
-    return _soft_max(math, SMEM_CLOCKS_PER_ROW * smem_rows) + extra
+    extra += CLUSTER_CLOCKS if s.cluster_m * s.cluster_n > 1 else 0.0
+    return _soft_max(compute, SMEM_CLOCKS_PER_ROW * smem_rows) + extra
 
 
 def choose(problem: Gemm, m: int, num_sms: int = SM90A.num_sms, target: Target = SM90A) -> Schedule:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ProblemError
 from ..runtime import driver
 from ..runtime.nvrtc import compiler_version
 from .bench import (
     FLOOR_BYTES_PER_US,
     FLOOR_FLOPS_PER_US,
     FLOOR_LAUNCH_US,
-    FLUSH_BYTES,
-    NUM_CALLS,
-    NUM_WARMUP_CALLS,
     Row,
+    Shape,
     baseline_meta,
 )
+from .cutlass import describe
 from .machine import driver_release
+from .peers import PEERS, TOLERANCE
+from .timing import FLUSH_BYTES, NUM_CALLS, NUM_WARMUP_CALLS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,12 +39,19 @@ METHOD = (
     " Before each call a buffer of"
     f" {FLUSH_BYTES // 2**20} MB is overwritten, which flushes L2 and is not counted. Spread:"
     " standard deviation over the calls. Data: random normal, quantized 1x128 (A) and 128x128 (B)."
-    " Before a call is timed, a sample of the tiles of its result is compared with the"
-    " interpreter's, bit for bit. cuBLASLt: `torch._scaled_mm` with per-tensor scales (less work"
-    " than jitgen's), use_fast_accum=True and BF16 output, live in the same run. Floor:"
+    " Before a call of jitgen is timed, a sample of the tiles of its result is compared with the"
+    " interpreter's, bit for bit; before a peer's, its result with the float64 product of its"
+    f" operands, every row within {TOLERANCE:.1e} of its norm. Floor:"
     f" max(bytes / {FLOOR_BYTES_PER_US / 1e6} TB/s, flops / {FLOOR_FLOPS_PER_US / 1e6:.0f} TFLOPS)"
     f" + {FLOOR_LAUNCH_US:.0f} us; bytes: each input once, each output once."
 )
+
+# What is compared with jitgen, by the name that `Row.us` takes.
+TITLES = {
+    "deepgemm": "DeepGEMM",
+    **{peer.name: peer.title for peer in PEERS},
+    "best": "best peer",
+}
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,11 @@ class Meta:
     driver: str
     nvrtc: str
     torch: str
+    cutlass: str
     jitgen: str
     date: str
     method: str
+    peers: Mapping[str, str]  # title: method
     command: str
 
 
@@ -66,19 +79,34 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """All fields and the figures derived of them, as JSON values."""
-        return {"meta": asdict(self.meta), "rows": [_row_json(row) for row in self.rows]}
+        return {"meta": asdict(self.meta), "rows": [row.to_json() for row in self.rows]}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Result:
+        """The result that `to_json` wrote.
+
+        Raises
+        ------
+        ProblemError : a field is missing, or another than this version writes
+        """
+        try:
+            return cls(Meta(**data["meta"]), tuple(map(Row.from_json, data["rows"])))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ProblemError(
+                "not a result that this version's `jitgen bench gemm --json` wrote:"
+                f" {type(error).__name__} {error}"
+            ) from None
 
 
-def _row_json(row: Row) -> dict[str, Any]:
-    data = asdict(row)
-    for name in ("jitgen", "cublaslt"):
-        data[name]["num_kernels"] = getattr(row, name).num_kernels
-    derived = ("over_floor", "tflops", "gb_per_s", "vs_deepgemm", "vs_cublaslt")
-    return data | {"floor_us": row.shape.floor_us} | {name: getattr(row, name) for name in derived}
+def collect_meta(device: driver.Device, *, version: str, arguments: Sequence[str]) -> Meta:
+    """What a result must say of this machine.
 
-
-def collect_meta(device: driver.Device, *, version: str, command: str) -> Meta:
-    """What a result must say of this machine. `version` is jitgen's, `command` what was typed."""
+    Parameters
+    ----------
+    device : that was measured
+    version : of jitgen
+    arguments : what was typed after `jitgen`; of a path its last part is kept
+    """
     import torch
 
     return Meta(
@@ -86,11 +114,24 @@ def collect_meta(device: driver.Device, *, version: str, command: str) -> Meta:
         driver=driver_release(),
         nvrtc=compiler_version(),
         torch=str(torch.__version__),
+        cutlass=describe(),
         jitgen=version,
         date=datetime.now(timezone.utc).date().isoformat(),
         method=METHOD,
-        command=command,
+        peers={peer.title: peer.method for peer in PEERS},
+        command=command_line(arguments),
     )
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """What was typed, given what came after `jitgen`; of a path its last part is kept."""
+    return shlex.join(["jitgen", *map(_without_folders, arguments)])
+
+
+def _without_folders(argument: str) -> str:
+    """An argument without the folders that a path in it names: they are this machine's affair."""
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{PurePath(value).name}" if "/" in value else argument
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -98,15 +139,20 @@ def collect_meta(device: driver.Device, *, version: str, command: str) -> Meta:
 
 @dataclass(frozen=True)
 class Summary:
-    """Geometric means over some rows; those against the baselines are None if a row has none."""
+    """Figures over some rows, by name as in TITLES; None for what not every row has.
+
+    over_floor : geometric means of time / floor, of "jitgen" too
+    ratios : geometric means of peer / jitgen
+    num_losses : shapes on which the peer is faster
+    live_over_baseline : cuBLASLt's times now, over those in the file
+    """
 
     label: str
     num_shapes: int
-    over_floor: float
-    vs_cublaslt: float
-    vs_deepgemm: float | None
-    num_losses: int | None  # shapes on which DeepGEMM is faster
-    live_over_baseline: float | None  # cuBLASLt's times now, over those in the file
+    over_floor: Mapping[str, float | None]
+    ratios: Mapping[str, float | None]
+    num_losses: Mapping[str, int | None]
+    live_over_baseline: float | None
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
@@ -117,17 +163,29 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
 
 
 def _summary(label: str, rows: Sequence[Row]) -> Summary:
-    ratios = [row.vs_deepgemm for row in rows if row.vs_deepgemm is not None]
-    live = [row.cublaslt.kernel_us / row.baseline.cublaslt_us for row in rows if row.baseline]
-    is_complete = len(ratios) == len(rows)
+    ratios = {name: [row.ratio(name) for row in rows] for name in ("jitgen", *TITLES)}
+    complete = {
+        name: known
+        for name, values in ratios.items()
+        if len(known := [value for value in values if value is not None]) == len(rows)
+    }
+    means = {name: geomean(values) for name, values in complete.items()}
+    over_floor = geomean(row.over_floor for row in rows)
+    live = [
+        us / row.baseline.cublaslt_us
+        for row in rows
+        if row.baseline and (us := row.us("cublaslt")) is not None
+    ]
     return Summary(
         label,
         len(rows),
-        over_floor=geomean(row.over_floor for row in rows),
-        vs_cublaslt=geomean(row.vs_cublaslt for row in rows),
-        vs_deepgemm=geomean(ratios) if is_complete else None,
-        num_losses=sum(ratio < 1 for ratio in ratios) if is_complete else None,
-        live_over_baseline=geomean(live) if is_complete else None,
+        {name: over_floor * means[name] if name in means else None for name in ratios},
+        {name: means.get(name) for name in TITLES},
+        {
+            name: sum(ratio < 1 for ratio in complete[name]) if name in complete else None
+            for name in TITLES
+        },
+        geomean(live) if len(live) == len(rows) else None,
     )
 
 
@@ -141,14 +199,19 @@ def geomean(values: Iterable[float]) -> float:
     return statistics.geometric_mean(values)
 
 
+TIMED = tuple(name for name in TITLES if name != "best")
 COLUMNS = (
-    *("M", "N", "K", "schedule", "jitgen us", "spread", "cuBLASLt us", "DeepGEMM us"),
-    *("DeepGEMM / jitgen", "time / floor", "TFLOPS", "GB/s"),
+    *("M", "N", "K", "jitgen us", "spread"),
+    *(f"{TITLES[name]} us" for name in TIMED),
+    *("best peer / jitgen", "time / floor", "TFLOPS", "GB/s"),
 )
 SUMMARY_COLUMNS = (
-    *("M", "shapes", "DeepGEMM / jitgen", "slower than DeepGEMM", "cuBLASLt / jitgen"),
-    *("time / floor", "cuBLASLt live / file"),
+    *("M", "shapes", "best peer / jitgen", "slower than best peer", "slower than DeepGEMM"),
+    *(f"{TITLES[name]} / jitgen" for name in TIMED),
+    "cuBLASLt live / file",
 )
+FLOOR_COLUMNS = ("M", "jitgen", *TITLES.values())
+CONFIG_COLUMNS = ("M", "N", "K", "jitgen", "CUTLASS")
 
 
 @dataclass(frozen=True)
@@ -161,15 +224,13 @@ class Cell:
 
 def row_cells(row: Row) -> list[Cell]:
     """A row's figures, in the order of COLUMNS."""
-    shape, ours, theirs, ratio = row.shape, row.jitgen, row.cublaslt, row.vs_deepgemm
+    shape, ours = row.shape, row.jitgen
     return [
         *(Cell(str(extent)) for extent in (shape.m, shape.n, shape.k)),
-        Cell(str(row.schedule)),
         Cell(f"{ours.kernel_us:.2f}"),
         Cell(f"{ours.std_us / ours.kernel_us:.1%}"),
-        Cell(f"{theirs.kernel_us:.2f}", row.vs_cublaslt < 1),
-        Cell(f"{row.baseline.deepgemm_us:.2f}" if row.baseline else "-", bool(ratio and ratio < 1)),
-        _ratio_cell(ratio),
+        *(_figure_cell(row.us(name), loss_below=ours.kernel_us) for name in TIMED),
+        _figure_cell(row.ratio("best")),
         Cell(f"{row.over_floor:.2f}"),
         Cell(f"{row.tflops:.0f}"),
         Cell(f"{row.gb_per_s:.0f}"),
@@ -178,58 +239,95 @@ def row_cells(row: Row) -> list[Cell]:
 
 def summary_cells(summary: Summary) -> list[Cell]:
     """A summary's figures, in the order of SUMMARY_COLUMNS."""
-    live = summary.live_over_baseline
+    losses = (summary.num_losses[name] for name in ("best", "deepgemm"))
     return [
         Cell(summary.label),
         Cell(str(summary.num_shapes)),
-        _ratio_cell(summary.vs_deepgemm),
-        Cell(
-            "-" if summary.num_losses is None else str(summary.num_losses), bool(summary.num_losses)
-        ),
-        _ratio_cell(summary.vs_cublaslt),
-        Cell(f"{summary.over_floor:.2f}"),
-        Cell("-" if live is None else f"{live:.2f}"),
+        _figure_cell(summary.ratios["best"]),
+        *(Cell("-" if count is None else str(count), bool(count)) for count in losses),
+        *(_figure_cell(summary.ratios[name]) for name in TIMED),
+        _figure_cell(summary.live_over_baseline, loss_below=0),
     ]
 
 
-def _ratio_cell(ratio: float | None) -> Cell:
-    return Cell("-") if ratio is None else Cell(f"{ratio:.2f}", ratio < 1)
+def floor_cells(summary: Summary) -> list[Cell]:
+    """A summary's times over the floor, in the order of FLOOR_COLUMNS."""
+    ours = summary.over_floor["jitgen"]
+    cells = (_figure_cell(value, loss_below=ours or 0) for value in summary.over_floor.values())
+    return [Cell(summary.label), *cells]
+
+
+def config_cells(row: Row) -> list[Cell]:
+    """How a row was computed, in the order of CONFIG_COLUMNS."""
+    cutlass = row.peers.get("cutlass")
+    extents = (row.shape.m, row.shape.n, row.shape.k)
+    texts = (*map(str, extents), str(row.schedule), cutlass.config if cutlass else "-")
+    return [Cell(text) for text in texts]
+
+
+def _figure_cell(figure: float | None, *, loss_below: float = 1) -> Cell:
+    return Cell("-") if figure is None else Cell(f"{figure:.2f}", figure < loss_below)
 
 
 # --- Markdown -------------------------------------------------------------------------------------
 
 
-def render_markdown(result: Result) -> str:
-    """The report of `result`: geometric means, then every shape; where a peer wins, in bold."""
+def render_markdown(result: Result, *, plot: str | None = None) -> str:
+    """The report of `result`: geometric means, every shape, schedules; where a peer wins, in bold.
+
+    Parameters
+    ----------
+    result : of `jitgen bench gemm`
+    plot : the picture's path from the report, None if there is none
+    """
     meta, baseline, rows = result.meta, baseline_meta(), result.rows
+    summaries = summarize(rows)
     lines = [
         "# Performance of the FP8 GEMM",
         "",
-        f"Written by `{meta.command}`; not by hand.",
+        f"Measured by `{meta.command}`; written by it and by `jitgen bench report`, not by hand.",
         "",
         f"{meta.gpu}, driver {meta.driver}, NVRTC {meta.nvrtc}, torch {meta.torch},"
-        f" jitgen {meta.jitgen}, {meta.date}.",
+        f" CUTLASS {meta.cutlass}, jitgen {meta.jitgen}, {meta.date}.",
         "",
         f"{meta.method}",
         "",
-        f"DeepGEMM {baseline['peers']['deepgemm']}: from a file, measured in the same way on an"
+        f"- DeepGEMM {baseline['peers']['deepgemm']}: from a file, measured in the same way on an"
         f" {baseline['gpu']}, driver {baseline['driver']}, torch {baseline['torch']},"
-        f" {baseline['measured']}, and shown for that GPU model only. `cuBLASLt live / file` near 1"
-        " says that both machines behave alike. Where peer / jitgen is above 1, jitgen is faster;"
-        " **bold**: the peer is. Kernels that one call of jitgen launches:"
-        f" {' or '.join(map(str, num_launches(rows)))}.",
+        f" {baseline['measured']}, and shown for that GPU model only. `cuBLASLt live / file` near"
+        " 1 says that both machines behave alike.",
+        *(f"- {title}, live in the same run: {method}" for title, method in meta.peers.items()),
+        "- Best peer: the faster of DeepGEMM and cuBLASLt for each shape.",
         "",
-        "## Geometric means",
-        "",
-        *_markdown_table(SUMMARY_COLUMNS, [summary_cells(summary) for summary in summarize(rows)]),
+        "Where peer / jitgen is above 1, jitgen is faster; **bold**: the peer is. Kernels that one"
+        f" call of jitgen launches: {' or '.join(map(str, num_launches(rows)))}.",
+        *_missing_lines(rows),
+        *_section("Geometric means", SUMMARY_COLUMNS, map(summary_cells, summaries)),
+        *_section("Time over floor, geometric means", FLOOR_COLUMNS, map(floor_cells, summaries)),
+        *(["", f"![Time over floor by M]({plot})"] if plot else []),
     ]
     for m in sorted({row.shape.m for row in rows}):
-        cells = [row_cells(row)[1:] for row in rows if row.shape.m == m]
-        lines += ["", f"## M = {m}", "", *_markdown_table(COLUMNS[1:], cells)]
+        cells = (row_cells(row)[1:] for row in rows if row.shape.m == m)
+        lines += _section(f"M = {m}", COLUMNS[1:], cells)
+    lines += _section("Schedules", CONFIG_COLUMNS, map(config_cells, rows))
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Iterator[str]:
+def _missing_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """What was not measured and why, each reason once."""
+    shapes: dict[tuple[str, str], list[Shape]] = {}
+    for row in rows:
+        for missing in row.missing.items():
+            shapes.setdefault(missing, []).append(row.shape)
+    if shapes:
+        yield from ("", "Not measured:", "")
+    for (title, reason), found in shapes.items():
+        where = "every shape" if len(found) == len(rows) else ", ".join(map(str, found))
+        yield f"- {title}, {where}: {reason}"
+
+
+def _section(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Iterator[str]:
+    yield from ("", f"## {title}", "")
     yield f"| {' | '.join(columns)} |"
     yield f"|{'---:|' * len(columns)}"
     for row in rows:
@@ -248,10 +346,14 @@ def print_result(console: Console, result: Result) -> None:
     summaries = summarize(result.rows)
     launches = " or ".join(map(str, num_launches(result.rows)))
     console.print(f"{result.meta.gpu}: {launches} kernel launched by a call", highlight=False)
-    console.print(_table(COLUMNS, [row_cells(row) for row in result.rows]))
-    console.print("* the peer is faster\n\nGeometric means")
-    console.print(_table(SUMMARY_COLUMNS, [summary_cells(summary) for summary in summaries]))
-    live = summaries[-1].live_over_baseline
+    console.print(_table(COLUMNS, map(row_cells, result.rows)))
+    console.print("* the peer is faster\n")
+    console.print(_table(SUMMARY_COLUMNS, map(summary_cells, summaries), title="Geometric means"))
+    console.print(_table(FLOOR_COLUMNS, map(floor_cells, summaries), title="Time over floor"))
+    console.print(_table(CONFIG_COLUMNS, map(config_cells, result.rows), title="Schedules"))
+    for line in _missing_lines(result.rows):
+        console.print(line, markup=False, highlight=False)
+    live = summaries[-1].live_over_baseline if summaries else None
     if live is not None and abs(live - 1) > LIVE_TOLERANCE:
         warnings.warn(
             f"cuBLASLt takes {live:.2f} of its time in the file: this machine is not like that one,"
@@ -260,10 +362,10 @@ def print_result(console: Console, result: Result) -> None:
         )
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Table:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], title: str = "") -> Table:
     from rich.table import Table
 
-    table = Table()
+    table = Table(title=title or None)
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:

@@ -10,7 +10,9 @@ import os
 import random
 import secrets
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,15 +25,18 @@ from jitgen.build import prebuild  # noqa: E402
 from jitgen.codegen import headers, render  # noqa: E402
 from jitgen.lower import lower  # noqa: E402
 from jitgen.runtime import driver  # noqa: E402
+from jitgen.runtime.launch import MAX_IDLE_LAUNCHES  # noqa: E402
 from jitgen.runtime.nvrtc import compile_cubin  # noqa: E402
 from jitgen.schedule import max_stages  # noqa: E402
-from jitgen.tuning.model import choose  # noqa: E402
+from jitgen.tuning.select import select  # noqa: E402
 from jitgen.tuning.space import PROMOTIONS, ROW_TILES  # noqa: E402
 
 from . import draws  # noqa: E402
 
 SEED = int(os.environ.get("JITGEN_TEST_SEED", secrets.randbits(31)))
 NUM_DRAWS = 320
+
+Inputs = dict[str, torch.Tensor]
 
 
 def _all_draws() -> list[draws.Draw]:
@@ -106,7 +111,7 @@ def test_gemm_chooses_a_schedule_that_equals_interpreter(m: int, n: int, k: int)
     d = jitgen.gemm(inputs["a"], inputs["b"], (inputs["sfa"], inputs["sfb"]))
     assert d.dtype == torch.bfloat16
     assert d.shape == (m, n)
-    schedule = choose(problem, m, driver.device(0).num_sms)
+    schedule = select(problem, m, driver.device(0).gpu)
     draws.compare_tiles(draws.Draw(m, problem, schedule, "row", "plain", SEED), inputs, d, 2)
 
 
@@ -194,12 +199,141 @@ def test_gemm_replays_in_a_cuda_graph() -> None:
     assert torch.equal(draws.bits(out), draws.bits(expected))
 
 
-def test_gemm_rejects_mixed_devices() -> None:
+def _call(function: Callable[..., Any], d: draws.Draw, t: Inputs, **options: Any) -> Any:
+    """gemm or bind of the draw's problem on these tensors."""
+    scales = t["sfa"], t["sfb"]
+    operands = {name: t[name] for name in t if name not in ("a", "b", "sfa", "sfb")}
+    options["epilogue"] = d.problem.epilogue.bind(**operands)
+    return function(t["a"], t["b"], scales, schedule=d.schedule, **options)
+
+
+def _moving_draw() -> draws.Draw:
+    """A call whose tensors are of every kind: maps, pointers with strides and without."""
+    name = "bias-relu-residual"
+    problem = Gemm(264, 1040, epilogue=draws.EPILOGUES[name])
+    return draws.Draw(129, problem, Schedule(64, 96, 4, 1), "row", name, SEED)
+
+
+def test_gemm_at_changing_addresses_equals_a_bound_call_on_static_buffers() -> None:
+    d = _moving_draw()
+    variants = [
+        draws.make_inputs(replace(d, seed=SEED + i)) for i in range(2 * MAX_IDLE_LAUNCHES + 1)
+    ]
+    static = {name: t.clone() for name, t in variants[0].items()}
+    out = torch.empty(129, 264, dtype=torch.bfloat16, device="cuda")
+    bound = _call(jitgen.bind, d, static, out=out)
+    expected = []
+    for inputs in variants:
+        for name, t in inputs.items():
+            static[name].view(torch.uint8).copy_(t.view(torch.uint8))
+        out.fill_(float("nan"))
+        assert bound() is out
+        expected.append(out.clone())
+    draws.compare_tiles(replace(d, seed=SEED), variants[0], expected[0], 2)
+    for _ in range(2):
+        results = [_call(jitgen.gemm, d, inputs) for inputs in variants]
+        outs = [torch.full_like(out, float("nan")) for _ in variants]
+        for inputs, memory in zip(variants, outs, strict=True):
+            _call(jitgen.gemm, d, inputs, out=memory)
+        for got in (results, outs):
+            pairs = zip(got, expected, strict=True)
+            assert all(torch.equal(draws.bits(one), draws.bits(want)) for one, want in pairs)
+
+
+def test_gemm_in_threads_at_changing_addresses() -> None:
+    """More threads than launches that are kept, each on its stream and with its tensors."""
+    d = _moving_draw()
+    num_threads = 2 * MAX_IDLE_LAUNCHES
+    variants = [draws.make_inputs(replace(d, seed=SEED + i)) for i in range(num_threads)]
+    expected = [_call(jitgen.gemm, d, inputs) for inputs in variants]
+    torch.cuda.synchronize()
+    start = threading.Barrier(num_threads, timeout=60)
+    right = []
+
+    def work(inputs: Inputs, want: torch.Tensor) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            outs = [torch.full_like(want, float("nan")) for _ in range(50)]
+            start.wait()
+            for out in outs:
+                _call(jitgen.gemm, d, inputs, out=out)
+            right.append(all(torch.equal(draws.bits(out), draws.bits(want)) for out in outs))
+
+    pairs = zip(variants, expected, strict=True)
+    threads = [threading.Thread(target=work, args=pair) for pair in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * num_threads
+
+
+@pytest.mark.parametrize("function", ["gemm", "bind"])
+def test_gemm_may_be_the_first_use_of_cuda_in_a_thread(function: str) -> None:
+    d = _moving_draw()
+    inputs = draws.make_inputs(d)
+    expected = _call(jitgen.gemm, d, inputs)
+    out = torch.full_like(expected, float("nan"))
+    bound = _call(jitgen.bind, d, inputs, out=out)
+    torch.cuda.synchronize()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            _call(jitgen.gemm, d, inputs, out=out) if function == "gemm" else bound()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert errors == []
+    assert torch.equal(draws.bits(out), draws.bits(expected))
+
+
+def test_bind_replays_in_a_cuda_graph_and_keeps_its_tensors() -> None:
+    d = _moving_draw()
+    inputs = draws.make_inputs(d)
+    expected = _call(jitgen.gemm, d, inputs)
+    bound = _call(jitgen.bind, d, inputs, out=torch.full_like(expected, float("nan")))
+    inputs.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = bound()
+    assert torch.isnan(out).all()
+    graph.replay()
+    assert torch.equal(draws.bits(out), draws.bits(expected))
+
+
+def test_bind_runs_on_the_current_stream() -> None:
+    d = draws.Draw(333, Gemm(576, 1536), Schedule(128, 96, 3), "row", "plain", SEED)
+    inputs = draws.make_inputs(d)
+    expected = _call(jitgen.gemm, d, inputs)
+    codes = inputs["a"].view(torch.uint8)
+    kept = codes.clone()
+    bound = _call(jitgen.bind, d, inputs, out=torch.full_like(expected, float("nan")))
+    codes.zero_()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # what the stream still has to do before a is there
+        codes.copy_(kept)
+        out = bound()
+    stream.synchronize()
+    assert torch.equal(draws.bits(out), draws.bits(expected))
+
+
+@pytest.mark.parametrize("function", [jitgen.gemm, jitgen.bind], ids=["gemm", "bind"])
+def test_gemm_rejects_mixed_devices(function: Callable[..., Any]) -> None:
     inputs = draws.make_inputs(
         draws.Draw(5, Gemm(64, 256), Schedule(64, 64, 2, 1), "row", "plain", SEED)
     )
+    scales = (inputs["sfa"], inputs["sfb"])
+    out = jitgen.gemm(inputs["a"], inputs["b"], scales)  # from now on this signature is known
     with pytest.raises(jitgen.DeviceError, match="b is on cpu"):
-        jitgen.gemm(inputs["a"], inputs["b"].cpu(), (inputs["sfa"], inputs["sfb"]))
+        function(inputs["a"], inputs["b"].cpu(), scales, out=out)
+    with pytest.raises(jitgen.DeviceError, match="d is on cpu"):
+        function(inputs["a"], inputs["b"], scales, out=out.cpu())
 
 
 def test_swapped_operands_are_another_call() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,16 +17,9 @@ from jitgen.interpret import interpret
 from jitgen.lower import lower
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule
-from jitgen.tuning import bench, report
-from jitgen.tuning.bench import (
-    GRID_DENSE,
-    Baseline,
-    DeviceEvent,
-    Measurement,
-    Row,
-    Shape,
-)
-from jitgen.tuning.report import Meta, Result
+from jitgen.tuning import bench, peers, report
+from jitgen.tuning.bench import GRID_DENSE, Baseline, PeerTime, Row, Shape
+from jitgen.tuning.timing import Measurement
 
 SCHEDULE = Schedule(64, 64, 4, num_math_warpgroups=1)
 SMALL = Shape(70, 136, 256)
@@ -49,10 +40,6 @@ PEERS_OVER_FLOOR = {
 
 def measured(kernel_us: float, kernels: tuple[str, ...] = ("gemm",)) -> Measurement:
     return Measurement(kernel_us, 0.1, kernel_us - 0.2, kernel_us + 0.2, 12, kernels)
-
-
-def row(shape: Shape, us: float, cublaslt_us: float, baseline: Baseline | None) -> Row:
-    return Row(shape, SCHEDULE, measured(us), measured(cublaslt_us), baseline)
 
 
 # --- shapes and arithmetic ------------------------------------------------------------------------
@@ -94,131 +81,18 @@ def test_baseline_meta_names_gpu_source_and_method() -> None:
     assert {"source", "method", "driver", "measured", "peers"} <= set(meta)
 
 
-def test_geomean_is_the_root_of_the_product() -> None:
-    assert report.geomean([1, 8]) == pytest.approx(8**0.5)
-
-
 def test_row_derives_its_figures() -> None:
     shape = Shape(4096, 7168, 2048)
-    one = row(shape, 100.0, 80.0, Baseline(150.0, 90.0))
+    peers = {name: PeerTime("", measured(us)) for name, us in (("cublaslt", 80), ("cutlass", 120))}
+    one = Row(shape, SCHEDULE, measured(100.0), peers, {}, Baseline(150.0, 90.0))
     assert one.tflops == pytest.approx(shape.flops / 100e-6 / 1e12)
     assert one.gb_per_s == pytest.approx(shape.num_bytes / 100e-6 / 1e9)
     assert one.over_floor == pytest.approx(100 / shape.floor_us)
-    assert (one.vs_cublaslt, one.vs_deepgemm) == (0.8, 1.5)
-
-
-# --- profiler events ------------------------------------------------------------------------------
-
-FLUSH = "void vectorized_elementwise_kernel<4, FillFunctor<unsigned char>>"
-
-
-def profiled(calls: list[list[tuple[str, float]]]) -> list[DeviceEvent]:
-    """The events of calls, each a flush and then (name, duration) one after the other."""
-    events, now = [], 1000.0
-    for call in calls:
-        for name, duration in [(FLUSH, 90.0), *call]:
-            events.append(DeviceEvent(name, now, duration))
-            now += duration + 1
-    return events
-
-
-def test_split_calls_sums_all_kernels_of_a_call_without_the_flush() -> None:
-    calls = [[("splitk", 10.0 + i), ("Memset (Device)", 1.0), ("reduce", 2.0)] for i in range(4)]
-    events = profiled(calls)[::-1]  # in any order
-    measurement = bench.summarize_calls(bench.split_calls(events, 4))
-    assert measurement.kernels == ("splitk", "Memset (Device)", "reduce")
-    assert measurement.num_kernels == 3
-    assert measurement.kernel_us == pytest.approx(14.5)
-    assert (measurement.min_us, measurement.max_us, measurement.num_calls) == (13.0, 16.0, 4)
-    assert measurement.std_us == pytest.approx(1.25**0.5)
-
-
-@pytest.mark.parametrize(
-    ("break_events", "message"),
-    [
-        (lambda events: [], "holds 0 L2 flushes"),
-        (lambda events: events[1:], "holds 3 L2 flushes|none of the kernels of one"),
-        (lambda events: events[:2] + events[3:], "holds 2 L2 flushes"),
-        (lambda events: events[:-1], "none of the kernels of one"),
-        (lambda events: events[::2], "none of the kernels of one"),
-        (lambda events: [*events, DeviceEvent("more", 9e9, 1.0)], "must run the same kernels"),
-        (lambda events: [*events, DeviceEvent(FLUSH, 9e9, 1.0)], "holds 4 L2 flushes"),
-    ],
-    ids=["none", "first flush", "a flush", "a kernel", "no kernels", "one more", "call flushes"],
-)
-def test_split_calls_rejects_incomplete_profile(
-    break_events: Callable[[list[DeviceEvent]], list[DeviceEvent]], message: str
-) -> None:
-    events = profiled([[("gemm", 10.0)]] * 3)
-    assert len(bench.split_calls(events, 3)) == 3
-    with pytest.raises(DeviceError, match=message):
-        bench.summarize_calls(bench.split_calls(break_events(events), 3))
-
-
-def test_device_events_are_the_work_of_the_gpu() -> None:
-    kinds = pytest.importorskip("torch.autograd").DeviceType
-    interval = SimpleNamespace(start=5.0, elapsed_us=lambda: 2.5)
-    events = [
-        SimpleNamespace(name="cuLaunchKernel", time_range=interval, device_type=kinds.CPU),
-        SimpleNamespace(name="gemm", time_range=interval, device_type=kinds.CUDA),
-        SimpleNamespace(
-            name="ProfilerStep#1",
-            time_range=interval,
-            device_type=kinds.CUDA,
-            is_user_annotation=True,
-        ),
-    ]
-    assert bench._device_events(events) == [DeviceEvent("gemm", 5.0, 2.5)]
-
-
-class FakeGpu:
-    """Stands in for torch's GPU: records what is launched, and profiles lose what `lost` says."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, lost: list[int]) -> None:
-        torch = pytest.importorskip("torch")
-        self.log: list[str] = []
-        self.lost = lost
-        self.kind = torch.autograd.DeviceType.CUDA
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(torch.profiler, "profile", lambda activities: self)
-        flush = SimpleNamespace(fill_=lambda value: self.log.append(FLUSH))
-        monkeypatch.setattr(bench, "_flush_buffer", lambda ordinal: flush)
-
-    def __enter__(self) -> FakeGpu:
-        self.log.clear()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self.log[: self.lost.pop(0)]
-
-    def events(self) -> list[Any]:
-        return [
-            SimpleNamespace(
-                name=name,
-                device_type=self.kind,
-                time_range=SimpleNamespace(start=float(i), elapsed_us=lambda: 7.0),
-            )
-            for i, name in enumerate(self.log)
-        ]
-
-
-def test_measure_kernel_us_profiles_again_if_records_were_lost(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    gpu = FakeGpu(monkeypatch, lost=[1, 0])
-    measurement = bench.measure_kernel_us(lambda: gpu.log.append("gemm"), calls=12)
-    assert (measurement.kernel_us, measurement.num_calls) == (7.0, 12)
-    assert gpu.lost == []
-
-
-def test_measure_kernel_us_rejects_profiles_that_stay_incomplete(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    gpu = FakeGpu(monkeypatch, lost=[1] * bench.NUM_PROFILES)
-    with pytest.raises(DeviceError, match=r"none of the kernels of one|records are missing"):
-        bench.measure_kernel_us(lambda: gpu.log.append("gemm"))
-    assert gpu.lost == []
+    names = ("jitgen", "deepgemm", "cublaslt", "cublaslt_blockwise", "cutlass", "best")
+    assert [one.us(name) for name in names] == [100, 150, 80, None, 120, 80]
+    assert [one.ratio(name) for name in names] == [1, 1.5, 0.8, None, 1.2, 0.8]
+    assert replace(one, baseline=None).us("best") is None
+    assert replace(one, peers={}).us("best") is None
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -272,7 +146,7 @@ class Played:
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> Played:
-    """Lets `bench_gemm` run on CPU tensors."""
+    """Lets `bench_gemm` run on CPU tensors, beside one peer with configurations of 8 and 7 us."""
     torch = pytest.importorskip("torch")
     played = Played()
 
@@ -284,25 +158,30 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
         played.num_calls += 1
         played.spoil(out, played.num_calls)
 
+    def prepare(x: Any, weight: Any) -> peers.Prepared:
+        product = x.double() @ weight.double().t()
+        d = product.bfloat16()
+        return peers.Prepared({"slow": lambda: d[:], "fast": lambda: d}, product)
+
     def measure(call: Callable[[], Any]) -> Measurement:
         result = call()
-        played.timed.append("jitgen" if result is None else "cublaslt")
-        if result is not None:
-            assert result.shape == (SMALL.m, SMALL.n)
-            assert result.dtype == torch.bfloat16
-        return measured(10.0 if result is None else 8.0)
+        kind = "jitgen" if result is None else "slow" if result._is_view() else "fast"
+        played.timed.append(kind)
+        return measured({"jitgen": 10.0, "slow": 8.0, "fast": 7.0}[kind])
 
     real = bench._bench_shape
     monkeypatch.setattr(bench, "gemm", gemm)
+    monkeypatch.setattr(bench, "PEERS", (peers.Peer("cublaslt", "cuBLASLt", "", prepare),))
     monkeypatch.setattr(bench, "measure_kernel_us", measure)
     monkeypatch.setattr(bench, "_bench_shape", lambda s, c, b: real(s, c, b, "cpu"))
     return played
 
 
-def test_bench_gemm_times_a_checked_call_and_its_peer(played: Played) -> None:
+def test_bench_gemm_times_a_checked_call_and_the_fastest_of_its_peer(played: Played) -> None:
     (one,) = bench.bench_gemm([SMALL], H100)
-    assert played.timed == ["jitgen", "cublaslt"]
-    assert (one.shape, one.baseline, one.vs_cublaslt) == (SMALL, None, 0.8)
+    assert played.timed == ["jitgen", "slow", "fast"]
+    assert (one.shape, one.baseline, one.missing) == (SMALL, None, {})
+    assert one.peers == {"cublaslt": PeerTime("fast", measured(7.0))}
 
 
 def test_bench_gemm_times_no_wrong_result(played: Played) -> None:
@@ -318,6 +197,41 @@ def test_bench_gemm_rejects_results_that_change(played: Played) -> None:
         list(bench.bench_gemm([SMALL], H100))
 
 
+def fails(error: Exception) -> Any:
+    def call() -> None:
+        raise error
+
+    return call
+
+
+def test_bench_gemm_goes_on_without_a_peer_and_says_why(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    reference = torch.ones(SMALL.m, SMALL.n, dtype=torch.float64)
+    calls = {
+        "wrong": lambda: 2 * reference,
+        "refused": fails(RuntimeError("CUDA error:\n  not supported")),
+        "mistaken": fails(ValueError("scale_a must have shape")),
+    }
+    monkeypatch.setattr(
+        bench,
+        "PEERS",
+        (
+            peers.Peer("one", "One", "", lambda x, weight: peers.Prepared(calls, reference)),
+            peers.Peer("two", "Two", "", lambda x, weight: fails(DeviceError("no nvcc"))()),
+        ),
+    )
+    (one,) = bench.bench_gemm([SMALL], H100)
+    assert played.timed == ["jitgen"]
+    assert one.peers == {}
+    assert list(one.missing) == ["One wrong", "One refused", "One mistaken", "Two"]
+    assert one.missing["One wrong"].startswith("70 of 70 rows are wrong")
+    assert one.missing["One refused"] == "CUDA error: not supported"
+    assert one.missing["Two"] == "no nvcc"
+
+
 @pytest.mark.parametrize(
     ("gpu", "has_baseline"), [("NVIDIA H100 80GB HBM3", True), ("NVIDIA H200", False)]
 )
@@ -325,7 +239,9 @@ def test_bench_gemm_shows_baselines_of_the_same_gpu_only(
     monkeypatch: pytest.MonkeyPatch, gpu: str, has_baseline: bool
 ) -> None:
     monkeypatch.setattr(
-        bench, "_bench_shape", lambda shape, schedule, baseline: row(shape, 9, 9, baseline)
+        bench,
+        "_bench_shape",
+        lambda shape, schedule, baseline: Row(shape, schedule, measured(9), {}, {}, baseline),
     )
     rows = list(bench.bench_gemm(GRID_DENSE[:2], replace(H100, name=gpu)))
     assert [one.baseline is not None for one in rows] == [has_baseline] * 2
@@ -342,68 +258,3 @@ def test_check_machine_rejects_missing_torch(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(DeviceError, match=r"pip install 'jitgen\[bench\]'"):
         bench.check_machine()
-
-
-# --- reports --------------------------------------------------------------------------------------
-
-META = Meta(H100.name, "580.1", "13.0.88", "2.11", "0.1.0", "2026-11-22", "Method.", "jitgen bench")
-WIN, LOSS = GRID_DENSE[0], GRID_DENSE[-1]
-
-
-@pytest.fixture
-def result() -> Result:
-    """One shape that beats both peers and one that loses to both."""
-    rows = (
-        row(WIN, 10.0, 20.0, Baseline(40.0, 20.0)),
-        row(LOSS, 100.0, 90.0, Baseline(81.0, 45.0)),
-    )
-    return Result(META, rows)
-
-
-def test_summarize_gives_each_m_and_all(result: Result) -> None:
-    first, second, total = report.summarize(result.rows)
-    assert [first.label, second.label, total.label] == ["1", "4096", "all"]
-    assert (first.vs_deepgemm, first.vs_cublaslt, first.num_losses) == (4, 2, 0)
-    assert (second.num_losses, total.num_losses, total.num_shapes) == (1, 1, 2)
-    assert total.vs_deepgemm == pytest.approx((4 * 0.81) ** 0.5)
-    assert total.live_over_baseline == pytest.approx(2**0.5)
-
-
-def test_summarize_compares_with_no_partial_baseline(result: Result) -> None:
-    rows = (*result.rows, row(SMALL, 5.0, 6.0, None))
-    total = report.summarize(rows)[-1]
-    assert (total.vs_deepgemm, total.num_losses, total.live_over_baseline) == (None, None, None)
-    assert total.vs_cublaslt == pytest.approx((2 * 0.9 * 1.2) ** (1 / 3))
-    assert report.summarize([]) == []
-
-
-def test_render_markdown_shows_losses_in_bold(result: Result) -> None:
-    lines = report.render_markdown(result).splitlines()
-    won = next(line for line in lines if line.startswith("| 2112 | 7168 |"))
-    lost = next(line for line in lines if line.startswith("| 7168 | 2048 |"))
-    assert "**" not in won
-    assert "| 10.00 | 1.0% | 20.00 | 40.00 | 4.00 |" in won
-    assert "| 100.00 | 0.1% | **90.00** | **81.00** | **0.81** |" in lost
-    total = next(line for line in lines if line.startswith("| all | 2 |"))
-    assert total.split(" | ")[2:5] == ["1.80", "**1**", "1.34"]
-
-
-def test_render_markdown_says_where_and_how(result: Result) -> None:
-    text = report.render_markdown(result)
-    for part in (*vars(META).values(), "## M = 1", "## M = 4096", "DeepGEMM 2.6.1", "launches: 1."):
-        assert part in text
-    tables = [line for line in text.splitlines() if line.startswith("|")]
-    widths = {len(report.COLUMNS) - 1, len(report.SUMMARY_COLUMNS)}  # M is in the headings
-    assert {line.count("|") - 1 for line in tables} == widths
-
-
-def test_result_to_json_holds_all_figures(result: Result) -> None:
-    data = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert data["meta"] == vars(META)
-    one = data["rows"][1]
-    assert one["shape"] == {"m": 4096, "n": 7168, "k": 2048}
-    assert one["schedule"]["num_stages"] == SCHEDULE.num_stages
-    assert (one["jitgen"]["kernel_us"], one["jitgen"]["num_kernels"]) == (100.0, 1)
-    assert one["jitgen"]["kernels"] == ["gemm"]
-    assert one["vs_deepgemm"] == pytest.approx(0.81)
-    assert one["floor_us"] == pytest.approx(LOSS.floor_us)

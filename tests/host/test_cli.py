@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +19,13 @@ from typer.testing import CliRunner
 from jitgen import build, cli, doctor
 from jitgen.errors import CompileError, JitgenError, ScheduleError, StoreError
 from jitgen.problem import Gemm
+from jitgen.problem_list import read_problems
 from jitgen.runtime import nvrtc
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule, check_schedule
-from jitgen.tuning import bench, report
+from jitgen.tuning import bench, host, plot, report
 from jitgen.tuning.select import named_gpu, select
+from jitgen.tuning.timing import Measurement
 
 ROOT = Path(__file__).parents[2]
 PROBLEM = Gemm(256, 512)
@@ -279,7 +282,7 @@ def test_prebuild_reports_what_was_built_before_an_error(
 
 def test_read_problems_with_m_max_covers_every_m(tmp_path: Path) -> None:
     entry = {"n": 256, "k": 512, "m_max": 700, "out_dtype": "f32"}
-    pairs = cli.read_problems(write(tmp_path / "problems.json", [entry]))
+    pairs = read_problems(write(tmp_path / "problems.json", [entry]))
     (problem,) = {problem for problem, _ in pairs}
     assert (problem.n, problem.k, problem.d_dtype.short) == (256, 512, "f32")
     planned = {select(problem, m, named_gpu()) for _, m in pairs}
@@ -347,7 +350,8 @@ def test_prebuild_takes_one_list_of_problems(run: Run, arguments: list[str]) -> 
 def test_bench_without_gpu_is_one_error_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "a benchmark needs a Hopper GPU" in error_line(run("bench", "gemm"))
+    for command in ("gemm", "host"):
+        assert "a benchmark needs a Hopper GPU" in error_line(run("bench", command))
 
 
 @pytest.fixture
@@ -359,14 +363,16 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[bench.Shape]:
         for shape in asked:
             shapes.append(shape)
             times = [2 * shape.floor_us, 1.5 * shape.floor_us]
-            ours, theirs = (bench.Measurement(us, 0.1, us, us, 12, ("k",)) for us in times)
+            ours, theirs = (Measurement(us, 0.1, us, us, 12, ("k",)) for us in times)
             schedule = select(shape.problem, shape.m)
-            yield bench.Row(shape, schedule, ours, theirs, bench.baseline_dense().get(shape))
+            peers = {"cublaslt": bench.PeerTime("", theirs)}
+            yield bench.Row(shape, schedule, ours, peers, {}, bench.baseline_dense().get(shape))
 
     gpu = Device(0, "NVIDIA H100 80GB HBM3", (9, 0), 132)
-    meta = report.Meta(gpu.name, "580.1", "13.0.88", "2.11", "0.1.0", "2026-11-22", "M.", "jitgen")
+    names = (field.name for field in fields(report.Meta))
+    meta = report.Meta(**{name: name for name in names} | {"gpu": gpu.name, "peers": {}})
     monkeypatch.setattr(bench, "check_machine", lambda: gpu)
-    monkeypatch.setattr(report, "collect_meta", lambda device, version, command: meta)
+    monkeypatch.setattr(report, "collect_meta", lambda device, version, arguments: meta)
     monkeypatch.setattr(bench, "bench_gemm", bench_gemm)
     return shapes
 
@@ -380,7 +386,7 @@ def test_bench_measures_the_grid_and_writes_reports(
     assert tuple(measured) == bench.GRID_DENSE
     data = json.loads(files[0].read_text())
     assert len(data["rows"]) == 49
-    assert data["rows"][0]["over_floor"] == pytest.approx(2)
+    assert data["rows"][0]["derived"]["over_floor"] == pytest.approx(2)
     assert "## M = 4096" in files[1].read_text()
     assert "NVIDIA H100 80GB HBM3: 1 kernel launched by a call" in result.stdout
     assert "│  all │     49 │" in result.stdout
@@ -410,12 +416,98 @@ def test_bench_warns_if_the_machine_is_not_like_the_baselines(
     assert "\nwarning: cuBLASLt takes " in result.stderr
 
 
+def test_bench_report_writes_the_same_report_again(
+    run: Run, measured: list[bench.Shape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plot, "render_svg", lambda rows: f"<svg>{len(rows)}</svg>")
+    files = tmp_path / "out.json", tmp_path / "first.md", tmp_path / "again.md"
+    first = run("bench", "gemm", "--json", files[0], "--markdown", files[1])
+    again = run("bench", "report", files[0], "--markdown", files[2])
+    assert (first.exit_code, again.exit_code) == (0, 0)
+    assert again.stdout == first.stdout
+    assert files[2].read_text() == files[1].read_text().replace("(first.svg)", "(again.svg)")
+    assert "(again.svg)" in files[2].read_text()
+    assert (tmp_path / "again.svg").read_text() == "<svg>49</svg>"
+
+
+def test_bench_report_without_matplotlib_has_no_plot_and_says_so(
+    run: Run, measured: list[bench.Shape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plot, "render_svg", lambda rows: None)
+    result = run("bench", "gemm", "--quick", "--markdown", tmp_path / "report.md")
+    assert result.exit_code == 0
+    assert "warning: no plot without matplotlib" in result.stderr
+    assert "![" not in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "report.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read"),
+        ("{", "is not JSON"),
+        ("{}", "not a result that this version's"),
+        ("[]", "not a result that this version's"),
+    ],
+)
+def test_bench_report_rejects_what_is_no_result(
+    run: Run, tmp_path: Path, text: str | None, message: str
+) -> None:
+    path = tmp_path / "out.json"
+    if text is not None:
+        path.write_text(text)
+    assert message in error_line(run("bench", "report", path))
+
+
 def test_bench_rejects_report_that_cannot_be_written(
     run: Run, measured: list[bench.Shape], tmp_path: Path
 ) -> None:
     folder = write(tmp_path / "file", "") / "out.json"
     assert f"cannot write {folder}" in error_line(run("bench", "gemm", "--json", folder))
     assert len(measured) == 1
+
+
+@pytest.fixture
+def host_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bench.Shape, int]]:
+    """Plays the GPU: a call takes 9 us of host time. Returns what was measured."""
+    measured: list[tuple[bench.Shape, int]] = []
+
+    def bench_host(
+        shape: bench.Shape, device: Device, *, num_calls: int, version: str, command: str
+    ) -> host.HostResult:
+        measured.append((shape, num_calls))
+        times = (host.HostTime(host.GEMM_OUT, 9.0, 8.5, 9.5, num_calls),)
+        where = (device.name, "Xeon", "3.12", "2.11", version, "2026-11-22", command)
+        return host.HostResult(shape, times, *where)
+
+    gpu = Device(0, "NVIDIA H100 80GB HBM3", (9, 0), 132)
+    monkeypatch.setattr(bench, "check_machine", lambda: gpu)
+    monkeypatch.setattr(host, "bench_host", bench_host)
+    return measured
+
+
+def test_bench_host_prints_and_writes_what_it_measured(
+    run: Run, host_calls: list[tuple[bench.Shape, int]], tmp_path: Path
+) -> None:
+    file = tmp_path / "new" / "host.json"
+    result = run("bench", "host", "--n", 576, "--k", 1536, "--m", 8, "--calls", 500, "--json", file)
+    assert result.exit_code == 0, result.output
+    assert host_calls == [(bench.Shape(8, 576, 1536), 500)]
+    assert "m8-n576-k1536 on NVIDIA H100 80GB HBM3, Xeon" in result.stdout
+    assert "gemm(out=out)" in result.stdout
+    assert json.loads(file.read_text())["times"][0]["median_us"] == 9.0
+
+
+def test_bench_host_has_defaults(run: Run, host_calls: list[tuple[bench.Shape, int]]) -> None:
+    assert run("bench", "host").exit_code == 0
+    assert host_calls == [(bench.Shape(64, 2112, 7168), 10_000)]
+
+
+def test_bench_host_rejects_report_that_cannot_be_written(
+    run: Run, host_calls: list[tuple[bench.Shape, int]], tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "file", "") / "out.json"
+    assert f"cannot write {folder}" in error_line(run("bench", "host", "--json", folder))
 
 
 @pytest.mark.parametrize("code", [0, 1])

@@ -40,28 +40,39 @@ ALLOWED |= {
     "runtime": set(FOUNDATION),  # NVRTC, kernel store, driver: knows no problem and no kernel
     "tuning": _before | {"runtime"},  # candidates, cost model, measured records
     "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
-    "tuning.measure": _before | {"runtime", "tuning", "tuning.bench", "api"},  # checks, and times
+    "tuning.measure": _before | {"api"},  # checks, and times, what may be recorded
+    "tuning.timing": {"errors"},  # of any call
+    "tuning.peers": _before | {"tuning", "api"},  # what it is timed beside
+    "tuning.cutlass": {"errors", "runtime"},  # a peer that nvcc builds
+    "tuning.host": _before
+    | {"runtime", "tuning.bench", "calls", "api"},  # times what they wait for
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
+    "tuning.plot": {"tuning.bench", "tuning.report"},  # and in a picture
     "arrays": set(_before),  # the rules that a caller's arrays must keep
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
-    "api": _before | {"runtime", "tuning", "arrays", "build"},  # what users call
+    "calls": _before | {"runtime", "tuning", "arrays", "build"},  # on torch, prepared once
+    "api": _before | {"tuning", "arrays", "calls"},  # what users call
     "plans": _before | {"tuning", "build"},  # finite sets of kernels
     "jitgen": _before | {"api", "plans"},  # __init__.py: the public names
-    "problem_list": _before | {"tuning", "tuning.bench"},  # what to compile or tune
     "minilm": _before,  # the demo's model
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
     "doctor": _before | {"runtime", "build", "tuning", "api", "jitgen"},
+    "console": set(),  # what the commands print on
+    "problem_list": _before | {"tuning", "tuning.bench"},  # what to compile or tune
+    "cli_bench": {"errors", "console", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
+    | {"tuning.report", "tuning.plot"},
     "cli_tune": _before
-    | {"runtime", "build", "tuning", "tuning.measure", "problem_list", "jitgen"},
+    | {"runtime", "build", "console", "jitgen", "problem_list", "tuning", "tuning.measure"},
     "cli": _before
-    | {"build", "tuning", "tuning.bench", "tuning.report", "problem_list", "doctor", "demo"}
-    | {"cli_tune", "jitgen"},
+    | {"build", "console", "problem_list", "tuning", "cli_bench", "cli_tune", "doctor", "demo"},
     "__main__": {"cli"},
 }
 
 # Libraries that most users lack or wait for: who may import them, and only inside functions.
 LAZY: dict[str, set[str]] = {
-    "torch": {"api", "demo", "tuning.bench", "tuning.measure", "tuning.report"},
+    "torch": {"calls", "demo", "tuning.bench", "tuning.host", "tuning.peers", "tuning.report"}
+    | {"tuning.measure", "tuning.timing"},
+    "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
     "jinja2": {"codegen"},
     "tokenizers": {"minilm"},
@@ -178,7 +189,7 @@ def test_module_imports_only_what_is_allowed(module: str) -> None:
         ("tuning/tune.py", "from ..api import gemm", "must not import api"),
         ("runtime/driver.py", "from cuda.bindings import driver", "inside a function"),
         ("tuning/model.py", "def f():\n    import torch", "must not import torch"),
-        ("api.py", "try:\n    import torch\nexcept ImportError: ...", "inside a function"),
+        ("calls.py", "try:\n    import torch\nexcept ImportError: ...", "inside a function"),
     ],
 )
 def test_rule_rejects(path: str, source: str, error: str) -> None:
@@ -195,7 +206,7 @@ def test_rule_rejects(path: str, source: str, error: str) -> None:
         ("runtime/store.py", "from . import key\nfrom ..errors import StoreError"),
         ("runtime/driver.py", "def f():\n    from cuda.bindings import driver"),
         ("tuning/bench.py", "from ..api import gemm\nfrom .space import candidates"),
-        ("api.py", "if TYPE_CHECKING:\n    import torch"),
+        ("calls.py", "if TYPE_CHECKING:\n    import torch"),
     ],
 )
 def test_rule_accepts(path: str, source: str) -> None:

@@ -14,8 +14,8 @@ from jitgen.errors import CandidateError, DeviceError, ProblemError, ScheduleErr
 from jitgen.problem import Gemm
 from jitgen.schedule import Schedule
 from jitgen.tuning import bench, measure
-from jitgen.tuning.bench import DeviceEvent
 from jitgen.tuning.measure import GpuMeasurer, time_in_turns
+from jitgen.tuning.timing import NUM_PROFILES, DeviceEvent
 
 torch = pytest.importorskip("torch")
 
@@ -223,7 +223,7 @@ def test_time_in_turns_sums_the_kernels_of_each_call_after_the_first(
 def test_time_in_turns_rejects_profiles_that_stay_incomplete(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    profile(monkeypatch, [True] * bench.NUM_PROFILES)
+    profile(monkeypatch, [True] * NUM_PROFILES)
     with pytest.raises(DeviceError, match="records are missing"):
         time_in_turns([lambda: [("a", 1.0)]], 2)
 
@@ -231,7 +231,7 @@ def test_time_in_turns_rejects_profiles_that_stay_incomplete(
 def test_time_in_turns_rejects_calls_that_run_other_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    profile(monkeypatch, [False] * bench.NUM_PROFILES)
+    profile(monkeypatch, [False] * NUM_PROFILES)
     names = iter("abcdefghi")
     with pytest.raises(DeviceError, match="must run the same kernels"):
         time_in_turns([lambda: [(next(names), 1.0)]], 2)

@@ -80,7 +80,7 @@ __device__ __forceinline__ void st_shared(u32 smem, float2 v) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(smem), "f"(v.x), "f"(v.y) : "memory");
 }
 
-// Stores into the shared memory of block `rank` of the cluster, at the same offset, and counts the bytes on its barrier.
+// Stores into the shared memory of block `rank` of the cluster, at the same offset; its barrier counts the bytes.
 __device__ __forceinline__ void st_async(u32 smem, u32 barrier, u32 rank, const float* v) {
     asm volatile(
         "{\n.reg .b32 to, bar;\nmapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 bar, %1, %2;\n"

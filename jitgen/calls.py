@@ -1,0 +1,243 @@
+"""GEMM calls on torch tensors: checked and prepared once a signature, then launched anywhere.
+
+A signature is all that the rules look at and the kernel is chosen by. What remains are addresses,
+which may differ at every call, and the current stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .arrays import ADDRESS_UNIT, ArrayView, check_gemm, name_arrays
+from .build import build
+from .dtypes import array_dtype, dtype_of
+from .errors import DeviceError
+from .expr import Bound
+from .ir import (
+    ExtentParameter,
+    Kernel,
+    Parameter,
+    PointerParameter,
+    StrideParameter,
+    TensorMapParameter,
+)
+from .lower import lower
+from .problem import Gemm
+from .runtime import driver
+from .runtime.launch import Argument, Launch, LaunchPool, Pointer, TensorMap, UInt32
+from .runtime.tensor_map import TensorMapSpec
+from .schedule import Schedule
+from .tuning.select import select
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_CALLS = 4096  # signatures that stay prepared
+
+Addresses = tuple[int, ...]  # of a, b, sfa, sfb, the operands as bound, d
+
+
+class Call:
+    """A signature, checked and prepared; safe in threads."""
+
+    def __init__(self, device: torch.device, d: ArrayView, launches: LaunchPool | None) -> None:
+        import torch
+
+        self.launches = launches  # None if D is empty
+        self._index = device.index
+        self._current_device = torch._C._cuda_getDevice
+        self._current_stream = torch._C._cuda_getCurrentRawStream
+        self._as_current = torch.cuda.device
+        self.empty = functools.partial(
+            torch.empty, d.shape, dtype=getattr(torch, d.dtype.name), device=device
+        )
+
+    def launch(self, addresses: Addresses) -> None:
+        """Run on the tensors at `addresses`; DeviceError if the driver refuses."""
+        if self.launches is not None:
+            launch = self.launches.take(addresses)
+            self._run(launch)
+            self.launches.give_back(launch)
+
+    def bind(
+        self, addresses: Addresses, arrays: Mapping[str, torch.Tensor]
+    ) -> Callable[[], torch.Tensor]:
+        """What runs on `arrays`, which are at `addresses`, keeps them alive and returns d."""
+        launch = self.launches.make(addresses) if self.launches is not None else None
+
+        def call() -> torch.Tensor:
+            if launch is not None:
+                self._run(launch)
+            return arrays["d"]
+
+        return call
+
+    def _run(self, launch: Launch) -> None:
+        """Launch on the current stream of the tensors' device, with that device current."""
+        if self._current_device() == self._index:
+            launch(self._current_stream(self._index))
+        else:
+            with self._as_current(self._index):
+                launch(self._current_stream(self._index))
+
+
+def find_call(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor],
+    bound: Bound,
+    out: torch.Tensor | None,
+    out_dtype: object,
+    schedule: Schedule | None,
+    batch_invariant: bool = False,
+) -> tuple[Call, Addresses]:
+    """The prepared call of these tensors' signature, and their addresses.
+
+    Raises
+    ------
+    As `jitgen.gemm`; a signature that is prepared already keeps every rule
+    """
+    sfa, sfb = scales
+    try:
+        # Written out: a loop over the tensors would take a microsecond more of every call.
+        addresses: Addresses = (
+            (at_a := a.data_ptr()),
+            (at_b := b.data_ptr()),
+            (at_sfa := sfa.data_ptr()),
+            (at_sfb := sfb.data_ptr()),
+        )
+        signature: tuple[Any, ...] = (
+            bound.expr,
+            schedule,
+            batch_invariant,
+            out_dtype,
+            (a.dtype, a.shape, a.is_contiguous() or a.stride(), a.get_device()),
+            (b.dtype, b.shape, b.is_contiguous() or b.stride(), b.get_device()),
+            (sfa.dtype, sfa.shape, sfa.is_contiguous() or sfa.stride(), sfa.get_device()),
+            (sfb.dtype, sfb.shape, sfb.is_contiguous() or sfb.stride(), sfb.get_device()),
+            at_a % ADDRESS_UNIT,
+            at_b % ADDRESS_UNIT,
+            at_sfa % ADDRESS_UNIT,
+            at_sfb % ADDRESS_UNIT,
+        )
+        for name, t in bound.tensors.items():
+            addresses += (t.data_ptr(),)
+            layout = (t.dtype, t.shape, t.is_contiguous() or t.stride(), t.get_device())
+            signature += (name, layout, addresses[-1] % ADDRESS_UNIT)
+        if out is not None:
+            addresses += (out.data_ptr(),)
+            layout = (out.dtype, out.shape, out.is_contiguous() or out.stride(), out.get_device())
+            signature += (layout, addresses[-1] % ADDRESS_UNIT)
+        call = _calls.get(signature)
+    except (AttributeError, TypeError):
+        name_arrays(a, b, scales, bound, out)  # something is no tensor
+        if out_dtype is not None:
+            dtype_of(out_dtype)  # or neither a dtype nor hashable
+        raise
+    if call is None:
+        arrays = name_arrays(a, b, scales, bound, out)
+        call = _prepare(arrays, out_dtype, bound, schedule, batch_invariant)
+        _keep(signature, call)
+    return call, addresses
+
+
+_calls: dict[object, Call] = {}
+_mutex = threading.Lock()
+
+
+def _keep(signature: object, call: Call) -> None:
+    """Have the call found from now on, in place of the oldest if there are too many."""
+    with _mutex:
+        _calls[signature] = call
+        while len(_calls) > MAX_CALLS:
+            del _calls[next(iter(_calls))]
+
+
+def _prepare(
+    arrays: dict[str, torch.Tensor],
+    out_dtype: object,
+    bound: Bound,
+    schedule: Schedule | None,
+    batch_invariant: bool,
+) -> Call:
+    """Check everything, then build, load and lay out the launches of one signature."""
+    device = arrays["a"].device
+    _check_device(arrays, device)
+    found = driver.device(device.index)
+    driver.check_architecture(found)
+    views = {
+        name: ArrayView(
+            name,
+            array_dtype(t.dtype, t.itemsize),
+            tuple(t.shape),
+            tuple(t.stride()),
+            t.data_ptr(),
+        )
+        for name, t in arrays.items()
+    }
+    problem, m = check_gemm(views, out_dtype, bound)
+    views.setdefault("d", ArrayView("d", problem.d_dtype, (m, problem.n), (problem.n, 1)))
+    if m == 0:
+        return Call(device, views["d"], None)
+    schedule = schedule or select(problem, m, found.gpu, batch_invariant=batch_invariant)
+    kernel, loaded = _load(problem, schedule, device.index)
+    launches = LaunchPool(
+        loaded,
+        [_argument(parameter, views, m) for parameter in kernel.parameters],
+        grid=kernel.num_blocks(m, found.num_sms),
+        num_threads=kernel.num_threads,
+    )
+    return Call(device, views["d"], launches)
+
+
+def _check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    for name, tensor in arrays.items():
+        if tensor.device.type != "cuda":
+            raise DeviceError(
+                f"{name} is on {tensor.device}: torch tensors must be on a CUDA device (`.cuda()`);"
+                " NumPy arrays (`.numpy()`) run on the interpreter"
+            )
+        if tensor.device != device:
+            raise DeviceError(
+                f"{name} is on {tensor.device}, a is on {device}: all must be on one device"
+            )
+
+
+@functools.cache
+def _load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driver.LoadedKernel]:
+    """The kernel, built or taken from the store, and loaded on one device."""
+    kernel = lower(problem, schedule)
+    entry = build(kernel)
+    return kernel, driver.load(
+        entry.cubin, kernel.name, smem_bytes=kernel.smem.total_bytes, ordinal=ordinal
+    )
+
+
+def _argument(parameter: Parameter, views: Mapping[str, ArrayView], m: int) -> Argument:
+    """The value of a kernel parameter for these arrays; their order is that of addresses."""
+    match parameter:
+        case ExtentParameter():
+            return UInt32(m)
+        case PointerParameter():
+            return Pointer(list(views).index(parameter.tensor.name))
+        case StrideParameter():
+            return UInt32(views[parameter.tensor.name].strides[parameter.dim])
+        case TensorMapParameter():
+            view = views[parameter.tensor.name]
+            size = view.dtype.size_bytes
+            box_rows, box_columns = parameter.box
+            if parameter.tensor.dims[0].extent is None:
+                box_rows = min(box_rows, m)
+            spec = TensorMapSpec(
+                element_bytes=size,
+                rows=view.shape[0],
+                columns=view.shape[1],
+                pitch_bytes=view.row_stride * size,
+                box_rows=box_rows,
+                box_columns=box_columns,
+                swizzle_bytes=parameter.swizzle_bytes,
+            )
+            return TensorMap(list(views).index(view.name), spec)

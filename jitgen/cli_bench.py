@@ -1,0 +1,137 @@
+"""`jitgen bench`: measure on this machine's GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import make_console
+from .errors import ProblemError
+from .problem_list import Grid
+
+if TYPE_CHECKING:
+    from .tuning.bench import Shape
+    from .tuning.report import Result
+
+bench_app = typer.Typer(help="Measure on this machine's GPU.", no_args_is_help=True)
+
+
+@bench_app.command("gemm")
+def bench_gemm(
+    grid: Annotated[Grid, typer.Option(help="Shapes: DeepSeek-V3's linear layers.")] = Grid.dense,
+    m: Annotated[list[int] | None, typer.Option(min=1, help="Only these m; repeatable.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Six shapes only, for a look.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here, after each shape.")
+    ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(help="Write a report here, after each shape; in the end a plot beside it."),
+    ] = None,
+) -> None:
+    """Kernel times of the FP8 GEMM beside cuBLASLt, CUTLASS (live) and DeepGEMM (from a file)."""
+    from rich.progress import Progress
+
+    from . import __version__
+    from .tuning import bench, report
+
+    shapes = _shapes(bench.GRID_QUICK if quick else bench.GRID_DENSE, m)
+    device = bench.check_machine()
+    meta = report.collect_meta(device, version=__version__, arguments=sys.argv[1:])
+    result = report.Result(meta, ())
+    console = make_console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        for row in progress.track(bench.bench_gemm(shapes, device), total=len(shapes)):
+            result = replace(result, rows=(*result.rows, row))
+            if json_file:
+                _write(json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+            if markdown:
+                _write(markdown, report.render_markdown(result))
+            console.print(f"{row.shape}: {row.jitgen.kernel_us:.2f} us", highlight=False)
+    if markdown:
+        _write_report(markdown, result)
+    report.print_result(make_console(), result)
+
+
+@bench_app.command("report")
+def bench_report(
+    json_file: Annotated[Path, typer.Argument(help="What `bench gemm --json` wrote.")],
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write a report here, and its plot beside it.")
+    ] = None,
+) -> None:
+    """The report of an earlier `bench gemm` again; needs no GPU."""
+    from .tuning import report
+
+    try:
+        data = json.loads(json_file.read_text())
+    except OSError as error:
+        raise ProblemError(f"cannot read {json_file}: {error.strerror}") from None
+    except ValueError as error:
+        raise ProblemError(f"{json_file} is not JSON: {error}") from None
+    result = report.Result.from_json(data)
+    if markdown:
+        _write_report(markdown, result)
+    report.print_result(make_console(), result)
+
+
+def _write_report(markdown: Path, result: Result) -> None:
+    """The report and, beside it, its plot; without matplotlib a warning instead."""
+    from .tuning import plot, report
+
+    picture = markdown.with_suffix(".svg")
+    svg = plot.render_svg(result.rows)
+    if svg:
+        _write(picture, svg)
+    else:
+        warnings.warn("no plot without matplotlib: pip install 'jitgen[bench]'", stacklevel=2)
+    _write(markdown, report.render_markdown(result, plot=picture.name if svg else None))
+
+
+def _shapes(grid: Sequence[Shape], extents: Sequence[int] | None) -> list[Shape]:
+    """The grid, or its (n, k) at other m."""
+    if not extents:
+        return list(grid)
+    shapes = (replace(shape, m=m) for m in extents for shape in grid)
+    return list(dict.fromkeys(shapes))
+
+
+@bench_app.command("host")
+def bench_host(
+    n: Annotated[int, typer.Option(min=8, help="Columns of D.")] = 2112,
+    k: Annotated[int, typer.Option(min=16, help="Columns of A and of B.")] = 7168,
+    m: Annotated[int, typer.Option(min=1, help="Rows of D.")] = 64,
+    calls: Annotated[int, typer.Option(min=1, help="Calls of each kind, in batches.")] = 10_000,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """Host time of a warm call, beside torch._scaled_mm and the bare driver call."""
+    from . import __version__
+    from .tuning import bench, host, report
+
+    device = bench.check_machine()
+    shape = bench.Shape(m, n, k)
+    result = host.bench_host(
+        shape,
+        device,
+        num_calls=calls,
+        version=__version__,
+        command=report.command_line(sys.argv[1:]),
+    )
+    if json_file:
+        _write(json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+    host.print_host_result(make_console(), result)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise ProblemError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,54 @@
+// Scales: from global memory through registers to shared memory, a chunk of kBlocks K blocks at a time. (cp.async of 4
+// bytes keeps shared memory busy for a clock an element, and so the tensor cores waiting.)
+#pragma once
+#include "jitgen/mbarrier.cuh"
+
+namespace jitgen {
+
+// Scales lie as [row][K block] in shared memory, with the halves of every other four rows of A exchanged: neither 8
+// lanes that write 16 bytes each nor 8 rows of one K block meet in a bank. The rows of sfb follow, as they are.
+__device__ __forceinline__ u32 scale_position(u32 row, u32 k) { return k ^ row / 4 % 2 * 4; }
+
+// kNumThreads threads load the scales of kRows rows of A, one a thread and turn, and of kSfbRows rows of sfb.
+template <u32 kRows, u32 kSfbRows, u32 kBlocks, u32 kNumThreads> struct ScaleLoader {
+    const float *sfa, *sfb;
+    u32 stride_m, stride_k;                  // of sfa; sfb is row-major
+    u32 m, num_sfb_rows, num_k_blocks;       // ends of the tensors
+    u32 thread;
+
+    // The chunk at K block `k_base` for the tile whose rows begin at `row_m` and at `row_n` of sfb, into `smem` as soon
+    // as `empty` has completed the phase of `parity`.
+    __device__ __forceinline__ void load(u32 smem, u32 row_m, u32 row_n, u32 k_base, u32 empty, u32 parity) const {
+        const u32 num_scales = num_k_blocks - k_base;
+        const bool vectorized = num_k_blocks % 4 == 0 && k_base % 4 == 0 && stride_k == 1 && stride_m % 4 == 0 &&
+                                reinterpret_cast<u64>(sfa) % 16 == 0;
+        const u32 sfb_row = row_n + thread / kBlocks, sfb_k = thread % kBlocks;
+        float scale_b = 0.0f;
+        if (thread < kSfbRows * kBlocks && sfb_row < num_sfb_rows && sfb_k < num_scales)
+            scale_b = __ldg(sfb + u64(sfb_row) * num_k_blocks + k_base + sfb_k);
+#pragma unroll 1
+        for (u32 row = thread; row < round_up(kRows, kNumThreads); row += kNumThreads) {
+            const float* source = sfa + u64(row_m + row) * stride_m + u64(k_base) * stride_k;
+            const bool valid = row < kRows && row_m + row < m;
+            float4 scale_a[kBlocks / 4] = {};
+            if (valid && vectorized) {
+#pragma unroll
+                for (u32 i = 0; i < kBlocks / 4; ++i)
+                    if (4 * i < num_scales) scale_a[i] = __ldg(reinterpret_cast<const float4*>(source) + i);
+            } else if (valid) {
+#pragma unroll
+                for (u32 k = 0; k < kBlocks; ++k, source += stride_k)
+                    if (k < num_scales) reinterpret_cast<float*>(scale_a)[k] = __ldg(source);
+            }
+            if (row == thread) {  // the first loads are under way before the stage is free
+                mbarrier_wait(empty, parity);
+                if (thread < kSfbRows * kBlocks) st_shared(smem + (kRows * kBlocks + thread) * 4, scale_b);
+            }
+#pragma unroll
+            for (u32 i = 0; i < kBlocks / 4; ++i)
+                if (row < kRows) st_shared(smem + (row * kBlocks + scale_position(row, 4 * i)) * 4, scale_a[i]);
+        }
+    }
+};
+
+}  // namespace jitgen

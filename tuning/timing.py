@@ -1,0 +1,159 @@
+"""Kernel times: what one call costs the GPU, with a cold L2."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import DeviceError
+
+NUM_CALLS = 12
+NUM_WARMUP_CALLS = 20
+NUM_PROFILES = 3  # attempts: CUPTI may lose a record
+FLUSH_BYTES = 256 * 2**20  # several times the L2 of any Hopper GPU
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Device time of one call, over `num_calls` calls, and the kernels that it launches."""
+
+    kernel_us: float
+    std_us: float
+    min_us: float
+    max_us: float
+    num_calls: int
+    kernels: tuple[str, ...]
+
+    @property
+    def num_kernels(self) -> int:
+        return len(self.kernels)
+
+
+@dataclass(frozen=True)
+class DeviceEvent:
+    """One kernel, copy or fill that ran on the GPU."""
+
+    name: str
+    start_us: float
+    duration_us: float
+
+
+def measure_kernel_us(
+    call: Callable[[], object],
+    *,
+    calls: int = NUM_CALLS,
+    warmup_calls: int = NUM_WARMUP_CALLS,
+) -> Measurement:
+    """The device time of what one `call()` launches on torch's current stream, with a cold L2.
+
+    Parameters
+    ----------
+    call : launches the same work every time; it need not wait for it
+    calls : how many are timed; a published time takes at least 12
+    warmup_calls : how many go before, while kernels are compiled and clocks rise
+
+    Raises
+    ------
+    DeviceError : the calls did not all launch the same kernels, or records of them were lost
+    """
+    import torch
+
+    flush = _flush_buffer(torch.cuda.current_device())
+    for _ in range(warmup_calls):
+        flush.fill_(1)
+        call()
+    for _ in range(NUM_PROFILES - 1):
+        with contextlib.suppress(DeviceError):
+            return summarize_calls(profile_calls([call] * calls))
+    return summarize_calls(profile_calls([call] * calls))
+
+
+def profile_calls(calls: Sequence[Callable[[], object]]) -> list[list[DeviceEvent]]:
+    """What ran on the GPU for each of `calls`, one after the other, each with a cold L2.
+
+    Raises
+    ------
+    DeviceError : records were lost; another attempt may succeed
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    flush = _flush_buffer(torch.cuda.current_device())
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for call in calls:
+            flush.fill_(1)
+            call()
+        torch.cuda.synchronize()
+    return split_calls(_device_events(profiler.events()), len(calls))
+
+
+@functools.cache
+def _flush_buffer(ordinal: int) -> Any:
+    import torch
+
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=f"cuda:{ordinal}")
+
+
+def _device_events(events: Iterable[Any]) -> list[DeviceEvent]:
+    """The work that ran on the GPU, of all events that a torch profiler recorded."""
+    from torch.autograd import DeviceType
+
+    return [
+        DeviceEvent(event.name, event.time_range.start, event.time_range.elapsed_us())
+        for event in events
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
+
+
+def split_calls(events: Sequence[DeviceEvent], num_calls: int) -> list[list[DeviceEvent]]:
+    """What each call ran, without the flush before it. The first event is a flush, and so is every
+    event of the same name.
+
+    Raises
+    ------
+    DeviceError : there is not one flush a call, or a call ran nothing
+    """
+    calls: list[list[DeviceEvent]] = []
+    ordered = sorted(events, key=lambda event: event.start_us)
+    for event in ordered:
+        if event.name == ordered[0].name:
+            calls.append([])
+        else:
+            calls[-1].append(event)
+    if len(calls) != num_calls:
+        raise DeviceError(
+            f"the profile of {num_calls} calls holds {len(calls)} L2 flushes: records are missing,"
+            " or the call launches the same kernel as the flush"
+        )
+    if not all(calls):
+        raise DeviceError(f"the profile of {num_calls} calls holds none of the kernels of one")
+    return calls
+
+
+def summarize_calls(calls: Sequence[Sequence[DeviceEvent]]) -> Measurement:
+    """The measurement that calls of equal work make.
+
+    Raises
+    ------
+    DeviceError : they did not all run the same kernels
+    """
+    runs = {tuple(event.name for event in call) for call in calls}
+    if len(runs) != 1:
+        raise DeviceError(
+            f"{len(calls)} calls must run the same kernels, got"
+            f" {' or '.join(str(list(run)) for run in sorted(runs))}"
+        )
+    times = [sum(event.duration_us for event in call) for call in calls]
+    return Measurement(
+        kernel_us=statistics.fmean(times),
+        std_us=statistics.pstdev(times),
+        min_us=min(times),
+        max_us=max(times),
+        num_calls=len(times),
+        kernels=tuple(event.name for event in calls[0]),
+    )
