@@ -26,18 +26,14 @@ __device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar
     }
 }
 
-// A policy under which lines are the first to leave L2, for data that nobody will read again. (The policy evict_normal
-// is not what a load without a policy gets: it made large GEMMs 1.4 times slower on an H100.)
-__device__ __forceinline__ u64 l2_evict_first() {
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-// As tma_load, under an L2 policy.
+// As tma_load; if the lines are `read_once`, they are the first to leave L2. (The policy evict_normal for the others is
+// not what a load without a policy gets: it made large GEMMs 1.4 times slower on an H100.)
 template <bool kMulticast>
 __device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 barrier, u32 x, u32 y, u16 mask,
-                                         u64 policy) {
+                                         bool read_once) {
+    if (!read_once) return tma_load<kMulticast>(smem, map, barrier, x, y, mask);
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     if constexpr (kMulticast) {
         asm volatile(
             "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
