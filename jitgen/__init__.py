@@ -12,6 +12,7 @@ from .errors import (
     VerifyError,
 )
 from .expr import acc, cast, gelu, matrix, maximum, relu, scalar, silu, vector
+from .plans import Plan, plan
 from .problem import Gemm, ScaleBlock, supports
 from .schedule import Schedule
 
@@ -26,6 +27,7 @@ __all__ = [
     "DeviceError",
     "Gemm",
     "JitgenError",
+    "Plan",
     "ProblemError",
     "ScaleBlock",
     "Schedule",
@@ -39,6 +41,7 @@ __all__ = [
     "gemm",
     "matrix",
     "maximum",
+    "plan",
     "quantize",
     "relu",
     "scalar",

@@ -21,7 +21,7 @@ from .interpret import interpret
 from .lower import lower
 from .numerics import AMAX_FLOOR, E4M3_MAX, check_block, quantize_blocks
 from .schedule import Schedule
-from .tuning.model import choose
+from .tuning.select import select
 
 PLAIN = Bound(acc, {})
 
@@ -35,6 +35,7 @@ def gemm(
     out_dtype: object = None,
     epilogue: Expr | Bound = acc,
     schedule: Schedule | None = None,
+    batch_invariant: bool = False,
 ) -> Any:
     """D = epilogue((A * sfa) @ (B * sfb)^T), in FP8 with FP32 promotion every 128 of k.
 
@@ -47,10 +48,13 @@ def gemm(
     out : where to put D, rows a multiple of 16 bytes apart; a new array if None
     out_dtype : bfloat16 or float32; default that of `out`, or bfloat16
     epilogue : expression of `jitgen.acc`, bound to the operands it has: `expr.bind(bias=bias)`
-    schedule : pins the schedule; None lets jitgen choose
+    schedule : pins the schedule; None lets jitgen choose, by m
+    batch_invariant : the choice does not depend on m, so that the bits of a row of D depend on
+        that row of A only, not on the rows beside it; costs time where m is far from the middle
 
     All are torch CUDA tensors of one device, or all are NumPy arrays. Tensors run on their device,
-    ordered on its current stream; arrays run on the interpreter, which predicts the same bits.
+    ordered on its current stream; arrays run on the interpreter, which predicts the same bits for
+    the same schedule: by default that of an H100 SXM. Schedules that split k alike agree in all.
 
     Returns
     -------
@@ -66,8 +70,8 @@ def gemm(
     bound = _check_options(scales, epilogue, schedule)
     if isinstance(a, np.ndarray):
         arrays = name_arrays(a, b, scales, bound, out)
-        return _bind_numpy(arrays, out_dtype, bound, schedule)()
-    call, addresses = find_call(a, b, scales, bound, out, out_dtype, schedule)
+        return _bind_numpy(arrays, out_dtype, bound, schedule, batch_invariant)()
+    call, addresses = find_call(a, b, scales, bound, out, out_dtype, schedule, batch_invariant)
     if out is None:
         out = call.empty()
         addresses = (*addresses, out.data_ptr())
@@ -83,6 +87,7 @@ def bind(
     out: Any,
     epilogue: Expr | Bound = acc,
     schedule: Schedule | None = None,
+    batch_invariant: bool = False,
 ) -> Callable[[], Any]:
     """`gemm` on these very arrays, checked and prepared once, to be called many times.
 
@@ -92,9 +97,10 @@ def bind(
 
     Parameters
     ----------
-    a, b, scales, epilogue, schedule : as for `gemm`; kept alive by the callable. It knows their
-        memory: to resize a tensor or to give it other storage does not reach it
+    a, b, scales, epilogue : as for `gemm`; kept alive by the callable. It knows their memory: to
+        resize a tensor or to give it other storage does not reach it
     out : where to put D: bfloat16 or float32 [m, n], rows a multiple of 16 bytes apart
+    schedule, batch_invariant : as for `gemm`
 
     Returns
     -------
@@ -109,8 +115,8 @@ def bind(
         raise ProblemError("out is None: give the array that every call writes D to")
     arrays = name_arrays(a, b, scales, bound, out)
     if isinstance(a, np.ndarray):
-        return _bind_numpy(arrays, None, bound, schedule)
-    call, addresses = find_call(a, b, scales, bound, out, None, schedule)
+        return _bind_numpy(arrays, None, bound, schedule, batch_invariant)
+    call, addresses = find_call(a, b, scales, bound, out, None, schedule, batch_invariant)
     return call.bind(addresses, arrays)
 
 
@@ -169,7 +175,11 @@ def _check_options(scales: object, epilogue: Any, schedule: object) -> Bound:
 
 
 def _bind_numpy(
-    arrays: dict[str, Any], out_dtype: object, bound: Bound, schedule: Schedule | None
+    arrays: dict[str, Any],
+    out_dtype: object,
+    bound: Bound,
+    schedule: Schedule | None,
+    batch_invariant: bool,
 ) -> Callable[[], np.ndarray[Any, Any]]:
     """Check everything; what comes back interprets the call."""
     views = {
@@ -183,7 +193,7 @@ def _bind_numpy(
     }
     out = arrays.pop("d", None)
     problem, m = check_gemm(views, out_dtype, bound)
-    kernel = lower(problem, schedule or choose(problem, m))
+    kernel = lower(problem, schedule or select(problem, m, batch_invariant=batch_invariant))
 
     def call() -> np.ndarray[Any, Any]:
         d = interpret(kernel, arrays)

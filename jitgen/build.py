@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .codegen import headers, render
-from .errors import CompileError, StoreError
+from .errors import CompileError, JitgenError, StoreError
 from .ir import Kernel
 from .lower import kernel_name, lower
 from .problem import Gemm
@@ -110,6 +110,7 @@ def prebuild(
     root: Path | None = None,
     num_processes: int | None = None,
     on_done: Callable[[Prebuilt], None] = lambda _: None,
+    on_error: Callable[[tuple[Gemm, Schedule], JitgenError], None] | None = None,
 ) -> list[Prebuilt]:
     """Compile kernels into the store, in parallel processes and without a GPU.
 
@@ -120,13 +121,14 @@ def prebuild(
     root : folder of the store, default as for KernelStore
     num_processes : default one a core, at most one a kernel
     on_done : called with each result as it comes
+    on_error : called with each kernel that cannot be built and why; if None, that is raised
 
     Raises
     ------
     StoreError : the store cannot be trusted or written; nothing is compiled then
     CompileError : a compile process died; what was finished by then is in the store
-    ProblemError, ScheduleError, VerifyError, CompileError, StoreError : as lower and build; the
-        other kernels are finished first
+    ProblemError, ScheduleError, VerifyError, CompileError, StoreError : as lower and build, if
+        on_error is None; the other kernels are finished first
     """
     unfinished = dict.fromkeys(kernels)
     results: list[Prebuilt] = []
@@ -148,6 +150,8 @@ def prebuild(
             if error is None:
                 results.append(future.result())
                 on_done(results[-1])
+            elif on_error and isinstance(error, JitgenError):
+                on_error(futures[future], error)
             else:
                 failure = failure or error
     if unfinished:

@@ -30,7 +30,7 @@ from .runtime import driver
 from .runtime.launch import Argument, Launch, LaunchPool, Pointer, TensorMap, UInt32
 from .runtime.tensor_map import TensorMapSpec
 from .schedule import Schedule
-from .tuning.model import choose
+from .tuning.select import select
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +92,7 @@ def find_call(
     out: torch.Tensor | None,
     out_dtype: object,
     schedule: Schedule | None,
+    batch_invariant: bool = False,
 ) -> tuple[Call, Addresses]:
     """The prepared call of these tensors' signature, and their addresses.
 
@@ -111,6 +112,7 @@ def find_call(
         signature: tuple[Any, ...] = (
             bound.expr,
             schedule,
+            batch_invariant,
             out_dtype,
             (a.dtype, a.shape, a.is_contiguous() or a.stride(), a.get_device()),
             (b.dtype, b.shape, b.is_contiguous() or b.stride(), b.get_device()),
@@ -136,7 +138,8 @@ def find_call(
             dtype_of(out_dtype)  # or neither a dtype nor hashable
         raise
     if call is None:
-        call = _prepare(name_arrays(a, b, scales, bound, out), out_dtype, bound, schedule)
+        arrays = name_arrays(a, b, scales, bound, out)
+        call = _prepare(arrays, out_dtype, bound, schedule, batch_invariant)
         _keep(signature, call)
     return call, addresses
 
@@ -154,7 +157,11 @@ def _keep(signature: object, call: Call) -> None:
 
 
 def _prepare(
-    arrays: dict[str, torch.Tensor], out_dtype: object, bound: Bound, schedule: Schedule | None
+    arrays: dict[str, torch.Tensor],
+    out_dtype: object,
+    bound: Bound,
+    schedule: Schedule | None,
+    batch_invariant: bool,
 ) -> Call:
     """Check everything, then build, load and lay out the launches of one signature."""
     device = arrays["a"].device
@@ -175,7 +182,8 @@ def _prepare(
     views.setdefault("d", ArrayView("d", problem.d_dtype, (m, problem.n), (problem.n, 1)))
     if m == 0:
         return Call(device, views["d"], None)
-    kernel, loaded = _load(problem, schedule or choose(problem, m, found.num_sms), device.index)
+    schedule = schedule or select(problem, m, found.gpu, batch_invariant=batch_invariant)
+    kernel, loaded = _load(problem, schedule, device.index)
     launches = LaunchPool(
         loaded,
         [_argument(parameter, views, m) for parameter in kernel.parameters],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -14,14 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from .cli_bench import Grid, bench_app
+from .cli_bench import bench_app
+from .cli_tune import records_app, tune
 from .console import make_console
-from .dtypes import BF16, DType, dtype_of
-from .errors import CompileError, JitgenError, ProblemError, ScheduleError, one_line
+from .dtypes import BF16, dtype_of
+from .errors import CompileError, JitgenError, ScheduleError, one_line
 from .expr import Expr, acc, gelu, matrix, relu, silu, vector
-from .problem import MAX_EXTENT, Gemm, check_problem
+from .problem import Gemm, check_problem
+from .problem_list import GPU_HELP, NUM_SMS_HELP, PROBLEMS_HELP, Grid, read_problems
 from .schedule import Schedule, max_stages
-from .target import SM90A
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,6 +61,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.command()(tune)
+app.add_typer(records_app, name="records")
 
 
 def main() -> None:
@@ -115,11 +117,14 @@ def show(
     """A kernel on its way from problem to cubin: schedule, tile program, source, resources."""
     from .build import build
     from .lower import lower
-    from .tuning.model import choose
+    from .tuning.select import named_gpu, select
 
     problem = Gemm(n, k, dtype_of(out_dtype), epilogue.expr)
     check_problem(problem)
-    pinned = parse_schedule(schedule, problem) if schedule is not None else choose(problem, m)
+    if schedule is not None:
+        pinned = parse_schedule(schedule, problem)
+    else:
+        pinned = select(problem, m, named_gpu())
     kernel = lower(problem, pinned)
     entry = build(kernel)
     console = make_console()
@@ -230,31 +235,34 @@ def doctor() -> None:
 
 # --- prebuild -------------------------------------------------------------------------------------
 
-PROBLEMS_HELP = (
-    'JSON: a list of {"n": 7168, "k": 2048, "m": [1, 64]}; instead of m, "m_max": 4096 stands for'
-    ' every m up to it; "out_dtype" is bfloat16 by default.'
-)
-
 
 @app.command()
 def prebuild(
     grid: Annotated[Grid | None, typer.Option(help="The shapes of `jitgen bench`.")] = None,
     problems: Annotated[Path | None, typer.Option(help=PROBLEMS_HELP)] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Default: one a core.")] = None,
-    num_sms: Annotated[
-        int, typer.Option(min=1, help="SMs of the GPU that will run the kernels.")
-    ] = SM90A.num_sms,
+    gpu: Annotated[str | None, typer.Option(help=GPU_HELP)] = None,
+    num_sms: Annotated[int | None, typer.Option(min=1, help=NUM_SMS_HELP)] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="For calls with batch_invariant=True.")
+    ] = False,
 ) -> None:
     """Compile kernels into the store, in parallel and without a GPU."""
     from rich.progress import Progress
 
     from . import build
-    from .tuning.model import choose
+    from .tuning.select import named_gpu, select
 
     if (grid is None) == (problems is None):
         raise typer.BadParameter("give either --grid or --problems")
-    pairs = read_problems(problems) if problems else _grid_problems()
-    kernels = list(dict.fromkeys((problem, choose(problem, m, num_sms)) for problem, m in pairs))
+    pairs = read_problems(problems) if problems else Grid.dense.problems()
+    chosen = named_gpu(gpu, num_sms)
+    kernels = list(
+        dict.fromkeys(
+            (problem, select(problem, m, chosen, batch_invariant=batch_invariant))
+            for problem, m in pairs
+        )
+    )
     root = build.open_shared_store().root
     done: list[build.Prebuilt] = []
     started = time.perf_counter()
@@ -275,70 +283,6 @@ def prebuild(
             f"kernels: {num_compiled} compiled, {len(done) - num_compiled} already there,"
             f" {seconds:.1f} s, {root}"
         )
-
-
-def _grid_problems() -> list[tuple[Gemm, int]]:
-    from .tuning.bench import GRID_DENSE
-
-    return [(shape.problem, shape.m) for shape in GRID_DENSE]
-
-
-def read_problems(path: Path) -> list[tuple[Gemm, int]]:
-    """The problems of a file as PROBLEMS_HELP describes it, each with every m to choose for.
-
-    Raises
-    ------
-    ProblemError : the file cannot be read, or an entry breaks a rule; says which entry and field
-    """
-    try:
-        entries = json.loads(path.read_text())
-    except OSError as error:
-        raise ProblemError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ProblemError(f"{path} is not JSON: {error}") from None
-    if not isinstance(entries, list) or not entries:
-        raise ProblemError(f"{path} must hold a list of problems, not empty")
-    pairs: list[tuple[Gemm, int]] = []
-    for i, entry in enumerate(entries):
-        try:
-            problem, extents = _read_problem(entry)
-        except ProblemError as error:
-            raise ProblemError(f"{path}, entry {i}: {error}") from None
-        pairs += [(problem, m) for m in extents]
-    return pairs
-
-
-def _read_problem(entry: object) -> tuple[Gemm, list[int]]:
-    from .tuning.model import m_buckets
-
-    if not isinstance(entry, dict):
-        raise ProblemError(f"must be an object with n, k and m or m_max, got {entry!r:.80}")
-    if unknown := set(entry) - {"n", "k", "m", "m_max", "out_dtype"}:
-        raise ProblemError(f"unknown field {min(unknown)}: use n, k, m or m_max, out_dtype")
-    if missing := {"n", "k"} - set(entry):
-        raise ProblemError(f"field {min(missing)} is missing")
-    problem = Gemm(entry["n"], entry["k"], _read_dtype(entry.get("out_dtype", BF16.name)))
-    check_problem(problem)
-    if ("m" in entry) == ("m_max" in entry):
-        raise ProblemError("give either m, a list, or m_max")
-    if "m_max" in entry:
-        return problem, m_buckets(_read_extent("m_max", entry["m_max"]))
-    extents = entry["m"]
-    if not isinstance(extents, list) or not extents:
-        raise ProblemError(f"m must be a list of extents, not empty, got {extents!r:.80}")
-    return problem, [_read_extent(f"m[{i}]", m) for i, m in enumerate(extents)]
-
-
-def _read_dtype(name: object) -> DType:
-    if not isinstance(name, str):
-        raise ProblemError(f"out_dtype must be a name, got {name!r:.80}")
-    return dtype_of(name)
-
-
-def _read_extent(field: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_EXTENT:
-        raise ProblemError(f"{field} must be an int in 1..{MAX_EXTENT}, got {value!r:.80}")
-    return value
 
 
 # --- demo -----------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,18 +14,13 @@ import typer
 
 from .console import make_console
 from .errors import ProblemError
+from .problem_list import Grid
 
 if TYPE_CHECKING:
     from .tuning.bench import Shape
     from .tuning.report import Result
 
 bench_app = typer.Typer(help="Measure on this machine's GPU.", no_args_is_help=True)
-
-
-class Grid(str, Enum):
-    """A named list of shapes."""
-
-    dense = "dense"
 
 
 @bench_app.command("gemm")

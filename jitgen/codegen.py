@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -62,6 +63,22 @@ def headers() -> dict[str, str]:
         for file in sorted(folder.iterdir(), key=lambda file: file.name)
         if file.name.endswith(".cuh")
     }
+
+
+@cache
+def fingerprint() -> str:
+    """A hash, in hex, of all that decides a kernel's source beside its problem and schedule.
+
+    Timings made with different ones are those of different kernels.
+    """
+    package, templates = resources.files("jitgen"), resources.files("jitgen.templates")
+    files = [package / f"{name}.py" for name in ("schedule", "ir", "lower", "codegen")]
+    files += sorted(
+        (file for file in templates.iterdir() if file.name.endswith(".j2")),
+        key=lambda file: file.name,
+    )
+    texts = [(file.name, file.read_text()) for file in files]
+    return hashlib.sha256(repr((texts, headers())).encode()).hexdigest()[:16]
 
 
 def constants(kernel: Kernel) -> dict[str, int]:

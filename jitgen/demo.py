@@ -26,8 +26,8 @@ from .expr import Bound
 from .minilm import Array, Dense, Model, encode, linear_fp32, load_model
 from .problem import Gemm
 from .runtime import driver
-from .target import SM90A
-from .tuning.model import choose
+from .target import H100, SM90A, Gpu
+from .tuning.select import select
 
 MIN_COSINE = 0.99
 
@@ -55,7 +55,7 @@ class Backend(Protocol):
     """Where `jitgen.gemm` runs: how arrays get there and back."""
 
     name: str
-    num_sms: int
+    gpu: Gpu
 
     def upload(self, array: npt.NDArray[Any]) -> Any: ...
 
@@ -68,7 +68,7 @@ class InterpreterBackend:
     """NumPy arrays stay as they are: `jitgen.gemm` interprets."""
 
     name = "NumPy interpreter (no Hopper GPU with torch here)"
-    num_sms = SM90A.num_sms
+    gpu = H100
 
     def upload(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return array
@@ -87,7 +87,7 @@ class TorchCudaBackend:
         import torch
 
         self.name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-        self.num_sms = driver.device(torch.cuda.current_device()).num_sms
+        self.gpu = driver.device(torch.cuda.current_device()).gpu
 
     def upload(self, array: npt.NDArray[Any]) -> Any:
         import torch
@@ -168,10 +168,10 @@ class CompileReport:
     seconds: float
 
 
-def _compile_kernels(calls: Sequence[tuple[Gemm, int]], num_sms: int) -> CompileReport:
-    """Compile what the (problem, m) of `calls` launch on a GPU of `num_sms` SMs; needs no GPU."""
+def _compile_kernels(calls: Sequence[tuple[Gemm, int]], gpu: Gpu) -> CompileReport:
+    """Compile what the (problem, m) of `calls` launch on `gpu`, which need not be there."""
     started = time.perf_counter()
-    built = prebuild([(problem, choose(problem, m, num_sms)) for problem, m in calls])
+    built = prebuild([(problem, select(problem, m, gpu)) for problem, m in calls])
     num_compiled = sum(kernel.compiled for kernel in built)
     return CompileReport(num_compiled, len(built) - num_compiled, time.perf_counter() - started)
 
@@ -227,7 +227,7 @@ def run_demo(console: Console, sentences: Sequence[str] = SENTENCES) -> DemoResu
     with console.status("FP32 reference"):
         fp32 = encode(model, sentences, recorded_fp32)
     with console.status("compiling the kernels"):
-        compiled = _compile_kernels(calls, backend.num_sms)
+        compiled = _compile_kernels(calls, backend.gpu)
     with console.status(f"FP8 on {backend.name}"):
         linear_fp8 = LinearFp8(model, backend)
         fp8 = encode(model, sentences, linear_fp8)

@@ -36,7 +36,11 @@ class CompileError(JitgenError, RuntimeError):
 
 
 class StoreError(JitgenError, RuntimeError):
-    """The kernel store cannot be used: permissions, ownership, a lock that is never released."""
+    """The kernel store or a file of tuning records cannot be used: permissions, locks, format."""
+
+
+class CandidateError(JitgenError, RuntimeError):
+    """A schedule is out of the tuner's race: refused, wrong, or its process died or hung."""
 
 
 def one_line(error: Exception) -> str:

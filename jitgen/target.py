@@ -20,6 +20,18 @@ class Target:
     num_sms: int
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU model, or a slice of one: what a choice of schedule depends on.
+
+    name : as the driver gives it
+    num_sms : streaming multiprocessors that a kernel can use
+    """
+
+    name: str
+    num_sms: int
+
+
 SM90A = Target(
     arch="sm_90a",
     compute_capability=(9, 0),
@@ -28,3 +40,5 @@ SM90A = Target(
     max_registers_per_thread=255,
     num_sms=132,  # H100 SXM, H200, H800
 )
+
+H100 = Gpu("NVIDIA H100 80GB HBM3", SM90A.num_sms)  # the SXM module

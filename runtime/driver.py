@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DeviceError
-from ..target import SM90A, Target
+from ..target import SM90A, Gpu, Target
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,11 @@ class Device:
     name: str
     compute_capability: tuple[int, int]
     num_sms: int
+
+    @property
+    def gpu(self) -> Gpu:
+        """What schedules are chosen for."""
+        return Gpu(self.name, self.num_sms)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ def _check_device_0() -> str:
     if found != COMPUTE_CAPABILITY:
         return f"device 0 has compute capability {found}, {COMPUTE_CAPABILITY} is needed"
     return ""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_records_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Schedules are those that everyone gets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JITGEN_RECORDS_DIR", str(tmp_path_factory.mktemp("records")))
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

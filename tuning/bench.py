@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
@@ -28,8 +28,8 @@ from ..lower import lower
 from ..problem import Gemm
 from ..runtime import driver
 from ..schedule import Schedule
-from .model import choose
 from .peers import PEERS, check_result
+from .select import select
 from .timing import Measurement, measure_kernel_us
 
 GRID_M = (1, 16, 64, 128, 256, 512, 4096)
@@ -227,16 +227,29 @@ def check_sample(
     """
     if unwritten := int(np.isnan(d).sum()):
         raise VerifyError(f"{kernel.problem}, {kernel.schedule}: {unwritten} elements of D are NaN")
+    check_tiles(kernel, tensors, d, sample_tiles(kernel, d.shape[0], num_random, seed))
+
+
+def sample_tiles(kernel: Kernel, m: int, num_random: int, seed: int = 0) -> list[tuple[int, int]]:
+    """Origins of the first and the last tile of D [m, n], and of some others."""
+    n = kernel.problem.n
     tiles = sorted(
-        (row, column)
-        for row, column in kernel.body.traversal.tiles(*d.shape)
-        if row < d.shape[0] and column < d.shape[1]
+        (row, column) for row, column in kernel.body.traversal.tiles(m, n) if row < m and column < n
     )
     chosen = random.Random(seed).sample(tiles, min(num_random, len(tiles)))
-    sample = sorted({tiles[0], tiles[-1], *chosen})
-    expected = interpret(kernel, tensors, tiles=sample)
+    return sorted({tiles[0], tiles[-1], *chosen})
+
+
+def check_tiles(
+    kernel: Kernel,
+    tensors: Mapping[str, NDArray[Any]],
+    d: NDArray[Any],
+    tiles: Sequence[tuple[int, int]],
+) -> None:
+    """Raise VerifyError unless `d` has the interpreter's bits in the tiles with these origins."""
+    expected = interpret(kernel, tensors, tiles=tiles)
     word = np.dtype(f"u{d.dtype.itemsize}")
-    for row, column in sample:
+    for row, column in tiles:
         traversal = kernel.body.traversal
         tile = slice(row, row + traversal.block_m), slice(column, column + traversal.block_n)
         wrong = np.argwhere(d[tile].view(word) != expected[tile].view(word))
@@ -283,7 +296,7 @@ def bench_gemm(shapes: Iterable[Shape], device: driver.Device) -> Iterator[Row]:
     """
     baselines = baseline_dense() if device.name == baseline_meta()["gpu"] else {}
     for shape in shapes:
-        schedule = choose(shape.problem, shape.m, device.num_sms)
+        schedule = select(shape.problem, shape.m, device.gpu)
         yield _bench_shape(shape, schedule, baselines.get(shape))
 
 
@@ -302,10 +315,10 @@ def _bench_shape(
         gemm(a, b, (sfa, sfb), out=d, schedule=schedule)
 
     call()
-    tensors = {"a": _to_numpy(a, E4M3), "b": _to_numpy(b, E4M3)}
-    tensors |= {"sfa": _to_numpy(sfa, F32), "sfb": _to_numpy(sfb, F32)}
+    tensors = {"a": to_numpy(a, E4M3), "b": to_numpy(b, E4M3)}
+    tensors |= {"sfa": to_numpy(sfa, F32), "sfb": to_numpy(sfb, F32)}
     kernel = lower(shape.problem, schedule)
-    check_sample(kernel, tensors, _to_numpy(d, kernel.problem.d_dtype))
+    check_sample(kernel, tensors, to_numpy(d, kernel.problem.d_dtype))
     checked = d.clone()
     jitgen = measure_kernel_us(call)
     if not torch.equal(d.view(torch.int16), checked.view(torch.int16)):
@@ -337,7 +350,8 @@ def _time_peers(x: Any, weight: Any) -> tuple[dict[str, PeerTime], dict[str, str
     return times, missing
 
 
-def _to_numpy(tensor: Any, dtype: DType) -> NDArray[Any]:
+def to_numpy(tensor: Any, dtype: DType) -> NDArray[Any]:
+    """A torch tensor, copied to the host; bfloat16 and FP8 as ml_dtypes has them."""
     import torch
 
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.size_bytes]

@@ -8,13 +8,15 @@ On these timings the schedule that the model picks is 1.9% slower than the best 
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..expr import acc
 from ..ir import Traversal
-from ..problem import Gemm
+from ..problem import MAX_EXTENT, Gemm
 from ..schedule import BLOCK_K, WGMMA_M, Schedule, num_sfb_rows, part_columns, split_blocks
 from ..target import SM90A, Target
 from .space import candidates
@@ -34,6 +36,9 @@ SMEM_CLOCKS_PER_ROW = 1.05  # a row of 128 bytes read by wgmma or written by TMA
 EPILOGUE_CLOCKS_PER_ELEMENT = 0.03
 LOAD_BYTES_PER_CLOCK = 54.0  # of one SM from L2
 REDUCE_CLOCKS = 1500.0  # exchange of a split cluster's sums
+
+# Two steps an octave from the least row tile on; below it, extents that a schedule may exploit.
+M_BUCKETS = (16, 32, *sorted(base << i for i in range(11) for base in (64, 96))[:-1])
 
 
 def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.num_sms) -> float:
@@ -87,20 +92,33 @@ def choose(problem: Gemm, m: int, num_sms: int = SM90A.num_sms, target: Target =
     return _choose(replace(problem, epilogue=acc), m_bucket(m), num_sms, target)
 
 
+def rank(problem: Gemm, m: int, num_sms: int = SM90A.num_sms) -> dict[Schedule, float]:
+    """Every candidate with its predicted microseconds, the fastest first."""
+    found = {s: predict_us(problem, s, m, num_sms) for s in _candidates(problem)}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def choose_for_all(problem: Gemm, num_sms: int = SM90A.num_sms) -> Schedule:
+    """One schedule for every m: it loses least to the choice of each bucket, in geometric mean."""
+    return _choose_for_all(replace(problem, epilogue=acc), num_sms)
+
+
 def m_bucket(m: int) -> int:
-    """The least of 64, 96, 128, 192 .. 65536 at or above m: what a schedule is chosen for."""
-    bucket = 64
-    while bucket < min(m, 65536):
-        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
-    return bucket
+    """The extent that a schedule is chosen for: the least of M_BUCKETS at or above m, or the last.
+
+    So every problem has a finite number of kernels, whatever m comes.
+    """
+    return M_BUCKETS[min(bisect.bisect_left(M_BUCKETS, m), len(M_BUCKETS) - 1)]
 
 
-def m_buckets(m_max: int) -> list[int]:
-    """Every extent that a schedule is chosen for, up to that of m_max."""
-    buckets = [m_bucket(1)]
-    while buckets[-1] < m_bucket(m_max):
-        buckets.append(m_bucket(buckets[-1] + 1))
-    return buckets
+def m_buckets(extents: Sequence[int]) -> list[int]:
+    """Every bucket that a value of `extents`, in ascending order, falls into."""
+    edges = (*M_BUCKETS[:-1], MAX_EXTENT)
+    ends = [bisect.bisect_right(extents, edge) for edge in edges]
+    starts = (0, *ends[:-1])
+    return [
+        bucket for bucket, start, end in zip(M_BUCKETS, starts, ends, strict=True) if end > start
+    ]
 
 
 def _soft_max(a: float, b: float) -> float:
@@ -108,8 +126,22 @@ def _soft_max(a: float, b: float) -> float:
     return float((a**4 + b**4) ** 0.25)
 
 
+@functools.lru_cache(maxsize=256)
+def _candidates(problem: Gemm, target: Target = SM90A) -> tuple[Schedule, ...]:
+    """All candidates, which every bucket chooses from."""
+    return tuple(candidates(problem, target))
+
+
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: Gemm, m: int, num_sms: int, target: Target) -> Schedule:
     return min(
-        candidates(problem, target), key=lambda schedule: predict_us(problem, schedule, m, num_sms)
+        _candidates(problem, target), key=lambda schedule: predict_us(problem, schedule, m, num_sms)
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_for_all(problem: Gemm, num_sms: int) -> Schedule:
+    def total(schedule: Schedule) -> float:
+        return sum(math.log(predict_us(problem, schedule, m, num_sms)) for m in M_BUCKETS)
+
+    return min(_candidates(problem), key=total)

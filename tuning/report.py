@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import statistics
-import subprocess
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from .bench import (
     baseline_meta,
 )
 from .cutlass import describe
+from .machine import driver_release
 from .peers import PEERS, TOLERANCE
 from .timing import FLUSH_BYTES, NUM_CALLS, NUM_WARMUP_CALLS
 
@@ -111,7 +111,7 @@ def collect_meta(device: driver.Device, *, version: str, arguments: Sequence[str
 
     return Meta(
         gpu=device.name,
-        driver=_driver_release(),
+        driver=driver_release(),
         nvrtc=compiler_version(),
         torch=str(torch.__version__),
         cutlass=describe(),
@@ -132,16 +132,6 @@ def _without_folders(argument: str) -> str:
     """An argument without the folders that a path in it names: they are this machine's affair."""
     option, equals, value = argument.rpartition("=")
     return f"{option}{equals}{PurePath(value).name}" if "/" in value else argument
-
-
-def _driver_release() -> str:
-    """Such as "580.95.05"; where there is no nvidia-smi, the CUDA version that the driver runs."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return f"CUDA {driver.driver_version()}"
-    return done.stdout.partition("\n")[0].strip()
 
 
 # --- figures --------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from ..errors import ScheduleError
 from ..problem import Gemm
@@ -17,6 +17,11 @@ COLUMN_TILES = tuple(range(16, 257, 16))
 # (cluster_m, cluster_n, split_k)
 CLUSTERS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), *((1, 1, split_k) for split_k in range(2, 9)))
 PROMOTIONS: tuple[Promotion, ...] = ("overlapped", "serial")
+# Fields of a schedule that never change a bit of the result.
+NEUTRAL_FIELDS = {
+    *("block_m", "block_n", "num_stages", "num_math_warpgroups", "cluster_m", "cluster_n"),
+    *("raster_group", "promotion"),
+}
 MAX_STAGES = 12  # beyond that, more bytes in flight no longer help
 
 
@@ -45,3 +50,9 @@ def candidates(problem: Gemm, target: Target = SM90A) -> Iterator[Schedule]:
         except ScheduleError:
             continue
         yield schedule
+
+
+def numerics_class(schedule: Schedule) -> tuple[object, ...]:
+    """Schedules of one class give the same bits; those of two classes may add up k differently."""
+    names = (field.name for field in fields(schedule) if field.name not in NEUTRAL_FIELDS)
+    return tuple(getattr(schedule, name) for name in names)

@@ -68,22 +68,28 @@ def measure_kernel_us(
         call()
     for _ in range(NUM_PROFILES - 1):
         with contextlib.suppress(DeviceError):
-            return summarize_calls(_profile(call, calls, flush))
-    return summarize_calls(_profile(call, calls, flush))
+            return summarize_calls(profile_calls([call] * calls))
+    return summarize_calls(profile_calls([call] * calls))
 
 
-def _profile(call: Callable[[], object], num_calls: int, flush: Any) -> list[list[DeviceEvent]]:
-    """What ran on the GPU for each of `num_calls` calls."""
+def profile_calls(calls: Sequence[Callable[[], object]]) -> list[list[DeviceEvent]]:
+    """What ran on the GPU for each of `calls`, one after the other, each with a cold L2.
+
+    Raises
+    ------
+    DeviceError : records were lost; another attempt may succeed
+    """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
+    flush = _flush_buffer(torch.cuda.current_device())
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(num_calls):
+        for call in calls:
             flush.fill_(1)
             call()
         torch.cuda.synchronize()
-    return split_calls(_device_events(profiler.events()), num_calls)
+    return split_calls(_device_events(profiler.events()), len(calls))
 
 
 @functools.cache
@@ -110,7 +116,7 @@ def split_calls(events: Sequence[DeviceEvent], num_calls: int) -> list[list[Devi
 
     Raises
     ------
-    DeviceError : there is not one flush a call, or the calls did not all run the same work
+    DeviceError : there is not one flush a call, or a call ran nothing
     """
     calls: list[list[DeviceEvent]] = []
     ordered = sorted(events, key=lambda event: event.start_us)
@@ -124,17 +130,24 @@ def split_calls(events: Sequence[DeviceEvent], num_calls: int) -> list[list[Devi
             f"the profile of {num_calls} calls holds {len(calls)} L2 flushes: records are missing,"
             " or the call launches the same kernel as the flush"
         )
-    runs = {tuple(event.name for event in call) for call in calls}
-    if len(runs) != 1 or () in runs:
-        raise DeviceError(
-            f"{num_calls} calls must run the same kernels, at least one each, got"
-            f" {' or '.join(str(list(run)) for run in sorted(runs))}"
-        )
+    if not all(calls):
+        raise DeviceError(f"the profile of {num_calls} calls holds none of the kernels of one")
     return calls
 
 
 def summarize_calls(calls: Sequence[Sequence[DeviceEvent]]) -> Measurement:
-    """The measurement that calls of equal work make."""
+    """The measurement that calls of equal work make.
+
+    Raises
+    ------
+    DeviceError : they did not all run the same kernels
+    """
+    runs = {tuple(event.name for event in call) for call in calls}
+    if len(runs) != 1:
+        raise DeviceError(
+            f"{len(calls)} calls must run the same kernels, got"
+            f" {' or '.join(str(list(run)) for run in sorted(runs))}"
+        )
     times = [sum(event.duration_us for event in call) for call in calls]
     return Measurement(
         kernel_us=statistics.fmean(times),

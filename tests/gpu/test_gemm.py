@@ -28,7 +28,7 @@ from jitgen.runtime import driver  # noqa: E402
 from jitgen.runtime.launch import MAX_IDLE_LAUNCHES  # noqa: E402
 from jitgen.runtime.nvrtc import compile_cubin  # noqa: E402
 from jitgen.schedule import max_stages  # noqa: E402
-from jitgen.tuning.model import choose  # noqa: E402
+from jitgen.tuning.select import select  # noqa: E402
 from jitgen.tuning.space import PROMOTIONS, ROW_TILES  # noqa: E402
 
 from . import draws  # noqa: E402
@@ -111,7 +111,7 @@ def test_gemm_chooses_a_schedule_that_equals_interpreter(m: int, n: int, k: int)
     d = jitgen.gemm(inputs["a"], inputs["b"], (inputs["sfa"], inputs["sfb"]))
     assert d.dtype == torch.bfloat16
     assert d.shape == (m, n)
-    schedule = choose(problem, m, driver.device(0).num_sms)
+    schedule = select(problem, m, driver.device(0).gpu)
     draws.compare_tiles(draws.Draw(m, problem, schedule, "row", "plain", SEED), inputs, d, 2)
 
 

@@ -20,6 +20,7 @@ from jitgen import (
     Gemm,
     Schedule,
     acc,
+    api,
     gelu,
     matrix,
     relu,
@@ -31,7 +32,7 @@ from jitgen.dtypes import E4M3
 from jitgen.errors import DeviceError, JitgenError, ProblemError, ScheduleError
 from jitgen.interpret import interpret
 from jitgen.lower import lower
-from jitgen.tuning.model import choose
+from jitgen.tuning.select import select
 
 torch = pytest.importorskip("torch")
 
@@ -61,7 +62,7 @@ def call(arguments: dict[str, Any], **options: Any) -> Any:
 
 def interpreted(problem: Gemm, tensors: dict[str, Any], schedule: Schedule | None = None) -> Array:
     m = tensors["a"].shape[0]
-    return interpret(lower(problem, schedule or choose(problem, m)), tensors)
+    return interpret(lower(problem, schedule or select(problem, m)), tensors)
 
 
 # --- gemm on NumPy arrays -----------------------------------------------------------------------
@@ -185,6 +186,25 @@ def test_gemm_of_no_rows_is_empty(rng: np.random.Generator, d_dtype: Any) -> Non
         bias=np.zeros(N, BFLOAT), residual=np.zeros((0, N), BFLOAT)
     )
     assert call(arguments, epilogue=bound).shape == (0, N)
+
+
+def test_gemm_batch_invariant_gives_each_row_the_same_bits_at_every_m(
+    rng: np.random.Generator, same_bits: SameBits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = make(rng, m=130)
+    asked: list[bool] = []
+
+    def select_noted(problem: Gemm, m: int, *, batch_invariant: bool) -> Schedule:
+        asked.append(batch_invariant)
+        return select(problem, m, batch_invariant=batch_invariant)
+
+    monkeypatch.setattr(api, "select", select_noted)
+    whole = call(arguments, batch_invariant=True)
+    for m in (1, 65):
+        part = arguments | {"a": arguments["a"][:m], "sfa": arguments["sfa"][:m]}
+        same_bits(call(part, batch_invariant=True), whole[:m])
+    call(arguments)
+    assert asked == [True, True, True, False]
 
 
 # --- epilogues ----------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
     played = Played()
 
     def gemm(a: Any, b: Any, scales: Any, *, out: Any, schedule: Schedule) -> None:
-        numpy_a, numpy_b = (bench._to_numpy(tensor, E4M3) for tensor in (a, b))
+        numpy_a, numpy_b = (bench.to_numpy(tensor, E4M3) for tensor in (a, b))
         sfa, sfb = (tensor.numpy() for tensor in scales)
         d = api.gemm(numpy_a, numpy_b, (sfa, sfb), schedule=schedule)
         out.view(torch.int16).copy_(torch.from_numpy(d.view(np.int16)))

@@ -11,7 +11,7 @@ import pytest
 
 from jitgen.build import Prebuilt, build, check_register_split, open_shared_store, prebuild
 from jitgen.codegen import headers, render
-from jitgen.errors import CompileError, StoreError
+from jitgen.errors import CompileError, JitgenError, ScheduleError, StoreError
 from jitgen.lower import kernel_name, lower
 from jitgen.problem import Gemm
 from jitgen.runtime.nvrtc import compile_cubin
@@ -34,6 +34,20 @@ def test_prebuild_passes_on_what_on_done_raises(tmp_path: Path) -> None:
 
     with pytest.raises(KeyError, match="the caller's"):
         prebuild([SMALL], root=tmp_path / "kernels", num_processes=1, on_done=fail)
+
+
+def test_prebuild_hands_over_what_cannot_be_built_and_builds_the_rest(tmp_path: Path) -> None:
+    illegal = SMALL[0], Schedule(64, 100, 4, 1)
+    errors: dict[Any, JitgenError] = {}
+    built = prebuild(
+        [illegal, SMALL],
+        root=tmp_path / "kernels",
+        num_processes=1,
+        on_error=errors.__setitem__,
+    )
+    assert [prebuilt.name for prebuilt in built] == [kernel_name(*SMALL)]
+    assert list(errors) == [illegal]
+    assert isinstance(errors[illegal], ScheduleError)
 
 
 def test_prebuild_names_what_a_dead_process_left_unfinished(tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 from jitgen import build, cli, doctor
 from jitgen.errors import CompileError, JitgenError, ScheduleError, StoreError
 from jitgen.problem import Gemm
+from jitgen.problem_list import read_problems
 from jitgen.runtime import nvrtc
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule, check_schedule
 from jitgen.tuning import bench, host, plot, report
-from jitgen.tuning.model import choose
+from jitgen.tuning.select import named_gpu, select
 from jitgen.tuning.timing import Measurement
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +61,7 @@ def error_line(result: Any) -> str:
 def test_show_prints_every_step(run: Run, store: Path) -> None:
     result = run("show", "--n", 256, "--k", 512, "--m", 64)
     assert result.exit_code == 0, result.stderr
-    schedule = choose(PROBLEM, 64)
+    schedule = select(PROBLEM, 64, named_gpu())
     for part in (str(PROBLEM), str(schedule), "mma(smem_a, smem_b)", "__global__", "B spilled"):
         assert part in result.stdout
     assert str(store) in result.stdout
@@ -257,7 +258,9 @@ def test_prebuild_grid_dense_hands_every_kernel_over(
     monkeypatch.setattr(build, "prebuild", lambda kernels, **options: seen.extend(kernels))
     result = run("prebuild", "--grid", "dense")
     assert result.exit_code == 0, result.output
-    expected = {(shape.problem, choose(shape.problem, shape.m)) for shape in bench.GRID_DENSE}
+    expected = {
+        (shape.problem, select(shape.problem, shape.m, named_gpu())) for shape in bench.GRID_DENSE
+    }
     assert len(seen) == len(expected)
     assert set(seen) == expected
 
@@ -279,11 +282,11 @@ def test_prebuild_reports_what_was_built_before_an_error(
 
 def test_read_problems_with_m_max_covers_every_m(tmp_path: Path) -> None:
     entry = {"n": 256, "k": 512, "m_max": 700, "out_dtype": "f32"}
-    pairs = cli.read_problems(write(tmp_path / "problems.json", [entry]))
+    pairs = read_problems(write(tmp_path / "problems.json", [entry]))
     (problem,) = {problem for problem, _ in pairs}
     assert (problem.n, problem.k, problem.d_dtype.short) == (256, 512, "f32")
-    planned = {choose(problem, m) for _, m in pairs}
-    assert planned == {choose(problem, m) for m in range(1, 701)}
+    planned = {select(problem, m, named_gpu()) for _, m in pairs}
+    assert planned == {select(problem, m, named_gpu()) for m in range(1, 701)}
 
 
 GOOD = {"n": 256, "k": 512, "m": [1]}
@@ -361,7 +364,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[bench.Shape]:
             shapes.append(shape)
             times = [2 * shape.floor_us, 1.5 * shape.floor_us]
             ours, theirs = (Measurement(us, 0.1, us, us, 12, ("k",)) for us in times)
-            schedule = choose(shape.problem, shape.m)
+            schedule = select(shape.problem, shape.m)
             peers = {"cublaslt": bench.PeerTime("", theirs)}
             yield bench.Row(shape, schedule, ours, peers, {}, bench.baseline_dense().get(shape))
 

@@ -6,9 +6,12 @@ import dataclasses
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ from jitgen import (
     Schedule,
     acc,
     cast,
+    codegen,
     gelu,
     matrix,
     maximum,
@@ -183,6 +187,34 @@ def test_render_of_equal_problems_is_equal() -> None:
 def test_render_differs_for_every_schedule(problem: Gemm) -> None:
     sources = [render(lower(problem, schedule)) for schedule in candidates(problem)]
     assert len(set(sources)) == len(sources)
+
+
+def test_fingerprint_changes_with_device_code_and_with_what_prints_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fingerprint() -> str:
+        codegen.fingerprint.cache_clear()
+        return codegen.fingerprint()
+
+    first = fingerprint()
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    assert fingerprint() == first
+    with monkeypatch.context() as patch:
+        patch.setattr(codegen, "headers", lambda: headers() | {"jitgen/new.cuh": ""})
+        assert fingerprint() != first
+    for name in ("jitgen.templates/gemm.cu.j2", "jitgen/lower.py"):
+        package, _, file = name.rpartition("/")
+        copy = tmp_path / package
+        shutil.copytree(str(resources.files(package)), copy, symlinks=False)
+        (copy / file).write_text((copy / file).read_text() + "//")
+
+        def files(anchor: str, package: str = package, copy: Path = copy) -> Any:
+            return copy if anchor == package else resources.files(anchor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(codegen, "resources", SimpleNamespace(files=files))
+            assert fingerprint() != first, name
+    assert fingerprint() == first
 
 
 # --- form ---------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_run_demo_fp8_embeddings_agree_with_fp32(
     assert {m for _, m in result.calls} == {result.num_tokens}
     assert f"min cosine {result.cosines.min():.5f}" in output.getvalue()
     assert "4 kernels compiled, 0 already there," in output.getvalue()
-    again = demo._compile_kernels(result.calls, demo.InterpreterBackend.num_sms)
+    again = demo._compile_kernels(result.calls, demo.InterpreterBackend.gpu)
     assert (again.num_compiled, again.num_cached) == (0, 4)
 
 

@@ -40,6 +40,7 @@ ALLOWED |= {
     "runtime": set(FOUNDATION),  # NVRTC, kernel store, driver: knows no problem and no kernel
     "tuning": _before | {"runtime"},  # candidates, cost model, measured records
     "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
+    "tuning.measure": _before | {"api"},  # checks, and times, what may be recorded
     "tuning.timing": {"errors"},  # of any call
     "tuning.peers": _before | {"tuning", "api"},  # what it is timed beside
     "tuning.cutlass": {"errors", "runtime"},  # a peer that nvcc builds
@@ -51,21 +52,26 @@ ALLOWED |= {
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
     "calls": _before | {"runtime", "tuning", "arrays", "build"},  # on torch, prepared once
     "api": _before | {"tuning", "arrays", "calls"},  # what users call
-    "jitgen": _before | {"api"},  # __init__.py: the public names
+    "plans": _before | {"tuning", "build"},  # finite sets of kernels
+    "jitgen": _before | {"api", "plans"},  # __init__.py: the public names
     "minilm": _before,  # the demo's model
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
     "doctor": _before | {"runtime", "build", "tuning", "api", "jitgen"},
     "console": set(),  # what the commands print on
-    "cli_bench": {"errors", "console", "jitgen", "tuning.bench", "tuning.host"}
+    "problem_list": _before | {"tuning", "tuning.bench"},  # what to compile or tune
+    "cli_bench": {"errors", "console", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot"},
-    "cli": _before | {"build", "console", "tuning", "tuning.bench", "cli_bench", "doctor", "demo"},
+    "cli_tune": _before
+    | {"runtime", "build", "console", "jitgen", "problem_list", "tuning", "tuning.measure"},
+    "cli": _before
+    | {"build", "console", "problem_list", "tuning", "cli_bench", "cli_tune", "doctor", "demo"},
     "__main__": {"cli"},
 }
 
 # Libraries that most users lack or wait for: who may import them, and only inside functions.
 LAZY: dict[str, set[str]] = {
     "torch": {"calls", "demo", "tuning.bench", "tuning.host", "tuning.peers", "tuning.report"}
-    | {"tuning.timing"},
+    | {"tuning.measure", "tuning.timing"},
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
     "jinja2": {"codegen"},

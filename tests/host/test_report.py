@@ -166,7 +166,7 @@ def test_result_rejects_json_of_another_version(
 
 def test_collect_meta_keeps_no_folder_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    monkeypatch.setattr(report, "_driver_release", lambda: "580.1")
+    monkeypatch.setattr(report, "driver_release", lambda: "580.1")
     monkeypatch.setattr(report, "describe", lambda: "4.2.0 (nvcc 13.0.88)")
     arguments = ["bench", "gemm", "--json", "/tmp/out/a b.json", "--markdown=/work/docs/p.md"]
     meta = report.collect_meta(H100, version="0.1.0", arguments=arguments)

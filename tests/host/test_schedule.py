@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from typing import Any, get_args
 
@@ -28,7 +29,7 @@ from jitgen.schedule import (
     smem_plan,
 )
 from jitgen.target import SM90A
-from jitgen.tuning.model import choose, m_bucket, predict_us
+from jitgen.tuning.model import M_BUCKETS, choose, choose_for_all, m_bucket, predict_us
 from jitgen.tuning.space import CLUSTERS, MAX_STAGES, ROW_TILES, candidates
 
 SMEM_BYTES = 227 * 1024  # HOPPER.md section 7 and the CUDA programming guide: 227 KiB a block
@@ -424,9 +425,20 @@ def test_choose_works_for_any_number_of_sms(num_sms: int) -> None:
     check_schedule(PROBLEM, choose(PROBLEM, 4096, num_sms))
 
 
+@settings(max_examples=5)
+@given(problems)
+def test_choose_for_all_loses_least_over_all_buckets(problem: Gemm) -> None:
+    def loss(schedule: Schedule) -> float:
+        return math.prod(predict_us(problem, schedule, m) / best[m] for m in M_BUCKETS)
+
+    best = {m: predict_us(problem, choose(problem, m), m) for m in M_BUCKETS}
+    losses = [loss(schedule) for schedule in candidates(problem)]
+    assert loss(choose_for_all(problem)) == pytest.approx(min(losses))
+
+
 @given(st.integers(0, 65536))
 def test_m_bucket_is_the_least_extent_at_or_above_m(m: int) -> None:
-    extents = sorted({64 * 2**i for i in range(12)} | {96 * 2**i for i in range(12)})
+    extents = sorted({16, 32} | {64 * 2**i for i in range(12)} | {96 * 2**i for i in range(12)})
     assert m_bucket(m) == next(extent for extent in extents if extent >= m)
 
 

@@ -1,0 +1,109 @@
+"""Lists of problems, from a file or from options: what is to be compiled or tuned, at which m."""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import Enum
+from pathlib import Path
+
+from .dtypes import BF16, DType, dtype_of
+from .errors import ProblemError
+from .problem import MAX_EXTENT, Gemm, check_problem
+from .tuning.model import m_buckets
+
+PROBLEMS_HELP = (
+    'JSON: a list of {"n": 7168, "k": 2048, "m": [1, 64]}; instead of m, "m_max": 4096 stands for'
+    ' every m up to it; "out_dtype" is bfloat16 by default.'
+)
+
+
+GPU_HELP = 'Its name as the driver gives it; default: this machine\'s, or "NVIDIA H100 80GB HBM3".'
+NUM_SMS_HELP = "Multiprocessors of that GPU; default: this machine's, or 132."
+
+
+class Grid(str, Enum):
+    """A named list of shapes."""
+
+    dense = "dense"
+
+    def problems(self) -> list[tuple[Gemm, int]]:
+        """The shapes that `jitgen bench gemm` measures."""
+        from .tuning.bench import GRID_DENSE
+
+        return [(shape.problem, shape.m) for shape in GRID_DENSE]
+
+
+def read_problems(path: Path) -> list[tuple[Gemm, int]]:
+    """The problems of a file as PROBLEMS_HELP describes it, each with every m to choose for.
+
+    Raises
+    ------
+    ProblemError : the file cannot be read, or an entry breaks a rule; says which entry and field
+    """
+    try:
+        entries = json.loads(path.read_text())
+    except OSError as error:
+        raise ProblemError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ProblemError(f"{path} is not JSON: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise ProblemError(f"{path} must hold a list of problems, not empty")
+    pairs: list[tuple[Gemm, int]] = []
+    for i, entry in enumerate(entries):
+        try:
+            problem, extents = _read_problem(entry)
+        except ProblemError as error:
+            raise ProblemError(f"{path}, entry {i}: {error}") from None
+        pairs += [(problem, m) for m in extents]
+    return pairs
+
+
+def parse_extents(text: str) -> list[int]:
+    """Every m to choose for, of a text such as "1..4096" or "1,64,128..512", ends included.
+
+    Raises
+    ------
+    ProblemError : a part of `text` is not understood, or is no extent
+    """
+    extents: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", part.strip(), re.ASCII)
+        if not match:
+            raise ProblemError(f"m has {part!r} where a number or a range is due, such as 1..4096")
+        first, last = (_read_extent("m", int(number or match[1])) for number in match.groups())
+        if first > last:
+            raise ProblemError(f"m has {part!r}, a range that ends before it begins")
+        extents += [first] if match[2] is None else m_buckets(range(first, last + 1))
+    return extents
+
+
+def _read_problem(entry: object) -> tuple[Gemm, list[int]]:
+    if not isinstance(entry, dict):
+        raise ProblemError(f"must be an object with n, k and m or m_max, got {entry!r:.80}")
+    if unknown := set(entry) - {"n", "k", "m", "m_max", "out_dtype"}:
+        raise ProblemError(f"unknown field {min(unknown)}: use n, k, m or m_max, out_dtype")
+    if missing := {"n", "k"} - set(entry):
+        raise ProblemError(f"field {min(missing)} is missing")
+    problem = Gemm(entry["n"], entry["k"], _read_dtype(entry.get("out_dtype", BF16.name)))
+    check_problem(problem)
+    if ("m" in entry) == ("m_max" in entry):
+        raise ProblemError("give either m, a list, or m_max")
+    if "m_max" in entry:
+        return problem, m_buckets(range(1, _read_extent("m_max", entry["m_max"]) + 1))
+    extents = entry["m"]
+    if not isinstance(extents, list) or not extents:
+        raise ProblemError(f"m must be a list of extents, not empty, got {extents!r:.80}")
+    return problem, [_read_extent(f"m[{i}]", m) for i, m in enumerate(extents)]
+
+
+def _read_dtype(name: object) -> DType:
+    if not isinstance(name, str):
+        raise ProblemError(f"out_dtype must be a name, got {name!r:.80}")
+    return dtype_of(name)
+
+
+def _read_extent(field: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_EXTENT:
+        raise ProblemError(f"{field} must be an int in 1..{MAX_EXTENT}, got {value!r:.80}")
+    return value

@@ -1,0 +1,252 @@
+"""`jitgen tune` and `jitgen records`, with a measuring process that needs no GPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from jitgen import build, cli
+from jitgen.errors import CompileError
+from jitgen.problem import Gemm
+from jitgen.runtime import driver
+from jitgen.runtime.driver import Device
+from jitgen.schedule import Schedule
+from jitgen.tuning import machine, measure, select, worker
+from jitgen.tuning.records import read_folder, save
+from jitgen.tuning.session import JOURNAL
+from jitgen.tuning.tune import NUM_CANDIDATES, make_jobs
+
+from .test_records import OTHERS, RECORD
+
+GPU = Device(0, "NVIDIA H100 80GB HBM3", (9, 0), 132)
+SHAPE = ("--n", 256, "--k", 512)
+PROBLEM = Gemm(256, 512)
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run() -> Run:
+    return lambda *arguments: CliRunner().invoke(cli.app, [str(part) for part in arguments])
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's records of this test."""
+    monkeypatch.setenv("JITGEN_RECORDS_DIR", str(tmp_path / "records"))
+    select.reload_records()
+    yield tmp_path / "records"
+    select.reload_records()
+
+
+Fake = Callable[..., None]
+
+
+@pytest.fixture
+def fake(records: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """A machine with a GPU, whose measurer has these faults; kernels are not compiled."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    module = importlib.import_module("fake_measurer")
+    monkeypatch.setattr(driver, "num_devices", lambda: 1)
+    monkeypatch.setattr(driver, "device", lambda ordinal: GPU)
+    monkeypatch.setattr(machine, "driver_release", lambda: "580.95.05")
+    monkeypatch.setattr(machine, "sm_clock_mhz", lambda: 1755)
+    monkeypatch.setattr(build, "prebuild", lambda kernels, **options: [])
+
+    def install(**faults: object) -> None:
+        maker = functools.partial(module.make_fake, **faults)
+        monkeypatch.setattr(measure, "GpuMeasurer", maker)
+
+    install()
+    return install
+
+
+def schedules(m: int = 64, count: int = NUM_CANDIDATES) -> tuple[Schedule, ...]:
+    (job,) = make_jobs([(PROBLEM, m)], GPU.gpu, count)
+    return job.schedules
+
+
+def test_tune_records_what_gemm_then_chooses(run: Run, fake: Fake, records: Path) -> None:
+    best = schedules()[5]
+    fake(times_us={best: 50.0})
+    result = run("tune", *SHAPE, "--m", 64)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("shapes: 1 measured, 0 unstable, 0 failed, 0 not reached, ")
+    assert str(records) in result.stdout
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("kernels: 0 compiled")
+    assert lines[1].startswith("m64-n256-k512-bf16: ")
+    assert "2.0" in lines[1]
+    assert "x as fast as before" in lines[1]
+    assert str(best) in lines[1]
+    select.reload_records()
+    assert select.select(PROBLEM, 50) == best
+    (record,) = read_folder(records)
+    assert (record.m, record.sm_clock_mhz, record.num_candidates) == (64, 1755, NUM_CANDIDATES)
+    assert record.provenance.driver == "580.95.05"
+
+
+def test_tune_covers_a_range_and_goes_on_where_it_was(run: Run, fake: Fake, records: Path) -> None:
+    first = run("tune", *SHAPE, "--m", "1..64", "--candidates", 4)
+    assert first.stdout.startswith("shapes: 3 measured")
+    assert sorted(record.m for record in read_folder(records)) == [16, 32, 64]
+    second = run("tune", *SHAPE, "--m", "1..128", "--candidates", 4)
+    assert "3 shapes are recorded already: see --no-resume" in second.stderr
+    assert second.stdout.startswith("shapes: 2 measured")
+    assert len((records / JOURNAL).read_text().splitlines()) == 5
+    third = run("tune", *SHAPE, "--m", "1..128", "--candidates", 4, "--no-resume")
+    assert third.stdout.startswith("shapes: 5 measured")
+
+
+def test_tune_survives_a_death_and_a_hang(
+    run: Run, fake: Fake, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadly, hanging, best = schedules()[1:4]
+    measurer = functools.partial(worker.IsolatedMeasurer, call_timeout_s=2)
+    monkeypatch.setattr(worker, "IsolatedMeasurer", measurer)
+    fake(deadly=(deadly,), hanging=(hanging,), times_us={best: 60.0})
+    result = run("tune", *SHAPE, "--m", 64)
+    assert result.exit_code == 0, result.output
+    assert "; 2 schedules failed, see the journal" in result.stderr
+    assert read_folder(records)[0].schedule == best
+    (line,) = map(json.loads, (records / JOURNAL).read_text().splitlines())
+    errors = {error["schedule"]["block_n"]: error["error"] for error in line["errors"]}
+    assert len(line["errors"]) == 2
+    assert any("did not answer for 2 s" in error for error in errors.values())
+
+
+def test_tune_stops_at_its_time_limit(run: Run, fake: Fake, records: Path) -> None:
+    result = run("tune", *SHAPE, "--m", "1..64", "--time-limit", 0)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("shapes: 0 measured, 0 unstable, 0 failed, 3 not reached")
+
+
+def test_tune_does_not_record_what_is_unstable(run: Run, fake: Fake, records: Path) -> None:
+    fake(noise=0.4)
+    result = run("tune", *SHAPE, "--m", 64, "--candidates", 3)
+    assert result.exit_code == 0
+    assert "m64-n256-k512-bf16: unstable: the time" in result.stderr
+    assert read_folder(records) == []
+
+
+def test_tune_fails_if_a_shape_fails(run: Run, fake: Fake, records: Path) -> None:
+    fake(wrong=schedules(64, 3))
+    result = run("tune", *SHAPE, "--m", 64, "--candidates", 3, "--output", records.parent / "new")
+    assert result.exit_code == 1
+    assert "failed: no schedule can be measured; 3 schedules failed" in result.stderr
+    assert (records.parent / "new" / JOURNAL).is_file()
+    assert not records.exists()
+
+
+def test_tune_goes_on_without_kernels_that_cannot_be_compiled(
+    run: Run, fake: Fake, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = schedules(64, 3)[1]
+
+    def prebuild(kernels: list[Any], *, on_error: Callable[..., None], **options: Any) -> list[Any]:
+        on_error((PROBLEM, refused), CompileError("it spills", "a long log"))
+        return [build.Prebuilt("gemm", i == 0, 0.1) for i in range(len(kernels) - 1)]
+
+    monkeypatch.setattr(build, "prebuild", prebuild)
+    fake(times_us={refused: 10.0})
+    result = run("tune", *SHAPE, "--m", 64, "--candidates", 3)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("kernels: 1 compiled, 1 already there, 1 refused, ")
+    assert f"refused: {refused}: it spills\n" in result.stderr
+    (record,) = read_folder(records)
+    assert record.schedule != refused
+    assert record.num_candidates == 2
+
+
+def test_tune_grid_dense_has_a_job_for_each_bucket(run: Run, fake: Fake, records: Path) -> None:
+    result = run("tune", "--grid", "dense", "--time-limit", 0)
+    assert "42 not reached" in result.stdout  # m = 1 and 16 share a bucket
+
+
+def test_tune_compile_only_needs_no_gpu(
+    run: Run, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JITGEN_CACHE_DIR", str(tmp_path / "cache"))
+    build.default_store.cache_clear()
+    options = ("--candidates", 2, "--compile-only", "--gpu", "NVIDIA H800", "--processes", 1)
+    result = run("tune", *SHAPE, "--m", 64, *options)
+    build.default_store.cache_clear()
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("kernels: 2 compiled, 0 already there, 0 refused")
+    assert len(list((tmp_path / "cache" / "kernels").glob("??/*/kernel.cubin"))) == 2
+    assert not records.exists()
+
+
+def test_tune_without_gpu_is_one_error_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "device", lambda ordinal: replace(GPU, compute_capability=(8, 0)))
+    result = run("tune", *SHAPE)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: NVIDIA H100 80GB HBM3 (cuda:0) is sm_80")
+
+
+def test_tune_without_torch_is_one_error_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = run("tune", *SHAPE)
+    assert result.exit_code == 1
+    assert "pip install 'jitgen[bench]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --grid, --problems, or --n with --k"),
+        (["--n", 256], "give one of --grid, --problems, or --n with --k"),
+        (["--grid", "dense", *SHAPE], "give one of --grid, --problems, or --n with --k"),
+        ([*SHAPE, "--gpu", "NVIDIA H200"], "--gpu and --num-sms go with --compile-only"),
+    ],
+)
+def test_tune_rejects_options(run: Run, arguments: list[object], message: str) -> None:
+    result = run("tune", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--n", 100, "--k", 512], "n = 100 must be a positive multiple of 8"),
+        ([*SHAPE, "--m", "1-64"], "m has '1-64'"),
+        (["--problems", "none.json"], "none.json: No such file"),
+    ],
+)
+def test_tune_rejects_in_one_line(run: Run, arguments: list[object], message: str) -> None:
+    result = run("tune", *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+def test_records_merge_puts_folders_together(run: Run, tmp_path: Path) -> None:
+    faster = replace(RECORD, kernel_us=9.0)
+    save(tmp_path / "a", [RECORD, *OTHERS[:2]])
+    save(tmp_path / "b", [faster, *OTHERS[2:]])
+    result = run("records", "merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"records: 7 read, 6 in {tmp_path / 'c'}\n"
+    assert set(read_folder(tmp_path / "c")) == {faster, *OTHERS}
+
+
+def test_records_merge_rejects_a_broken_file(run: Run, tmp_path: Path) -> None:
+    save(tmp_path / "a", [RECORD])
+    (path,) = (tmp_path / "a").glob("*/*.json")
+    path.write_text("[]")
+    result = run("records", "merge", tmp_path / "a", "-o", tmp_path / "c")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {path}: must be an object")
+    assert not (tmp_path / "c").exists()

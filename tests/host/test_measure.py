@@ -1,0 +1,254 @@
+"""The GPU's measurer with the GPU's part played on the CPU: what it proves, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jitgen import api
+from jitgen.dtypes import E4M3, F32
+from jitgen.errors import CandidateError, DeviceError, ProblemError, ScheduleError, VerifyError
+from jitgen.problem import Gemm
+from jitgen.schedule import Schedule
+from jitgen.tuning import bench, measure
+from jitgen.tuning.measure import GpuMeasurer, time_in_turns
+from jitgen.tuning.timing import NUM_PROFILES, DeviceEvent
+
+torch = pytest.importorskip("torch")
+
+PROBLEM, M = Gemm(136, 256), 70
+FIRST, SECOND, THIRD = (Schedule(64, columns, 4, 1) for columns in (64, 32, 48))
+
+
+class Played:
+    """Runs gemm on the interpreter; `spoil` may alter the result of a schedule."""
+
+    def __init__(self) -> None:
+        self.launched: list[Schedule] = []
+        self.num_interpreted = 0
+        self.spoil: Callable[[Any, Schedule], None] = lambda d, schedule: None
+
+    def gemm(self, a: Any, b: Any, scales: Any, *, out: Any, schedule: Schedule) -> None:
+        self.launched.append(schedule)
+        numpy_a, numpy_b = (bench.to_numpy(tensor, E4M3) for tensor in (a, b))
+        sfa, sfb = (bench.to_numpy(tensor, F32) for tensor in scales)
+        dtype = str(out.dtype).removeprefix("torch.")
+        d = api.gemm(numpy_a, numpy_b, (sfa, sfb), schedule=schedule, out_dtype=dtype)
+        word = {2: torch.int16, 4: torch.int32}[out.itemsize]
+        out.view(word).copy_(torch.from_numpy(d.view(f"i{out.itemsize}")))
+        self.spoil(out, schedule)
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Played:
+    played = Played()
+    sample_tiles = measure.sample_tiles
+
+    def counted(*arguments: Any) -> list[tuple[int, int]]:
+        played.num_interpreted += 1
+        return sample_tiles(*arguments)
+
+    monkeypatch.setattr(measure, "gemm", played.gemm)
+    monkeypatch.setattr(measure, "sample_tiles", counted)
+    monkeypatch.setattr(measure, "check_machine", lambda: None)
+    return played
+
+
+@pytest.fixture
+def measurer(played: Played) -> GpuMeasurer:
+    return GpuMeasurer("cpu")
+
+
+@pytest.mark.parametrize("problem", [PROBLEM, Gemm(136, 256, F32)], ids=["bf16", "f32"])
+def test_check_proves_one_schedule_and_compares_the_others_with_it(
+    played: Played, measurer: GpuMeasurer, problem: Gemm
+) -> None:
+    for schedule in (FIRST, SECOND, THIRD, FIRST):
+        measurer.check(problem, M, schedule)
+    assert played.launched == [FIRST, SECOND, THIRD, FIRST]
+    assert played.num_interpreted == 1
+
+
+def test_check_proves_one_schedule_of_each_numerics_class(
+    played: Played, measurer: GpuMeasurer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "numerics_class", lambda schedule: (schedule.block_n == 32,))
+    for schedule in (FIRST, SECOND, THIRD):
+        measurer.check(PROBLEM, M, schedule)
+    assert played.num_interpreted == 2
+
+
+def test_check_compares_numerics_classes_with_each_other(
+    played: Played, measurer: GpuMeasurer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(d: Any, schedule: Schedule) -> None:
+        if schedule == SECOND:
+            d[40, 50] *= 1.1
+
+    monkeypatch.setattr(measure, "numerics_class", lambda schedule: (schedule.block_n,))
+    monkeypatch.setattr(measure, "sample_tiles", lambda *a: [(64, 0)])  # which misses it
+    played.spoil = spoil
+    measurer.check(PROBLEM, M, FIRST)
+    measurer.check(PROBLEM, M, THIRD)
+    with pytest.raises(CandidateError, match=r"in the rows from 0: .* the first, \[40, 50\]"):
+        measurer.check(PROBLEM, M, SECOND)
+
+
+@pytest.mark.parametrize("k", [512, 16384])
+def test_check_takes_results_that_add_up_k_in_another_order(
+    played: Played, measurer: GpuMeasurer, k: int
+) -> None:
+    for split_k in (1, 2, 4):
+        measurer.check(Gemm(136, k), 5, Schedule(64, 16, 4, 1, split_k=split_k))
+    assert played.num_interpreted == 3
+
+
+def test_check_proves_again_for_another_m(played: Played, measurer: GpuMeasurer) -> None:
+    for m in (M, 5, M):
+        measurer.check(PROBLEM, m, FIRST)
+    assert played.num_interpreted == 3
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        ((0, 0), r"in the rows from 0: .* in 1 of 2048 elements; the first, \[0, 0\]"),
+        ((33, 77), r"in the rows from 0: .* in 1 of 2048 elements; the first, \[33, 77\]"),
+        ((69, 135), r"in the rows from 64: .* in 1 of 48 elements; the first, \[5, 135\]"),
+    ],
+    ids=str,
+)
+def test_check_rejects_one_wrong_bit_anywhere(
+    played: Played, measurer: GpuMeasurer, at: tuple[int, int], message: str
+) -> None:
+    def spoil(d: Any, schedule: Schedule) -> None:
+        if schedule == SECOND:
+            d.view(torch.int16)[at] ^= 1
+
+    played.spoil = spoil
+    measurer.check(PROBLEM, M, FIRST)
+    with pytest.raises(CandidateError, match=message):
+        measurer.check(PROBLEM, M, SECOND)
+    measurer.check(PROBLEM, M, THIRD)
+
+
+def test_check_rejects_elements_that_are_not_written(played: Played, measurer: GpuMeasurer) -> None:
+    def spoil(d: Any, schedule: Schedule) -> None:
+        if schedule != THIRD:
+            d[30, 70] = np.nan  # what the buffer held before
+
+    played.spoil = spoil
+    with pytest.raises(CandidateError, match="1 elements of D are NaN"):
+        measurer.check(PROBLEM, M, FIRST)
+    measurer.check(PROBLEM, M, THIRD)
+    with pytest.raises(CandidateError, match="differs from the interpreter's"):
+        measurer.check(PROBLEM, M, SECOND)
+
+
+def test_check_finds_out_that_the_proven_schedule_is_wrong(
+    played: Played, measurer: GpuMeasurer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "sample_tiles", lambda *a: [(64, 64)])  # which misses it
+
+    def spoil(d: Any, schedule: Schedule) -> None:
+        if schedule == FIRST:
+            d[1, 2] += 1
+
+    played.spoil = spoil
+    measurer.check(PROBLEM, M, FIRST)
+    with pytest.raises(VerifyError, match=rf"{FIRST} is wrong at \[1, 2\]"):
+        measurer.check(PROBLEM, M, SECOND)
+
+
+def test_check_rejects_a_schedule_that_is_refused(
+    measurer: GpuMeasurer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise ScheduleError("too much shared memory")
+
+    monkeypatch.setattr(measure, "gemm", refuse)
+    with pytest.raises(CandidateError, match="too much shared memory"):
+        measurer.check(PROBLEM, M, FIRST)
+
+
+def test_check_rejects_a_problem_that_does_not_fit(
+    measurer: GpuMeasurer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_up(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 200 GiB")
+
+    monkeypatch.setattr(measure, "quantize", fill_up)
+    with pytest.raises(ProblemError, match="m = 70 does not fit into the GPU's memory"):
+        measurer.check(PROBLEM, M, FIRST)
+
+
+def test_measurer_rejects_a_machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="needs a Hopper GPU"):
+        GpuMeasurer()
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+def profile(monkeypatch: pytest.MonkeyPatch, lost: list[bool]) -> None:
+    """Each call runs the kernels that it returns; a profile that is lost raises."""
+
+    def profile_calls(calls: list[Callable[[], Any]]) -> list[list[DeviceEvent]]:
+        if lost.pop(0):
+            raise DeviceError("records are missing")
+        return [[DeviceEvent(name, 0.0, us) for name, us in call()] for call in calls]
+
+    monkeypatch.setattr(measure, "profile_calls", profile_calls)
+
+
+def test_time_in_turns_sums_the_kernels_of_each_call_after_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    profile(monkeypatch, [True, False])
+    order: list[str] = []
+
+    def call(name: str) -> list[tuple[str, float]]:
+        order.append(name)
+        return [(name, len(order)), ("reduce", 100.0)]
+
+    times = time_in_turns([lambda: call("a"), lambda: call("b")], 2)
+    assert order == ["a", "b"] * 3
+    assert times == [[103.0, 105.0], [104.0, 106.0]]
+
+
+def test_time_in_turns_rejects_profiles_that_stay_incomplete(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    profile(monkeypatch, [True] * NUM_PROFILES)
+    with pytest.raises(DeviceError, match="records are missing"):
+        time_in_turns([lambda: [("a", 1.0)]], 2)
+
+
+def test_time_in_turns_rejects_calls_that_run_other_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    profile(monkeypatch, [False] * NUM_PROFILES)
+    names = iter("abcdefghi")
+    with pytest.raises(DeviceError, match="must run the same kernels"):
+        time_in_turns([lambda: [(next(names), 1.0)]], 2)
+
+
+def test_time_launches_every_schedule_before_it_profiles(
+    played: Played, measurer: GpuMeasurer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def in_turns(calls: list[Callable[[], None]], num_calls: int) -> list[list[float]]:
+        seen.append(len(played.launched))
+        for call in calls:
+            call()
+        return [[1.0] * num_calls for _ in calls]
+
+    monkeypatch.setattr(measure, "time_in_turns", in_turns)
+    assert measurer.time(PROBLEM, M, [FIRST, SECOND], 3) == [[1.0] * 3] * 2
+    assert seen == [2]
+    assert played.launched == [FIRST, SECOND] * 2

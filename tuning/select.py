@@ -1,0 +1,94 @@
+"""Selection: the schedule of a call, decided in one place for `gemm`, plans and the command line.
+
+A measured record of the user's goes before one that comes with jitgen, and that before the cost
+model.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import ScheduleError, StoreError
+from ..expr import acc
+from ..problem import Gemm
+from ..runtime import driver
+from ..schedule import Schedule, check_schedule
+from ..target import H100, SM90A, Gpu
+from .model import choose, choose_for_all, m_bucket
+from .records import file_of, read_file, shipped_folder, user_folder
+
+
+def select(problem: Gemm, m: int, gpu: Gpu = H100, *, batch_invariant: bool = False) -> Schedule:
+    """The schedule for `m` rows on `gpu`: one for all m of a bucket, so that they are finite.
+
+    Parameters
+    ----------
+    problem : its epilogue does not matter, unless it rules a schedule out
+    m : rows of A; any
+    batch_invariant : one schedule for every m, so that the bits of a row do not depend on m
+
+    The records are read once in a process, see `reload_records`. A records file that is broken
+    costs a warning and is ignored.
+    """
+    if batch_invariant:
+        return choose_for_all(problem, gpu.num_sms)
+    return _select(problem, m_bucket(m), gpu)
+
+
+def named_gpu(name: str | None = None, num_sms: int | None = None) -> Gpu:
+    """A GPU by its name, as the driver gives it, and its number of multiprocessors.
+
+    By default this machine's first GPU that runs jitgen's kernels or, without one, an H100 SXM. A
+    GPU that is named and is not that one has 132 SMs (H100 SXM, H200, H800) unless `num_sms` tells.
+    """
+    if name is None or num_sms is None:
+        local = _local_gpu()
+        name = name or local.name
+        num_sms = num_sms or (local.num_sms if name == local.name else H100.num_sms)
+    return Gpu(name, num_sms)
+
+
+def _local_gpu() -> Gpu:
+    for ordinal in range(driver.num_devices()):
+        found = driver.device(ordinal)
+        if found.compute_capability == SM90A.compute_capability:
+            return found.gpu
+    return H100
+
+
+def reload_records() -> None:
+    """Let `select` read the records anew, after they were changed."""
+    _select.cache_clear()
+    _schedules.cache_clear()
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(problem: Gemm, bucket: int, gpu: Gpu) -> Schedule:
+    plain = replace(problem, epilogue=acc)
+    for folder in (user_folder(), shipped_folder()):
+        schedule = _schedules(file_of(folder, gpu, plain)).get((gpu, plain, bucket))
+        if schedule is not None and _is_legal(problem, schedule):
+            return schedule
+    return choose(problem, bucket, gpu.num_sms)
+
+
+@functools.lru_cache(maxsize=4096)
+def _schedules(path: Path) -> dict[tuple[Gpu, Gemm, int], Schedule]:
+    """The schedules of a records file, by what they are for; none if it is broken."""
+    try:
+        return {record.key: record.schedule for record in read_file(path)}
+    except StoreError as error:
+        warnings.warn(f"tuning records ignored: {error}", stacklevel=2)
+        return {}
+
+
+def _is_legal(problem: Gemm, schedule: Schedule) -> bool:
+    """Whether the schedule, of a record that may be old, can run the problem."""
+    try:
+        check_schedule(problem, schedule)
+    except ScheduleError:
+        return False
+    return True
