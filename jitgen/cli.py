@@ -21,7 +21,7 @@ from .errors import CompileError, JitgenError, ScheduleError, one_line
 from .expr import Expr, acc, gelu, matrix, relu, silu, vector
 from .problem import Gemm, check_problem
 from .problem_list import GPU_HELP, NUM_SMS_HELP, PROBLEMS_HELP, Grid, read_problems
-from .schedule import Schedule, max_stages
+from .schedule import Schedule, check_ranges, max_stages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -194,8 +194,9 @@ def parse_schedule(text: str, problem: Gemm) -> Schedule:
         else:
             raise ScheduleError(f"schedule has {word!r}: {name} must be a number")
     schedule = Schedule(**fields, promotion=promotion)
-    if "stages" in text or not schedule.block_n:
+    if "stages" in text:
         return schedule
+    check_ranges(replace(schedule, num_stages=2))
     return replace(schedule, num_stages=max(2, min(max_stages(problem, schedule), MAX_STAGES)))
 
 

@@ -1,4 +1,7 @@
-"""Schedules: how a problem is mapped to the GPU. A schedule never changes what is computed."""
+"""Schedules: how a problem is mapped to the GPU.
+
+Of all fields split_k alone changes bits of the result: the order in which parts of k are added.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +147,7 @@ def num_k_blocks(problem: Gemm) -> int:
 
 
 def slice_columns(schedule: Schedule) -> int:
-    """Columns of a tile that one block of a split cluster sums up and stores; the last, fewer."""
+    """Columns of a tile that each block of a split cluster adds up, as far as they go."""
     return -(-schedule.block_n // (EPILOGUE_COLUMNS * schedule.split_k)) * EPILOGUE_COLUMNS
 
 
@@ -195,6 +198,28 @@ def part_columns(problem: Gemm, schedule: Schedule) -> int | None:
 
 def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> None:
     """Raise ScheduleError, naming the rule and the remedy, unless `schedule` can run `problem`."""
+    check_ranges(schedule)
+    _check_rows(schedule)
+    _check_clusters(schedule)
+    _check_split(problem, schedule)
+    rows = num_sfb_rows(problem, schedule.block_n)
+    if rows > 2:
+        raise ScheduleError(
+            f"block_n = {schedule.block_n} touches {rows} rows of sfb in one tile, at most 2 are"
+            " kept: choose 128, 160, 192 or 256"
+        )
+    _check_registers(problem, schedule)
+    plan = smem_plan(problem, schedule)
+    if plan.total_bytes > target.smem_per_block_bytes:
+        raise ScheduleError(
+            f"schedule needs {plan.total_bytes} B of shared memory, {target.arch} allows"
+            f" {target.smem_per_block_bytes}: lower num_stages ({schedule.num_stages};"
+            f" {max_stages(problem, schedule, target)} fit) or block_n ({schedule.block_n})"
+        )
+
+
+def check_ranges(schedule: Schedule) -> None:
+    """Raise ScheduleError unless every field by itself is one that some kernel can have."""
     for name, low, high, step in (
         ("block_m", 64, 256, 64),
         ("block_n", 16, 256, 16),
@@ -213,23 +238,6 @@ def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) ->
     if schedule.promotion not in get_args(Promotion):
         raise ScheduleError(
             f"promotion = {schedule.promotion!r} must be one of {get_args(Promotion)}"
-        )
-    _check_rows(schedule)
-    _check_clusters(schedule)
-    _check_split(problem, schedule)
-    rows = num_sfb_rows(problem, schedule.block_n)
-    if rows > 2:
-        raise ScheduleError(
-            f"block_n = {schedule.block_n} touches {rows} rows of sfb in one tile, at most 2 are"
-            " kept: choose 128, 160, 192 or 256"
-        )
-    _check_registers(problem, schedule)
-    plan = smem_plan(problem, schedule)
-    if plan.total_bytes > target.smem_per_block_bytes:
-        raise ScheduleError(
-            f"schedule needs {plan.total_bytes} B of shared memory, {target.arch} allows"
-            f" {target.smem_per_block_bytes}: lower num_stages ({schedule.num_stages};"
-            f" {max_stages(problem, schedule, target)} fit) or block_n ({schedule.block_n})"
         )
 
 

@@ -173,10 +173,10 @@ class _Block:
         for stmt in stmts:
             match stmt:
                 case ForK():
-                    if stmt.num_blocks > 1:
-                        self.split(stmt)
-                    else:
+                    if stmt.num_blocks == 1:
                         self.loop(stmt)
+                    else:
+                        self.split(stmt)
                 case Zero():
                     _require(self.depth == 0, stmt, "must come before the K loop")
                     self.write(stmt, "zeros", stmt.dst, self.accumulator(stmt.dst))
@@ -196,11 +196,15 @@ class _Block:
     def write(self, op: Stmt, what: str, buffer: Buffer, expected: Buffer) -> None:
         """`buffer`, which must be as expected, holds `what` from here to the end of the loop."""
         _require_same(buffer, expected, op)
+        self.claim(op, what, buffer)
+        self.values[buffer.name] = _Value(what, buffer, self.depth)
+
+    def claim(self, op: Stmt, what: str, buffer: Buffer) -> None:
+        """`buffer` is for `what` only."""
         _require(what not in self.written, op, f"writes {what} a second time")
         names = [other.name for other in self.written.values()]
         _require(buffer.name not in names, op, f"overwrites {buffer.name}")
         self.written[what] = buffer
-        self.values[buffer.name] = _Value(what, buffer, self.depth)
 
     def read(self, op: Stmt, what: str, buffer: Buffer, depth: int) -> None:
         """`buffer` holds `what`, which was written `depth` loops deep; nobody else reads it."""
@@ -219,6 +223,8 @@ class _Block:
         problem, schedule = self.kernel.problem, self.kernel.schedule
         name = f"for {loop.extent} of k by {loop.step} on {loop.num_blocks} blocks"
         _require(self.depth == 0 and not self.is_part, name, "must be the outermost loop")
+        before = ", ".join(self.values)
+        _require(not before, name, f"must come before {before} is written: each part begins anew")
         _require(loop.num_blocks == schedule.split_k, name, f"must be on {schedule.split_k}")
         step, extent = split_blocks(problem, schedule) * BLOCK_K, self.tile["k"]
         _require((loop.extent, loop.step) == (extent, step), name, f"must be {extent} by {step}")
@@ -234,7 +240,7 @@ class _Block:
         senders, columns = self.kernel.schedule.split_k - 1, slice_columns(self.kernel.schedule)
         shape = (senders, self.tile["m"], columns)
         _require_same(op.inbox, Buffer(op.inbox.name, F32, shape, "smem"), op)
-        self.written["inbox"] = op.inbox
+        self.claim(op, "inbox", op.inbox)
         self.write(op, "sums", op.dst, self.accumulator(op.dst))
 
     def loop(self, loop: ForK) -> None:

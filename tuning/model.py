@@ -17,25 +17,34 @@ from dataclasses import replace
 from ..expr import acc
 from ..ir import Traversal
 from ..problem import MAX_EXTENT, Gemm
-from ..schedule import BLOCK_K, WGMMA_M, Schedule, num_sfb_rows, part_columns, split_blocks
+from ..schedule import (
+    BLOCK_K,
+    WGMMA_M,
+    Schedule,
+    num_sfb_rows,
+    part_columns,
+    slice_columns,
+    split_blocks,
+)
 from ..target import SM90A, Target
 from .space import candidates
 
 GPC_SMS = 16  # 33 clusters of 4 or 18 of 6 blocks did not fit into the 132 SMs of an H100
-CLOCKS_PER_US = 1750.0
-FIXED_US = 5.0  # launch, first loads from HBM, last stores
-HBM_BYTES_PER_US = 2.4e6
+CLOCKS_PER_US = 1444.0
+FIXED_US = 3.382  # launch, first loads from HBM, last stores
+HBM_BYTES_PER_US = 2.25e6
 # Clocks that a K block takes beside its arithmetic: always, in a cluster, for a second row of sfb,
 # and where promotion waits for wgmma, with one math warpgroup or several.
-BLOCK_CLOCKS = 60.0
-CLUSTER_CLOCKS = 57.0
-SFB_ROW_CLOCKS = 90.0
-SERIAL_CLOCKS_ALONE = 81.0
-SERIAL_CLOCKS = 123.0
-SMEM_CLOCKS_PER_ROW = 1.05  # a row of 128 bytes read by wgmma or written by TMA
-EPILOGUE_CLOCKS_PER_ELEMENT = 0.03
-LOAD_BYTES_PER_CLOCK = 54.0  # of one SM from L2
-REDUCE_CLOCKS = 1500.0  # exchange of a split cluster's sums
+BLOCK_CLOCKS = 32.46
+CLUSTER_CLOCKS = 76.8
+SFB_ROW_CLOCKS = 80.0
+SERIAL_CLOCKS_ALONE = 6.603
+SERIAL_CLOCKS = 6.379
+SMEM_CLOCKS_PER_ROW = 0.3877  # a row of 128 bytes read by wgmma or written by TMA
+EPILOGUE_CLOCKS_PER_ELEMENT = 0.0304
+LOAD_BYTES_PER_CLOCK = 81.0  # of one SM from L2
+SPLIT_CLOCKS = 4922.0  # a split cluster's start, for it has one tile only, and end
+EXCHANGE_BYTES_PER_CLOCK = 10.69  # of sums between the blocks of a split cluster, for each
 
 # Two steps an octave from the least row tile on; below it, extents that a schedule may exploit.
 M_BUCKETS = (16, 32, *sorted(base << i for i in range(11) for base in (64, 96))[:-1])
@@ -50,8 +59,10 @@ def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.n
     rounds = -(-rows * columns // clusters) if clusters else math.inf
     load_clocks = (min(m, s.block_m) + s.block_n) * BLOCK_K / LOAD_BYTES_PER_CLOCK
     tile = split_blocks(problem, s) * _soft_max(block_clocks(problem, s), load_clocks)
-    tile += REDUCE_CLOCKS if s.split_k > 1 else 0.0
-    tile += s.block_m * s.block_n * EPILOGUE_CLOCKS_PER_ELEMENT
+    tile += s.block_m * slice_columns(s) * EPILOGUE_CLOCKS_PER_ELEMENT
+    if s.split_k > 1:
+        sent = (s.split_k - 1) * min(m, s.block_m) * slice_columns(s) * 4
+        tile += SPLIT_CLOCKS + sent / EXCHANGE_BYTES_PER_CLOCK
     compute_us = rounds * tile / CLOCKS_PER_US
     bytes_moved = (m + problem.n) * problem.k + m * problem.n * problem.d_dtype.size_bytes
     return FIXED_US + _soft_max(compute_us, bytes_moved / HBM_BYTES_PER_US)

@@ -28,10 +28,13 @@ from jitgen import (
     vector,
 )
 from jitgen.arrays import ArrayView, gemm_problem
+from jitgen.calls import _argument
 from jitgen.dtypes import E4M3
 from jitgen.errors import DeviceError, JitgenError, ProblemError, ScheduleError
 from jitgen.interpret import interpret
+from jitgen.ir import TensorMapParameter
 from jitgen.lower import lower
+from jitgen.runtime.launch import TensorMap
 from jitgen.tuning.select import select
 
 torch = pytest.importorskip("torch")
@@ -77,6 +80,15 @@ def test_gemm_numpy_equals_the_interpreter(
 ) -> None:
     arguments = make(rng, m, n, k)
     same_bits(call(arguments, schedule=schedule), interpreted(Gemm(n, k), arguments, schedule))
+
+
+def test_gemm_numpy_runs_a_split_and_says_which_one_the_k_allows(
+    rng: np.random.Generator, same_bits: SameBits
+) -> None:
+    arguments, schedule = make(rng, k=576), Schedule(64, 48, 3, 1, split_k=3)
+    same_bits(call(arguments, schedule=schedule), interpreted(Gemm(N, 576), arguments, schedule))
+    with pytest.raises(ScheduleError, match=r"any of the 2 K blocks: choose 2"):
+        call(make(rng), schedule=schedule)
 
 
 def test_gemm_numpy_approximates_the_float64_product(rng: np.random.Generator) -> None:
@@ -497,6 +509,46 @@ def test_gemm_problem_rejects_rows_beyond_tma_coordinates() -> None:
     )
     with pytest.raises(ProblemError, match=rf"\bm\b.*{m}"):
         gemm_problem(*views, BF16, acc)
+
+
+# --- arguments of a launch ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule(64, 64, 4, 1),
+        Schedule(128, 64, 2, 1),  # both waves of a warpgroup in one box of D
+        Schedule(192, 96, 3, 3),
+        Schedule(128, 64, 2, 2, 1, 2),  # A in two shares of 64 rows
+        Schedule(128, 96, 2, 2, 2, 1),
+        Schedule(64, 64, 4, 1, split_k=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("m", [1, 7, 63, 64, 65, 100, 128, 191, 1000])
+def test_argument_cuts_the_boxes_of_a_and_d_to_m_rows(m: int, schedule: Schedule) -> None:
+    kernel = lower(Gemm(N, K), schedule)
+    views = {
+        "a": ArrayView("a", E4M3, (m, K), (K + 16, 1), 0x1000),
+        "b": ArrayView("b", E4M3, (N, K), (K, 1), 0x2000),
+        "d": ArrayView("d", BF16, (m, N), (N, 1), 0x3000),
+    }
+    maps = {p.tensor.name: p for p in kernel.parameters if isinstance(p, TensorMapParameter)}
+    assert set(maps) == set(views)
+    for name, parameter in maps.items():
+        argument = _argument(parameter, views, m)
+        assert isinstance(argument, TensorMap)
+        assert list(views)[argument.tensor] == name
+        spec, view = argument.spec, views[name]
+        assert (spec.rows, spec.columns) == view.shape
+        assert spec.pitch_bytes == view.row_stride * spec.element_bytes
+        assert spec.swizzle_bytes == parameter.swizzle_bytes
+        # n and k are known when the kernel is built: its boxes of B stay as they are.
+        rows, columns = parameter.box
+        assert (spec.box_rows, spec.box_columns) == (rows if name == "b" else min(rows, m), columns)
+        if name == "a":
+            assert spec.box_rows == min(schedule.block_m // schedule.cluster_n, m)
 
 
 # --- torch without CUDA -------------------------------------------------------------------------

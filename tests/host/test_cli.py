@@ -107,8 +107,13 @@ def test_show_fuses_the_epilogue(run: Run, epilogue: str, shown: str) -> None:
         (["--schedule", "128x128 stages=four"], "stages must be a number"),
         (["--schedule", "128x128 cluster=2"], "'2' where two numbers are due"),
         (["--schedule", "128x128 promotion=late"], "use overlapped or serial"),
+        (["--schedule", "128x128 split_k=two"], "split_k must be a number"),
         (["--schedule", "128x128 stages=31"], "lower num_stages (31"),
         (["--schedule", "0x0"], "block_m = 0 must be in 64..256"),
+        (["--schedule", "128x128 split_k=0"], "split_k = 0 must be in 1..8"),
+        (["--schedule", "128x128 split_k=9"], "split_k = 9 must be in 1..8"),
+        (["--schedule", "128x128 split_k=5"], "without any of the 4 K blocks: choose 4"),
+        (["--schedule", "128x128 cluster=2x1 split_k=2"], "split_k = 2 takes the whole cluster"),
     ],
 )
 def test_show_rejects_in_one_line(run: Run, arguments: list[object], message: str) -> None:
@@ -116,11 +121,17 @@ def test_show_rejects_in_one_line(run: Run, arguments: list[object], message: st
 
 
 def test_parse_schedule_reads_what_str_prints() -> None:
-    for schedule in (Schedule(128, 192, 4, 2, 2, 1, 16, "serial"), Schedule(64, 16, 12, 1, 1, 2)):
+    for schedule in (
+        Schedule(128, 192, 4, 2, 2, 1, 16, promotion="serial"),
+        Schedule(64, 16, 12, 1, 1, 2),
+        Schedule(64, 80, 5, 1, raster_group=3, split_k=4),
+    ):
         assert cli.parse_schedule(str(schedule), PROBLEM) == schedule
 
 
-@pytest.mark.parametrize("tile", ["128x128", "64x32 math_warpgroups=1", "256x128"])
+@pytest.mark.parametrize(
+    "tile", ["128x128", "64x32 math_warpgroups=1", "256x128", "128x128 split_k=4"]
+)
 def test_parse_schedule_takes_the_stages_that_fit(tile: str) -> None:
     check_schedule(PROBLEM, cli.parse_schedule(tile, PROBLEM))
 

@@ -39,7 +39,7 @@ from jitgen.expr import OPERATIONS, Apply, Expr, as_expr
 from jitgen.ir import Evaluate, Kernel, Store
 from jitgen.lower import lower
 from jitgen.runtime.nvrtc import headers_used
-from jitgen.schedule import num_sfb_rows
+from jitgen.schedule import num_sfb_rows, slice_columns, split_blocks
 from jitgen.tuning.space import candidates
 from jitgen.verify import verify
 
@@ -51,7 +51,8 @@ EVERYTHING = (
     - silu(relu(matrix("residual")))
     + matrix("wide", F32)
 )
-# The plain bf16 kernel, the smallest f32 one, a cluster along m without overlap, one along n.
+# The plain bf16 kernel, the smallest f32 one, a cluster along m without overlap, one along n, and
+# one that shares k: parts of 19, 19 and 18 K blocks, slices of 48, 48 and 32 columns.
 GOLDEN_KERNELS = {
     "bf16-n2112-k7168-128x128": (Gemm(2112, 7168), Schedule(128, 128, 5, 2)),
     "f32-n8-k16-64x16": (Gemm(8, 16, F32), Schedule(64, 16, 2, 1)),
@@ -62,6 +63,10 @@ GOLDEN_KERNELS = {
     "f32-everything-192x96-cluster1x2": (
         Gemm(72, 144, F32, EVERYTHING),
         Schedule(192, 96, 3, 3, 1, 2, raster_group=16),
+    ),
+    "bf16-bias-n2112-k7168-64x128-split3": (
+        Gemm(2112, 7168, BF16, acc + vector("bias")),
+        Schedule(64, 128, 5, 1, split_k=3),
     ),
 }
 PROBLEMS = [
@@ -291,6 +296,7 @@ def test_render_gives_every_number_of_the_schedule_a_name(problem: Gemm) -> None
             "cluster_m": "kClusterM",
             "cluster_n": "kClusterN",
             "raster_group": "kRasterGroup",
+            "split_k": "kSplitK",
         }
         numbers = {
             field.name: value
@@ -302,6 +308,8 @@ def test_render_gives_every_number_of_the_schedule_a_name(problem: Gemm) -> None
             "kN": problem.n,
             "kK": problem.k,
             "kBlockK": 128,
+            "kPartBlocks": split_blocks(problem, schedule),
+            "kSliceColumns": slice_columns(schedule),
             "kScaleN": 128,
             "kNumSfbRows": num_sfb_rows(problem, schedule.block_n),
             "kStoreColumns": store.box[1],
@@ -309,6 +317,7 @@ def test_render_gives_every_number_of_the_schedule_a_name(problem: Gemm) -> None
             "kSmemA": plan.a,
             "kSmemB": plan.b,
             "kSmemD": plan.d,
+            "kSmemInbox": plan.inbox,
             "kSmemScales": plan.scales,
             "kSmemBarriers": plan.barriers,
             "kSmemBytes": plan.total_bytes,
@@ -328,15 +337,38 @@ def test_render_uses_every_constant_that_it_defines(problem: Gemm) -> None:
 
 
 def test_render_does_not_depend_on_the_schedule_below_the_constants() -> None:
-    """A schedule is values, not text: one body for all kernels without a cluster."""
-    bodies = set()
+    """A schedule is values, not text: one body for all kernels but for the launch in clusters."""
+    bodies: dict[bool, set[str]] = {False: set(), True: set()}
     for schedule in candidates(Gemm(2112, 7168)):
-        if schedule.cluster_size == 1:
-            kernel = lower(Gemm(2112, 7168), schedule)
-            source = render(kernel).replace(kernel.name, "KERNEL")
-            source = re.sub(r"^constexpr u32 k\w+ = \d+;$", "", source, flags=re.MULTILINE)
-            bodies.add(source.replace(f"// {schedule}\n", ""))
-    assert len(bodies) == 1
+        kernel = lower(Gemm(2112, 7168), schedule)
+        source = render(kernel).replace(kernel.name, "KERNEL")
+        source = re.sub(r"^constexpr u32 k\w+ = \d+;$", "", source, flags=re.MULTILINE)
+        body = source.replace(f"// {schedule}\n", "")
+        bodies[schedule.cluster_size > 1].add(body)
+    (alone,), (clustered,) = bodies.values()
+    assert clustered.replace("__cluster_dims__(kClusterSize, 1, 1) ", "") == alone
+
+
+@pytest.mark.parametrize(
+    ("k", "schedule", "want"),
+    [
+        (7168, Schedule(64, 128, 5, 1), (1, 56, 128)),
+        (7168, Schedule(64, 128, 5, 1, split_k=3), (3, 19, 48)),
+        (2192, Schedule(128, 96, 3, 2, split_k=4), (4, 5, 32)),
+        (144, Schedule(192, 16, 2, 3, split_k=2), (2, 1, 16)),
+        (16, Schedule(64, 16, 2, 1), (1, 1, 16)),
+    ],
+    ids=lambda v: str(v) if isinstance(v, Schedule) else "",
+)
+def test_constants_of_a_split(k: int, schedule: Schedule, want: tuple[int, int, int]) -> None:
+    kernel = lower(Gemm(2112, k), schedule)
+    found = constants(kernel)
+    assert (found["kSplitK"], found["kPartBlocks"], found["kSliceColumns"]) == want
+    assert found["kK"] == k
+    columns = slice_columns(schedule)
+    inbox_bytes = (schedule.split_k - 1) * schedule.block_m * columns * 4
+    assert found["kSmemScales"] - found["kSmemInbox"] == inbox_bytes
+    assert columns % found["kStoreColumns"] == 0
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)

@@ -34,6 +34,7 @@ from jitgen.codegen import render
 from jitgen.errors import ScheduleError, VerifyError
 from jitgen.lower import lower
 from jitgen.runtime.store import KernelStore
+from jitgen.schedule import accumulator_registers, num_parts, part_columns
 from jitgen.tuning.model import choose
 from jitgen.tuning.space import CLUSTERS, COLUMN_TILES, PROMOTIONS, ROW_TILES, candidates
 
@@ -61,18 +62,26 @@ class Sample:
         p, s = self.problem, self.schedule
         return (
             f"{s.block_m}x{s.block_n}-w{s.num_math_warpgroups}-c{s.cluster_m}x{s.cluster_n}"
-            f"-{s.promotion}-n{p.n}-k{p.k}-{p.d_dtype}-{self.epilogue}"
+            f"-k{s.split_k}-{s.promotion}-n{p.n}-k{p.k}-{p.d_dtype}-{self.epilogue}"
         )
 
 
-Tile = tuple[tuple[int, int], int, tuple[int, int], str]  # row tile, block_n, cluster, promotion
+# Row tile, block_n, (cluster_m, cluster_n, split_k), promotion.
+Tile = tuple[tuple[int, int], int, tuple[int, int, int], str]
+WHOLE = [cluster for cluster in CLUSTERS if cluster[2] == 1]
+SPLITS = [cluster for cluster in CLUSTERS if cluster[2] > 1]
 
 
 @functools.cache
 def tiles(n: int, k: int, d_dtype: DType) -> dict[Tile, Schedule]:
     """The candidates of a problem; the epilogue has no say in them."""
     return {
-        ((s.block_m, s.num_math_warpgroups), s.block_n, (s.cluster_m, s.cluster_n), s.promotion): s
+        (
+            (s.block_m, s.num_math_warpgroups),
+            s.block_n,
+            (s.cluster_m, s.cluster_n, s.split_k),
+            s.promotion,
+        ): s
         for s in candidates(Gemm(n, k, d_dtype))
     }
 
@@ -88,7 +97,7 @@ def of_every_tile() -> Iterator[Sample]:
         "silu",
         "gelu",
     )  # half of them quick to compile
-    settings = list(itertools.product(names, PROMOTIONS, DTYPES, CLUSTERS, KS, NS))
+    settings = list(itertools.product(names, PROMOTIONS, DTYPES, WHOLE, KS, NS))
     start = 0
     for row_tile, block_n in itertools.product(ROW_TILES, COLUMN_TILES):
         # 53 is prime to the number of settings, so the walk visits all of them.
@@ -102,14 +111,30 @@ def of_every_tile() -> Iterator[Sample]:
                 break
 
 
+def of_every_split() -> Iterator[Sample]:
+    """Every split of every row tile, with widths, extents, types and epilogues in turn."""
+    settings = list(itertools.product(EPILOGUES, PROMOTIONS, DTYPES, KS, NS, COLUMN_TILES))
+    start = 0
+    for row_tile, split in itertools.product(ROW_TILES, SPLITS):
+        # 53 is prime to the number of settings here too.
+        for step in range(len(settings)):
+            name, promotion, d_dtype, k, n, block_n = settings[(start + 53 * step) % len(settings)]
+            if schedule := tiles(n, k, d_dtype).get((row_tile, block_n, split, promotion)):
+                start += 53 * (step + 1)
+                yield Sample(Gemm(n, k, d_dtype, EPILOGUES[name]), schedule, name)
+                break
+
+
 def of_most_registers() -> Iterator[Sample]:
     """The widest tile of each row tile, heaviest epilogue: where registers run out first."""
-    for row_tile, (promotion, d_dtype) in itertools.product(
-        ROW_TILES, zip(PROMOTIONS, DTYPES, strict=True)
+    for row_tile, (promotion, d_dtype), split_k in itertools.product(
+        ROW_TILES, zip(PROMOTIONS, DTYPES, strict=True), (1, 3)
     ):
         legal = tiles(2112, 7168, d_dtype)
         widest = max(
-            tile for tile in legal if tile[0] == row_tile and tile[2:] == ((1, 1), promotion)
+            tile
+            for tile in legal
+            if tile[0] == row_tile and tile[2:] == ((1, 1, split_k), promotion)
         )
         yield Sample(Gemm(2112, 7168, d_dtype, EPILOGUES["all"]), legal[widest], "all")
 
@@ -123,15 +148,23 @@ def of_large_clusters() -> Iterator[Sample]:
 
 
 def of_tightest() -> Iterator[Sample]:
-    """Legal tiles that fill their accumulator budget, with float32 D and a residual."""
-    for row_tile, block_n, promotion in (
-        ((128, 1), 112, "serial"),
-        ((128, 1), 128, "overlapped"),
-        ((192, 3), 144, "serial"),
-        ((256, 2), 112, "serial"),
-    ):
-        if schedule := tiles(2112, 7168, F32).get((row_tile, block_n, (1, 1), promotion)):
-            yield Sample(Gemm(2112, 7168, F32, EPILOGUES["residual"]), schedule, "residual")
+    """The tiles that come closest to their accumulator budget, with float32 D and a residual."""
+    problem = Gemm(2112, 7168, F32, EPILOGUES["residual"])
+
+    def free_registers(schedule: Schedule) -> int:
+        sums = schedule.num_waves * schedule.block_n // 2
+        parts = num_parts(schedule) * (part_columns(problem, schedule) or 0) // 2
+        return accumulator_registers(problem, schedule) - sums - parts
+
+    for row_tile, promotion, split_k in itertools.product(ROW_TILES, PROMOTIONS, (1, 2)):
+        of_kind = [
+            schedule
+            for tile, schedule in tiles(2112, 7168, F32).items()
+            if tile[0] == row_tile and tile[2:] == ((1, 1, split_k), promotion)
+        ]
+        # Of equally tight ones the widest.
+        tightest = min(of_kind, key=lambda s: (free_registers(s), -s.block_n))
+        yield Sample(problem, tightest, "residual")
 
 
 def of_choice() -> Iterator[Sample]:
@@ -144,7 +177,14 @@ def of_choice() -> Iterator[Sample]:
 
 SAMPLES = list(
     dict.fromkeys(
-        [*of_every_tile(), *of_most_registers(), *of_large_clusters(), *of_tightest(), *of_choice()]
+        [
+            *of_every_tile(),
+            *of_every_split(),
+            *of_most_registers(),
+            *of_large_clusters(),
+            *of_tightest(),
+            *of_choice(),
+        ]
     )
 )
 
@@ -173,13 +213,19 @@ def test_samples_cover_the_space() -> None:
     assert {(s.block_m, s.num_math_warpgroups) for s in schedules} == set(ROW_TILES)
     assert {s.block_n for s in schedules} == widths
     assert {s.promotion for s in schedules} == set(PROMOTIONS)
-    assert {(s.cluster_m, s.cluster_n) for s in schedules} == {*CLUSTERS, (2, 2), (4, 1), (1, 4)}
+    assert {(s.cluster_m, s.cluster_n, s.split_k) for s in schedules} == {
+        *CLUSTERS,
+        *((2, 2, 1), (4, 1, 1), (1, 4, 1)),
+    }
+    assert {(s.block_m, s.num_math_warpgroups, s.split_k) for s in schedules} == {
+        (*row_tile, split_k) for row_tile in ROW_TILES for split_k in range(1, 9)
+    }
     assert {p.n for p in problems} >= set(NS)
     assert {p.k for p in problems} >= set(KS)
     assert {
         (p.d_dtype, sample.epilogue) for p, sample in zip(problems, SAMPLES, strict=True)
     } == set(itertools.product(DTYPES, EPILOGUES))
-    assert 60 <= len(SAMPLES) <= 110
+    assert 60 <= len(SAMPLES) <= 140  # broad, and yet compiled within minutes
 
 
 # --- build and prebuild -------------------------------------------------------------------------

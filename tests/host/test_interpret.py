@@ -145,6 +145,35 @@ def run(
     return interpret(lower(problem, schedule), tensors, **options)
 
 
+def parts_of(t: Mapping[str, Array], split_k: int) -> list[Tensors]:
+    """The problems of the parts of k: ceil(K blocks / split_k) K blocks each, what is left last."""
+    num_blocks = t["sfa"].shape[1]
+    size = -(-num_blocks // split_k)
+    parts = []
+    for first in range(0, num_blocks, size):
+        of_k, of_blocks = (
+            np.s_[:, first * 128 : (first + size) * 128],
+            np.s_[:, first : first + size],
+        )
+        parts.append(
+            {"a": t["a"][of_k], "b": t["b"][of_k], "sfa": t["sfa"][of_blocks]}
+            | {"sfb": t["sfb"][of_blocks]}
+        )
+    assert len(parts) == split_k
+    return parts
+
+
+def sum_of_parts(t: Mapping[str, Array], split_k: int) -> Array:
+    """((p0 + p1) + p2) ... in NumPy's float32, each part a problem of its own."""
+    n = t["b"].shape[0]
+    total, *others = (run(Gemm(n, p["a"].shape[1], F32), p) for p in parts_of(t, split_k))
+    for part in others:
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = total + part
+        total[np.isnan(total)] = np.uint32(NAN_F32).view(np.float32)
+    return total
+
+
 def shapes(*, ms: tuple[int, ...] = MS) -> pytest.MarkDecorator:
     values = [(m, n, k) for m in ms for n in NS for k in KS]
     return pytest.mark.parametrize(
@@ -196,8 +225,9 @@ def test_interpret_exact_is_float64_for_any_scales(rng: np.random.Generator) -> 
     )
 
 
+@pytest.mark.parametrize("split_k", [1, 2])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_interpret_exact_rounds_once(sign: float) -> None:
+def test_interpret_exact_rounds_once(sign: float, split_k: int) -> None:
     tensors = {
         "a": np.zeros((1, 144), FP8),
         "b": np.zeros((8, 144), FP8),
@@ -208,7 +238,8 @@ def test_interpret_exact_rounds_once(sign: float) -> None:
     tensors["b"][:, [0, 1, 128]] = 1.0, 2.0**-4, 1.0
     # 1 + 2^-8 + 2^-40 is above the middle of 1 and 1 + 2^-7, the neighbours in bf16. Rounded to
     # float32 first, it would be the middle, and go to 1.
-    d = run(Gemm(8, 144, BF16), tensors, numerics="exact")
+    schedule = Schedule(64, 64, 4, 1, split_k=split_k)
+    d = run(Gemm(8, 144, BF16), tensors, schedule, numerics="exact")
     assert np.all(f64(d) == sign * (1 + 2.0**-7))
 
 
@@ -238,8 +269,19 @@ def round_fraction(x: Fraction, bits: int) -> Fraction:
     return round(x / unit) * unit  # Python rounds Fractions to nearest even
 
 
-def mmasim_gemm(t: Tensors, bits: int) -> list[list[Fraction]]:
+def mmasim_gemm(t: Tensors, bits: int, split_k: int) -> list[list[Fraction]]:
     """D from MMA-Sim's Hopper WGMMA and exact fractions: nothing of jitgen is in it."""
+    total, *others = (mmasim_sums(part) for part in parts_of(t, split_k))
+    for part in others:
+        for row, values in enumerate(part):
+            total[row] = [
+                round_fraction(x + y, 24) for x, y in zip(total[row], values, strict=True)
+            ]
+    return [[round_fraction(value, bits) for value in values] for values in total]
+
+
+def mmasim_sums(t: Tensors) -> list[list[Fraction]]:
+    """The float32 sums over k."""
     torch = pytest.importorskip("torch")
     from mmasim.nv_ptx.sim import WGMMA
 
@@ -265,49 +307,80 @@ def mmasim_gemm(t: Tensors, bits: int) -> list[list[Fraction]]:
                 s = round_fraction(product, 24)
                 step = s * Fraction(float(part[row, column])) + d[row][column]
                 d[row][column] = round_fraction(step, 24)
-    return [[round_fraction(value, bits) for value in values] for values in d]
+    return d
 
 
 @pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(9, 24, 272), (3, 136, 144), (64, 8, 16)], ids=["k272", "n136", "k16"]
+    ("m", "n", "k", "split_k"),
+    [(9, 24, 272, 1), (3, 136, 144, 1), (64, 8, 16, 1), (9, 24, 272, 2), (3, 136, 272, 3)],
+    ids=["k272", "n136", "k16", "k272-split2", "n136-split3"],
 )
 def test_interpret_hopper_equals_mmasim_and_exact_fractions(
-    rng: np.random.Generator, same_bits: SameBits, m: int, n: int, k: int, d_dtype: Any
+    rng: np.random.Generator,
+    same_bits: SameBits,
+    m: int,
+    n: int,
+    k: int,
+    split_k: int,
+    d_dtype: Any,
 ) -> None:
     tensors = make_tensors(rng, m, n, k)
-    want = mmasim_gemm(tensors, 8 if d_dtype == BF16 else 24)
+    want = mmasim_gemm(tensors, 8 if d_dtype == BF16 else 24, split_k)
     values = np.array([[float(value) for value in row] for row in want]).reshape(m, n)
     as_f32 = values.astype(np.float32)
     assert np.array_equal(as_f32, values)
-    d = run(Gemm(n, k, d_dtype), tensors, Schedule(64, 144 if n > 128 else 32, 4, 1))
+    schedule = Schedule(64, 144 if n > 128 else 32, 4, 1, split_k=split_k)
+    d = run(Gemm(n, k, d_dtype), tensors, schedule)
     same_bits(
         d + d.dtype.type(0), as_f32.astype(d_dtype.numpy) + d.dtype.type(0), f"m{m} n{n} k{k}"
     )
 
 
-# --- one meaning for all schedules and layouts --------------------------------------------------
+# --- one meaning for all schedules of as many parts of k, and for all layouts -------------------
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(129, 72, 144), (7, 576, 144), (200, 264, 1168)], ids=["n72", "n576", "k1168"]
+    ("m", "n", "k", "split_k"),
+    [
+        *((129, 72, 144, split_k) for split_k in (1, 2)),
+        *((7, 576, 144, split_k) for split_k in (1, 2)),
+        *((200, 264, 1168, split_k) for split_k in (1, 2, 3, 4, 5)),
+    ],
+    ids=lambda v: str(v),
 )
-def test_interpret_gives_the_same_bits_for_every_schedule(
-    rng: np.random.Generator, same_bits: SameBits, m: int, n: int, k: int
+def test_interpret_gives_the_same_bits_for_every_schedule_of_a_split(
+    rng: np.random.Generator, same_bits: SameBits, m: int, n: int, k: int, split_k: int
 ) -> None:
     problem = Gemm(n, k, F32, acc + vector("bias"))
-    tensors = make_tensors(rng, m, n, k) | {"bias": rng.standard_normal(n).astype(BFLOAT)}
+    tensors = make_tensors(rng, m, n, k)
+    bias = rng.standard_normal(n).astype(BFLOAT)
     by_tile: dict[tuple[int, int, int], list[Schedule]] = {}
     for s in candidates(problem):
-        by_tile.setdefault((s.block_m, s.num_math_warpgroups, s.block_n), []).append(s)
+        if s.split_k == split_k:
+            by_tile.setdefault((s.block_m, s.num_math_warpgroups, s.block_n), []).append(s)
     # Of each tile one cluster and promotion, all in turn.
     picked = [choices[i % len(choices)] for i, choices in enumerate(by_tile.values())]
     if k > 1000:
         picked = picked[:: len(picked) // 6]
-    picked.append(Schedule(128, 64, 2, 2, 2, 2, raster_group=1))
-    want = run(problem, tensors)
+    if split_k == 1:
+        picked.append(Schedule(128, 64, 2, 2, 2, 2, raster_group=1))
+    assert len(picked) >= 6
+    want = sum_of_parts(tensors, split_k) + up(bias)
     for schedule in picked:
-        same_bits(run(problem, tensors, schedule), want, f"{problem}\n{schedule}")
+        d = run(problem, tensors | {"bias": bias}, schedule)
+        same_bits(d, want, f"{problem}\n{schedule}")
+
+
+def test_interpret_takes_every_split(rng: np.random.Generator, same_bits: SameBits) -> None:
+    m, n, k = 3, 24, 42 * 128 + 16  # the last part is shorter in every split
+    tensors = make_tensors(rng, m, n, k)
+    sums = {split_k: sum_of_parts(tensors, split_k) for split_k in range(1, 9)}
+    for split_k, want in sums.items():
+        schedule = Schedule(64, 32, 2, 1, split_k=split_k)
+        same_bits(run(Gemm(n, k, F32), tensors, schedule), want, schedule)
+        same_bits(run(Gemm(n, k, BF16), tensors, schedule), to_bf16(want), schedule)
+    assert len({total.tobytes() for total in sums.values()}) == 8  # the order of a sum does show
 
 
 @shapes(ms=(7, 129))
@@ -367,6 +440,7 @@ def test_interpret_tiles_equal_the_full_run_and_leave_the_rest_nan(
         Schedule(64, 64, 4, 1),
         Schedule(128, 96, 3, 2, 2, 1),
         Schedule(192, 64, 2, 3),
+        Schedule(64, 64, 2, 1, split_k=2),
     ):
         kernel = lower(Gemm(n, k, d_dtype), schedule)
         full = interpret(kernel, tensors)
@@ -462,17 +536,19 @@ EXACT_EPILOGUES: dict[str, tuple[Expr, tuple[str, ...], Callable[[Array, Tensors
 }
 
 
+@pytest.mark.parametrize("split_k", [1, 2])
 @pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize("name", EXACT_EPILOGUES)
 def test_interpret_epilogue_rounds_each_operation_to_float32(
-    rng: np.random.Generator, same_bits: SameBits, name: str, d_dtype: Any
+    rng: np.random.Generator, same_bits: SameBits, name: str, d_dtype: Any, split_k: int
 ) -> None:
+    """And it is applied once, to the sum of all parts of k."""
     expr, names, value = EXACT_EPILOGUES[name]
     tensors, operands = make_tensors(rng, M, N, K), operands_of(rng)
-    sums = run(Gemm(N, K, F32), tensors)
-    want = value(sums, operands)
+    want = value(sum_of_parts(tensors, split_k), operands)
     assert want.dtype == np.float32
-    d = run(Gemm(N, K, d_dtype, expr), tensors | pick(operands, *names), Schedule(64, 48, 2, 1))
+    schedule = Schedule(64, 48, 2, 1, split_k=split_k)
+    d = run(Gemm(N, K, d_dtype, expr), tensors | pick(operands, *names), schedule)
     same_bits(d, to_bf16(want) if d_dtype == BF16 else want, str(expr))
 
 
@@ -749,6 +825,117 @@ def test_interpret_constant_keeps_the_sign_of_zero(rng: np.random.Generator) -> 
     for zero, want in ((0.0, 0), (-0.0, 0x80000000)):
         d = run(Gemm(72, 16, F32, (acc * acc + 1) * zero), tensors)
         assert np.all(bits(d) == want)
+
+
+# --- sums of parts of k -------------------------------------------------------------------------
+
+TINY = 2.0**-149  # times 2^-9, the least e4m3, it rounds to zero
+
+
+def with_parts(values: Array) -> Tensors:
+    """A GEMM whose product over K block i is the float32 values[row, i], and 0 of sign 0 for TINY.
+
+    A sum that starts at +0 is -0 only where a negative value rounds to it.
+    """
+    m, num_blocks = values.shape
+    tensors = {
+        "a": np.zeros((m, 128 * num_blocks), FP8),
+        "b": np.zeros((72, 128 * num_blocks), FP8),
+        "sfa": np.abs(values).astype(np.float32),
+        "sfb": np.ones((1, num_blocks), np.float32),
+    }
+    tiny = np.abs(values) == TINY
+    tensors["a"][:, ::128] = np.copysign(np.where(tiny, 2.0**-9, 1.0), values)
+    tensors["b"][:, ::128] = 1.0
+    return tensors
+
+
+INF, NAN, LARGEST = np.inf, np.nan, float(np.finfo(np.float32).max)
+# The parts of a sum, and what their sum is in the order of k.
+SUMS: dict[str, tuple[list[float], float]] = {
+    "first two first": ([2.0**24, 1, 1], 2.0**24),
+    "first two first, reversed": ([1, 1, 2.0**24], 2.0**24 + 2),
+    "cancels first": ([2.0**30, -(2.0**30), 1], 1.0),
+    "cancels last": ([2.0**30, 1, -(2.0**30)], 0.0),
+    "tie to even below": ([2.0**24, 1, 0], 2.0**24),
+    "tie to even above": ([2.0**24 + 2, 1, 0], 2.0**24 + 4),
+    "each add is rounded": ([2.0**24, 1, 2.0**-20], 2.0**24),
+    "overflow": ([LARGEST, LARGEST, -LARGEST], INF),
+    "no overflow": ([LARGEST, -LARGEST, LARGEST], LARGEST),
+    "negative overflow": ([-LARGEST, -LARGEST, LARGEST], -INF),
+    "infinity": ([1, INF, 1], INF),
+    "infinities": ([INF, INF, INF], INF),
+    "infinities of two signs": ([INF, 1, -INF], NAN),
+    "nan first": ([NAN, 1, 1], NAN),
+    "nan in the middle": ([1, NAN, 1], NAN),
+    "nan last": ([INF, 1, NAN], NAN),
+    "subnormals": ([2.0**-140, 2.0**-149 * 3, -(2.0**-140)], 2.0**-149 * 3),
+    "minus zeros": ([-TINY, -TINY, -TINY], -0.0),
+    "plus zero and minus zeros": ([0, -TINY, -TINY], 0.0),
+    "minus zeros and plus zero": ([-TINY, -TINY, 0], 0.0),
+    "minus zero and one": ([-TINY, 1, -1], 0.0),
+}
+
+
+@pytest.mark.parametrize("d_dtype", [F32, BF16], ids=str)
+def test_interpret_adds_parts_in_the_order_of_k(same_bits: SameBits, d_dtype: Any) -> None:
+    tensors = with_parts(np.array([values for values, _ in SUMS.values()]))
+    want = np.array([total for _, total in SUMS.values()], np.float32)
+    want.view(np.uint32)[np.isnan(want)] = NAN_F32
+    want = np.tile(want[:, None], (1, 72))
+    d = run(Gemm(72, 384, d_dtype), tensors, Schedule(64, 48, 2, 1, split_k=3))
+    rounded = want.astype(BFLOAT)
+    rounded.view(np.uint16)[np.isnan(want)] = NAN_BF16
+    for i, name in enumerate(SUMS):
+        same_bits(d[i], want[i] if d_dtype == F32 else rounded[i], name)
+    if d_dtype == F32:
+        same_bits(d, sum_of_parts(tensors, 3))
+
+
+def test_interpret_copies_the_first_part() -> None:
+    """Minus zero stays: nothing is added to it, neither zero nor another block's sums."""
+    tensors = with_parts(np.full((7, 2), -TINY))
+    for split_k in (1, 2):
+        d = run(Gemm(72, 256, F32), tensors, Schedule(64, 48, 2, 1, split_k=split_k))
+        assert np.all(bits(d) == 0x80000000)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF], ids=hex)
+def test_interpret_nan_in_one_part_spreads_over_its_row_and_column_only(
+    rng: np.random.Generator, same_bits: SameBits, code: int
+) -> None:
+    tensors = make_tensors(rng, 65, 72, 576)
+    schedule = Schedule(64, 48, 2, 1, split_k=3)
+    clean = run(Gemm(72, 576, F32), tensors, schedule)
+    tensors["a"].view(np.uint8)[[3, 64], [575, 0]] = code
+    tensors["b"].view(np.uint8)[70, 300] = code
+    poisoned = np.zeros((65, 72), bool)
+    poisoned[[3, 64]] = poisoned[:, 70] = True
+    d = run(Gemm(72, 576, F32), tensors, schedule)
+    assert np.all(bits(d)[poisoned] == NAN_F32)
+    same_bits(d[~poisoned], clean[~poisoned])
+
+
+@pytest.mark.parametrize("split_k", [2, 3, 5])
+def test_interpret_exact_does_not_depend_on_the_split(
+    rng: np.random.Generator, same_bits: SameBits, split_k: int
+) -> None:
+    tensors = make_tensors(rng, 7, 72, 576, exact=True) | {"gain": np.full(72, 0.75, np.float32)}
+    problem = Gemm(72, 576, F32, relu(acc) * vector("gain", F32) - 1)
+    schedule = Schedule(64, 48, 2, 1, split_k=split_k)
+    d = run(problem, tensors, schedule, numerics="exact")
+    same_bits(d, run(problem, tensors, numerics="exact"))
+    want = np.maximum(reference(tensors), 0.0) * 0.75 - 1
+    same_bits(d, want.astype(np.float32))
+
+
+def test_interpret_exact_adds_parts_in_float64() -> None:
+    names = ("first two first", "first two first, reversed", "each add is rounded")
+    tensors = with_parts(np.array([SUMS[name][0] for name in names] + [[1, 2.0**-30, -1]]))
+    schedule = Schedule(64, 48, 2, 1, split_k=3)
+    d = run(Gemm(72, 384, F32), tensors, schedule, numerics="exact")
+    want = [2.0**24 + 2, 2.0**24 + 2, 2.0**24 + 2, 2.0**-30]
+    assert np.array_equal(f64(d), np.tile(np.array(want)[:, None], (1, 72)))
 
 
 # --- rejections ---------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ from jitgen.ir import (
     Dim,
     ExtentParameter,
     ForK,
+    Kernel,
     Load,
     PointerParameter,
+    Reduce,
     Store,
     StrideParameter,
     Tensor,
@@ -166,10 +168,12 @@ def test_buffer_counts_bytes_of_one_stage() -> None:
 
 EPILOGUE = silu(vector("bias", F32)) * scalar("alpha") + matrix("residual")
 KERNEL = lower(Gemm(2112, 7168, BF16, EPILOGUE), Schedule(128, 96, 3, 2, 2, 1))
+SPLIT = lower(Gemm(2112, 7168, BF16, EPILOGUE), Schedule(128, 96, 3, 2, split_k=3))
 
 
-def test_walk_gives_loops_before_their_bodies() -> None:
-    stmts = list(walk(KERNEL.body.body))
+@pytest.mark.parametrize("kernel", [KERNEL, SPLIT], ids=["whole", "split"])
+def test_walk_gives_loops_before_their_bodies(kernel: Kernel) -> None:
+    stmts = list(walk(kernel.body.body))
     for position, stmt in enumerate(stmts):
         if isinstance(stmt, ForK):
             assert stmts[position + 1 : position + 1 + len(list(walk(stmt.body)))] == list(
@@ -180,24 +184,70 @@ def test_walk_gives_loops_before_their_bodies() -> None:
         1,
     ) * 5
     assert names["Load"] == 4
+    assert names["Reduce"] == (kernel is SPLIT)
+    assert names["ForK"] == 2 + (kernel is SPLIT)
 
 
-def test_kernel_prints_every_tensor_and_statement() -> None:
-    text = str(KERNEL)
-    for tensor in KERNEL.tensors:
+@pytest.mark.parametrize("kernel", [KERNEL, SPLIT], ids=["whole", "split"])
+def test_kernel_prints_every_tensor_and_statement(kernel: Kernel) -> None:
+    text = str(kernel)
+    for tensor in kernel.tensors:
         assert str(tensor) in text
     positions = [
-        text.index(str(stmt)) for stmt in walk(KERNEL.body.body) if not isinstance(stmt, ForK)
+        text.index(str(stmt)) for stmt in walk(kernel.body.body) if not isinstance(stmt, ForK)
     ]
     assert positions == sorted(positions)
-    assert str(KERNEL.schedule) in text
-    assert str(KERNEL.smem.total_bytes) in text
+    assert str(kernel.schedule) in text
+    assert str(kernel.smem.total_bytes) in text
+
+
+def test_kernel_prints_the_loop_that_blocks_share_and_their_sum() -> None:
+    lines = str(SPLIT).splitlines()
+    loop = lines.index("    for 7168 of k by 2432 on 3 blocks of a cluster:")
+    assert lines[loop + 1 : loop + 3] == ["      acc = 0", "      for 2432 of k by 1024:"]
+    reduce = lines.index("      total = total + acc via smem_inbox")
+    assert lines[reduce + 1].startswith("    smem_d = ")
+    assert "blocks of a cluster" not in str(KERNEL)
+
+
+def test_reduce_prints_where_sums_are_received() -> None:
+    src, dst = (Buffer(name, F32, (64, 32), "registers") for name in ("acc", "total"))
+    inbox = Buffer("smem_inbox", F32, (1, 64, 16), "smem")
+    assert str(Reduce(dst, src, inbox)) == "total = total + acc via smem_inbox"
+    assert inbox.num_bytes == 64 * 16 * 4
 
 
 def test_kernel_has_threads_for_the_math_and_the_producer() -> None:
     assert KERNEL.num_threads == 384
     assert lower(Gemm(72, 144), Schedule(64, 64, 4, 1)).num_threads == 256
     assert lower(Gemm(72, 144), Schedule(192, 64, 3, 3)).num_threads == 512
+
+
+@pytest.mark.parametrize(
+    ("m", "num_sms", "blocks"),
+    [
+        (1, 132, 44),
+        (256, 132, 44),
+        (257, 132, 88),
+        (768, 132, 132),
+        (4096, 132, 132),
+        (768, 17, 16),
+    ],
+    ids=lambda v: str(v),
+)
+def test_num_blocks_of_persistent_clusters_are_at_most_what_the_gpu_holds(
+    m: int, num_sms: int, blocks: int
+) -> None:
+    # 22 clusters along n, one for every 256 rows, of 2 blocks each.
+    assert KERNEL.num_blocks(m, num_sms) == blocks
+
+
+@pytest.mark.parametrize("num_sms", [17, 132])
+@pytest.mark.parametrize(("m", "tiles"), [(1, 22), (128, 22), (129, 44), (4096, 32 * 22)])
+def test_num_blocks_of_split_clusters_are_one_cluster_a_tile(
+    m: int, tiles: int, num_sms: int
+) -> None:
+    assert SPLIT.num_blocks(m, num_sms) == 3 * tiles
 
 
 def test_kernel_parameters_are_maps_then_scales_then_extents_then_operands() -> None:
@@ -232,6 +282,13 @@ def test_kernel_maps_have_the_boxes_of_their_loads_and_stores() -> None:
     assert (maps["b"].box, maps["b"].swizzle_bytes) == ((48, 128), 128)
     # 96 bf16 are 192 bytes: spans of 64 bytes. Each of two warpgroups stores its 64 rows.
     assert (maps["d"].box, maps["d"].swizzle_bytes) == ((64, 32), 64)
+
+
+def test_kernel_maps_of_a_split_are_those_of_whole_tiles() -> None:
+    maps = {p.tensor.name: p for p in SPLIT.parameters if isinstance(p, TensorMapParameter)}
+    boxes = {name: (p.box, p.swizzle_bytes) for name, p in maps.items()}
+    # Blocks that share k share no tiles. Each stores its 32 of the 96 columns: one box.
+    assert boxes == {"a": ((128, 128), 128), "b": ((96, 128), 128), "d": ((64, 32), 64)}
 
 
 def test_kernel_parameter_names_are_distinct() -> None:

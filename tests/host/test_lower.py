@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from jitgen import BF16, F32, Gemm, Schedule, acc, cast, gelu, matrix, scalar, vector
 from jitgen.dtypes import E4M3
 from jitgen.errors import ProblemError, ScheduleError
-from jitgen.ir import Evaluate, ForK, Kernel, Load, Mma, Promote, Store, walk
+from jitgen.ir import Evaluate, ForK, Kernel, Load, Mma, Promote, Reduce, Store, walk
 from jitgen.lower import kernel_name, lower, store_span_bytes
-from jitgen.schedule import check_schedule, smem_plan
+from jitgen.schedule import check_schedule, slice_columns, smem_plan
 from jitgen.target import SM90A
 from jitgen.tuning.space import candidates
 from jitgen.verify import verify
@@ -53,6 +53,7 @@ def all_schedules(rng: np.random.Generator, count: int) -> list[Schedule]:
             cluster_m=int(rng.choice([1, 2, 4])),
             cluster_n=int(rng.choice([1, 2, 4])),
             raster_group=int(rng.integers(1, 20)),
+            split_k=int(rng.choice([1, 1, rng.integers(2, 9)])),
             promotion=rng.choice(["overlapped", "serial"]).item(),
         )
         for _ in range(count)
@@ -125,7 +126,8 @@ def test_lower_carries_schedule_and_problem_into_the_program(problem: Gemm) -> N
         assert traversal.group == schedule.raster_group
         (evaluate,) = ops(kernel, Evaluate)
         assert evaluate.expr == problem.epilogue
-        assert ops(kernel, ForK)[0].extent == problem.k
+        assert kernel.body.body[-3].extent == problem.k  # the outermost loop
+        assert kernel.body.body[-3].num_blocks == schedule.split_k
         assert min(loop.step for loop in ops(kernel, ForK)) == 128
 
 
@@ -167,6 +169,36 @@ def test_lower_multicasts_a_along_n_and_b_along_m(cluster_m: int, cluster_n: int
     assert loads["sfa"].multicast == loads["sfb"].multicast == 1
 
 
+@pytest.mark.parametrize("k", [272, 1168, 7168])
+@pytest.mark.parametrize("split_k", [2, 3])
+def test_lower_gives_each_block_its_part_of_k_and_sums_them_up(split_k: int, k: int) -> None:
+    kernel = lower(Gemm(2112, k, F32), Schedule(64, 96, 3, 1, split_k=split_k))
+    split, evaluate, store = kernel.body.body
+    part_k = -(-k // 128 // split_k) * 128
+    assert isinstance(split, ForK)
+    assert (split.extent, split.step, split.num_blocks) == (k, part_k, split_k)
+    zero, chunks, reduce = split.body
+    # In its part a block does what it does to the whole of k without a split.
+    whole = lower(Gemm(2112, k, F32), Schedule(64, 96, 3, 1))
+    assert (zero, dataclasses.replace(chunks, extent=k)) == whole.body.body[:2]
+    assert (chunks.extent, chunks.num_blocks) == (part_k, 1)
+    assert isinstance(reduce, Reduce)
+    assert (reduce.src, reduce.dst) == (zero.dst, evaluate.src)
+    assert dataclasses.replace(reduce.dst, name=reduce.src.name) == reduce.src
+    columns = {2: 48, 3: 32}[split_k]
+    inbox = reduce.inbox
+    assert (inbox.shape, inbox.dtype, inbox.space) == ((split_k - 1, 64, columns), F32, "smem")
+    assert store.src == evaluate.dst
+    traversal = dataclasses.replace(kernel.body, body=())
+    assert traversal == dataclasses.replace(whole.body, body=())
+
+
+def test_lower_without_split_has_no_loop_over_blocks() -> None:
+    kernel = lower(Gemm(2112, 7168), Schedule(128, 128, 4))
+    assert [loop.num_blocks for loop in ops(kernel, ForK)] == [1, 1]
+    assert ops(kernel, Reduce) == []
+
+
 def test_lower_promotes_every_128_of_k_with_both_scales() -> None:
     kernel = lower(Gemm(2112, 7168), Schedule(128, 96, 3))
     (mma,), (promote,) = ops(kernel, Mma), ops(kernel, Promote)
@@ -200,6 +232,27 @@ def test_store_span_is_the_widest_swizzle_that_divides_a_row(
     assert store_span_bytes(Schedule(64, block_n, 2, 1), element_bytes) == span
 
 
+@pytest.mark.parametrize(
+    ("block_n", "split_k", "element_bytes", "span"),
+    [
+        (128, 2, 2, 128),  # slices of 64 columns
+        (128, 2, 4, 128),
+        (128, 3, 2, 32),  # of 48, 48 and 32: boxes of 16
+        (128, 3, 4, 64),
+        (128, 8, 2, 32),
+        (96, 4, 2, 64),  # of 32, and none for the last block
+        (96, 4, 4, 128),
+        (192, 2, 2, 64),  # 96 of 192
+        (16, 8, 2, 32),
+    ],
+    ids=lambda v: str(v),
+)
+def test_store_span_divides_what_a_split_block_stores(
+    block_n: int, split_k: int, element_bytes: int, span: int
+) -> None:
+    assert store_span_bytes(Schedule(64, block_n, 2, 1, split_k=split_k), element_bytes) == span
+
+
 @pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
 def test_lower_stores_the_whole_tile_in_swizzled_boxes(d_dtype: Any) -> None:
     problem = Gemm(2112, 576, d_dtype)
@@ -209,28 +262,31 @@ def test_lower_stores_the_whole_tile_in_swizzled_boxes(d_dtype: Any) -> None:
         assert rows == schedule.block_m // schedule.num_math_warpgroups
         assert columns * d_dtype.size_bytes == store.src.swizzle_bytes in (32, 64, 128)
         assert schedule.block_n % columns == 0
+        assert slice_columns(schedule) % columns == 0  # no box belongs to two blocks
 
 
 # --- names and equality -------------------------------------------------------------------------
 
 
 def test_kernel_name_is_a_c_identifier_and_tells_problem_and_schedule() -> None:
-    name = kernel_name(Gemm(2112, 7168, F32), Schedule(192, 112, 5, 3, 2, 1, 11, "serial"))
+    name = kernel_name(Gemm(2112, 7168, F32), Schedule(192, 112, 5, 3, 2, 1, 11, 6, "serial"))
     assert re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name)
+    parts = name.split("_")
     for part in (
         "gemm",
         "e4m3",
         "f32",
         "n2112",
         "k7168",
-        "192x112",
+        "192x112x128",
         "s5",
         "w3",
         "c2x1",
         "g11",
+        "k6",
         "serial",
     ):
-        assert part in name
+        assert part in parts
 
 
 def test_kernel_name_differs_for_every_problem_and_schedule() -> None:

@@ -22,11 +22,15 @@ from jitgen.schedule import (
     accumulator_registers,
     check_schedule,
     max_stages,
+    num_barriers,
+    num_k_blocks,
     num_parts,
     num_scale_stages,
     num_sfb_rows,
     part_columns,
+    slice_columns,
     smem_plan,
+    split_blocks,
 )
 from jitgen.target import SM90A
 from jitgen.tuning.model import M_BUCKETS, choose, choose_for_all, m_bucket, predict_us
@@ -57,6 +61,7 @@ schedules = st.builds(
     num_math_warpgroups=st.integers(1, 3),
     cluster_m=st.sampled_from([1, 2, 4]),
     cluster_n=st.sampled_from([1, 2, 4]),
+    split_k=st.just(1) | st.integers(1, 8),
     promotion=st.sampled_from(PROMOTIONS),
 )
 
@@ -87,10 +92,11 @@ def test_schedule_is_frozen_and_hashable() -> None:
 
 
 def test_schedule_prints_every_field() -> None:
-    schedule = Schedule(192, 160, 5, 3, 2, 1, 11, "serial")
-    text = str(schedule)
-    assert all(re.search(rf"\b{part}\b", text) for part in ("5", "3", "2x1", "11", "serial"))
-    assert "192x160" in text
+    schedule = Schedule(192, 160, 5, 3, 2, 1, 11, 7, "serial")
+    assert str(schedule) == (
+        "192x160x128 stages=5 math_warpgroups=3 cluster=2x1 raster_group=11 split_k=7"
+        " promotion=serial"
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,6 +121,21 @@ def test_check_schedule_accepts(schedule: Schedule) -> None:
     check_schedule(Gemm(72, 128), schedule)
 
 
+@pytest.mark.parametrize("split_k", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("tile", [(64, 16, 1), (128, 128, 2), (192, 96, 3), (256, 32, 2)], ids=str)
+def test_check_schedule_accepts_split(tile: tuple[int, int, int], split_k: int) -> None:
+    block_m, block_n, warpgroups = tile
+    # 22 K blocks and a partial one: in every number of parts the last is shorter.
+    schedule = Schedule(block_m, block_n, 2, warpgroups, split_k=split_k)
+    check_schedule(Gemm(72, 22 * 128 + 16), schedule)
+
+
+@pytest.mark.parametrize("split_k", range(1, 9))
+def test_cluster_size_counts_the_blocks_that_share_k(split_k: int) -> None:
+    assert changed(split_k=split_k).cluster_size == split_k
+    assert changed(cluster_m=2, cluster_n=2).cluster_size == 4
+
+
 def test_check_schedule_does_not_depend_on_the_epilogue() -> None:
     epilogue = (acc + vector("bias")) + matrix("residual")
     for schedule in candidates(PROBLEM):
@@ -131,6 +152,7 @@ RANGES = {
     "cluster_m": (1, 4, 1, [-1, 0, 5, 8]),
     "cluster_n": (1, 4, 1, [-1, 0, 5, 8]),
     "raster_group": (1, 1024, 1, [-1, 0, 1025]),
+    "split_k": (1, 8, 1, [-1, 0, 9, 16]),
 }
 OUT_OF_RANGE = [(name, value) for name, (*_, bad) in RANGES.items() for value in bad]
 
@@ -228,6 +250,30 @@ def test_accumulator_registers_leave_some_for_addresses(
     assert accumulator_registers(PROBLEM, schedule) <= REGISTER_SPLIT[row_tile[1]][1] - 24
 
 
+@pytest.mark.parametrize(
+    "cluster", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 8)], ids=str
+)
+def test_accumulator_registers_shrink_for_f32_and_for_two_rows_of_sfb_in_any_cluster(
+    cluster: tuple[int, int, int],
+) -> None:
+    cluster_m, cluster_n, split_k = cluster
+    # By rows of a warpgroup, block_n (64 touches one row of sfb, 96 two) and dtype of D.
+    for (block_m, block_n, d_dtype), want in {
+        (64, 64, BF16): 192,
+        (64, 64, F32): 192,
+        (64, 96, BF16): 192,
+        (64, 96, F32): 136,
+        (128, 64, BF16): 192,
+        (128, 64, F32): 128,
+        (128, 96, BF16): 152,
+        (128, 96, F32): 128,
+    }.items():
+        schedule = Schedule(
+            block_m, block_n, 2, 1, cluster_m=cluster_m, cluster_n=cluster_n, split_k=split_k
+        )
+        assert accumulator_registers(Gemm(2112, 7168, d_dtype), schedule) == want
+
+
 def test_num_parts_is_two_where_promotion_overlaps() -> None:
     assert [num_parts(changed(promotion=p)) for p in ("overlapped", "serial")] == [2, 1]
 
@@ -264,6 +310,87 @@ def test_check_schedule_rejects_columns_that_the_cluster_cannot_split(block_n: i
         check_schedule(PROBLEM, changed(block_n=block_n, cluster_m=4))
 
 
+# --- split --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cluster_m", "cluster_n"), [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4)], ids=lambda v: str(v)
+)
+def test_check_schedule_rejects_split_in_a_cluster_of_tiles(cluster_m: int, cluster_n: int) -> None:
+    with pytest.raises(ScheduleError) as caught:
+        check_schedule(PROBLEM, changed(cluster_m=cluster_m, cluster_n=cluster_n, split_k=2))
+    assert str(caught.value) == (
+        f"split_k = 2 takes the whole cluster: cluster_m = {cluster_m} and cluster_n = {cluster_n}"
+        " must be 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("k", "split_k", "used"),
+    [(16, 8, 1), (128, 2, 1), (576, 4, 3), (1152, 7, 5), (1168, 6, 5), (1280, 8, 5)],
+    ids=lambda v: str(v),
+)
+def test_check_schedule_rejects_split_that_leaves_a_block_without_k(
+    k: int, split_k: int, used: int
+) -> None:
+    with pytest.raises(ScheduleError) as caught:
+        check_schedule(Gemm(72, k), changed(num_stages=2, split_k=split_k))
+    assert str(caught.value) == (
+        f"split_k = {split_k} leaves blocks without any of the {-(-k // 128)} K blocks:"
+        f" choose {used}"
+    )
+    check_schedule(Gemm(72, k), changed(num_stages=2, split_k=used))  # the remedy works
+
+
+@given(problems, st.integers(1, 8))
+def test_split_blocks_cover_k_once_with_no_part_empty(problem: Gemm, split_k: int) -> None:
+    schedule = Schedule(64, 16, 2, 1, split_k=split_k)
+    size, count = split_blocks(problem, schedule), num_k_blocks(problem)
+    assert (count - 1) * 128 < problem.k <= count * 128
+    parts = [range(count)[i * size : (i + 1) * size] for i in range(split_k)]
+    assert [block for part in parts for block in part] == list(range(count))
+    assert size == -(-count // split_k)  # no smaller size covers k
+    # Legal exactly if every block has something to add.
+    assert is_legal(problem, schedule) == all(parts)
+    if not all(parts):
+        used = sum(map(bool, parts))
+        with pytest.raises(ScheduleError, match=rf"choose {used}$"):
+            check_schedule(problem, schedule)
+        assert is_legal(problem, dataclasses.replace(schedule, split_k=used))
+
+
+@given(st.sampled_from(range(16, 257, 16)), st.integers(1, 8))
+def test_slice_columns_cover_block_n_once(block_n: int, split_k: int) -> None:
+    size = slice_columns(changed(block_n=block_n, split_k=split_k))
+    slices = [range(block_n)[i * size : (i + 1) * size] for i in range(split_k)]
+    assert [column for part in slices for column in part] == list(range(block_n))
+    # Whole groups of the 16 columns that a warp writes at once, and as few as will do.
+    assert all(len(part) % 16 == 0 for part in slices)
+    assert (size - 16) * split_k < block_n
+    # A slice is short or empty only because those before it took all.
+    assert [len(part) for part in slices] == sorted(map(len, slices), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("k", "split_k", "block_n", "blocks", "columns"),
+    [
+        (7168, 1, 128, 56, 128),
+        (7168, 2, 128, 28, 64),
+        (7168, 3, 128, 19, 48),
+        (7168, 8, 16, 7, 16),
+        (2192, 4, 96, 5, 32),
+        (144, 2, 80, 1, 48),
+    ],
+    ids=lambda v: str(v),
+)
+def test_split_of_k_and_columns(
+    k: int, split_k: int, block_n: int, blocks: int, columns: int
+) -> None:
+    schedule = Schedule(64, block_n, 2, 1, split_k=split_k)
+    assert split_blocks(Gemm(72, k), schedule) == blocks
+    assert slice_columns(schedule) == columns
+
+
 # --- scales -------------------------------------------------------------------------------------
 
 
@@ -297,8 +424,18 @@ def test_smem_plan_keeps_buffers_apart_and_aligned(problem: Gemm, schedule: Sche
         (plan.a, stages * schedule.block_m * 128, 1024),
         (plan.b, stages * schedule.block_n * 128, 1024),
         (plan.d, schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes, 1024),
+        # From every other block, float32 sums of this block's slice of columns, 16 bytes a store.
+        (
+            plan.inbox,
+            (schedule.split_k - 1) * schedule.block_m * slice_columns(schedule) * 4,
+            16,
+        ),
         (plan.scales, num_scale_stages(schedule) * scales, 16),
-        (plan.barriers, (stages + num_scale_stages(schedule)) * 2 * 8, 8),
+        (
+            plan.barriers,
+            ((stages + num_scale_stages(schedule)) * 2 + (schedule.split_k > 1)) * 8,
+            8,
+        ),
     ]
     assert all(offset % alignment == 0 for offset, _, alignment in regions)
     regions.sort()
@@ -306,6 +443,18 @@ def test_smem_plan_keeps_buffers_apart_and_aligned(problem: Gemm, schedule: Sche
         assert offset + size <= following
     assert regions[0][0] >= 0
     assert regions[-1][0] + regions[-1][1] <= plan.total_bytes
+
+
+def test_smem_plan_gives_the_inbox_of_a_split_block_its_place() -> None:
+    whole = smem_plan(PROBLEM, Schedule(128, 96, 3))
+    plan = smem_plan(PROBLEM, Schedule(128, 96, 3, split_k=4))
+    # Three senders, 128 rows, 32 of the 96 columns; and one barrier.
+    assert plan.inbox == plan.d + 128 * 96 * 2
+    assert plan.scales - plan.inbox == 3 * 128 * 32 * 4
+    assert plan.total_bytes - whole.total_bytes == 3 * 128 * 32 * 4 + 8
+    assert whole.scales == whole.inbox
+    assert num_barriers(Schedule(128, 96, 3)) == 2 * (3 + 4)
+    assert num_barriers(Schedule(128, 96, 3, split_k=4)) == 2 * (3 + 4) + 1
 
 
 @given(problems, schedules)
@@ -389,14 +538,40 @@ def test_candidates_are_legal_distinct_and_deepest(problem: Gemm) -> None:
 def test_candidates_cover_row_tiles_clusters_and_widths() -> None:
     found = list(candidates(PROBLEM))
     assert {(s.block_m, s.num_math_warpgroups) for s in found} == set(ROW_TILES)
-    assert {(s.cluster_m, s.cluster_n) for s in found} == set(CLUSTERS)
+    clusters = {(s.cluster_m, s.cluster_n, s.split_k) for s in found}
+    assert clusters == set(CLUSTERS)
+    assert clusters == {(1, 1, 1), (2, 1, 1), (1, 2, 1), *((1, 1, parts) for parts in range(2, 9))}
     assert {s.promotion for s in found} == set(PROMOTIONS)
-    legal = {
-        n
-        for n, (m, w), p in itertools.product(range(16, 257, 16), ROW_TILES, PROMOTIONS)
-        if is_legal(PROBLEM, Schedule(m, n, 2, w, promotion=p))
-    }
-    assert {s.block_n for s in found} == legal
+    for split_k in range(1, 9):
+        legal = {
+            (m, w, n, p)
+            for n, (m, w), p in itertools.product(range(16, 257, 16), ROW_TILES, PROMOTIONS)
+            if is_legal(PROBLEM, Schedule(m, n, 2, w, split_k=split_k, promotion=p))
+            and (w < 3 or n <= 128)  # wider ones spill with some epilogues
+        }
+        tiles = {
+            (s.block_m, s.num_math_warpgroups, s.block_n, s.promotion)
+            for s in found
+            if (s.cluster_m, s.cluster_n, s.split_k) == (1, 1, split_k)
+        }
+        assert tiles == legal, f"split_k = {split_k}"
+
+
+@pytest.mark.parametrize(
+    ("k", "splits"),
+    [
+        (16, {1}),
+        (128, {1}),
+        (144, {1, 2}),
+        (576, {1, 2, 3, 5}),
+        (1152, {1, 2, 3, 5}),
+        (1168, {1, 2, 3, 4, 5}),
+        (1792, {1, 2, 3, 4, 5, 7}),
+    ],
+    ids=lambda v: str(v),
+)
+def test_candidates_split_only_into_parts_that_none_is_empty(k: int, splits: set[int]) -> None:
+    assert {s.split_k for s in candidates(Gemm(2112, k))} == splits
 
 
 @given(problems)

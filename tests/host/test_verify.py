@@ -23,6 +23,7 @@ from jitgen.ir import (
     Load,
     Mma,
     Promote,
+    Reduce,
     Stmt,
     Store,
     Tensor,
@@ -43,6 +44,8 @@ EPILOGUE = acc + vector("bias") + matrix("residual")
 KERNEL = lower(Gemm(456, 2192, BF16, EPILOGUE), Schedule(128, 96, 3, 2))
 SQUARE = lower(Gemm(512, 1024, F32), Schedule(128, 128, 3, 2))
 CLUSTER = lower(Gemm(576, 2192), Schedule(128, 128, 3, 2, 2, 1))
+# Of 18 K blocks 5, 5, 5 and 3; of 96 columns 32, 32, 32 and none.
+SPLIT = lower(Gemm(456, 2192, BF16, EPILOGUE), Schedule(128, 96, 3, 2, split_k=4))
 
 
 # --- editing ------------------------------------------------------------------------------------
@@ -183,6 +186,21 @@ def after_loop(kernel: Kernel, extra: Iterable[Stmt]) -> Kernel:
 def in_loop(kernel: Kernel, extra: Iterable[Stmt]) -> Kernel:
     """`kernel` with more ops at the start of its innermost K loop."""
     return edit(kernel, ForK, lambda loop: replace(loop, body=(*extra, *loop.body)), "inner")
+
+
+def edit_split(
+    make: Callable[[tuple[Any, ...]], Iterable[Stmt]] = lambda body: body, **fields: Any
+) -> Mutation:
+    """The outermost loop of k with another body, or other fields."""
+
+    def mutate(kernel: Kernel) -> Kernel:
+        loop, *rest = kernel.body.body
+        assert isinstance(loop, ForK)
+        return set_body(lambda _: (replace(loop, body=tuple(make(loop.body)), **fields), *rest))(
+            kernel
+        )
+
+    return mutate
 
 
 def ops(kernel: Kernel, *kinds: type) -> tuple[Any, ...]:
@@ -431,6 +449,183 @@ RESOURCES: dict[str, Mutation] = {
     ),
 }
 
+ZERO, CHUNKS, REDUCE = SPLIT.body.body[0].body  # type: ignore[union-attr]
+EVALUATE, STORE = SPLIT.body.body[1:]
+OUTERMOST = "must be the outermost loop"
+
+# Mutations of SPLIT, and the rule that each breaks.
+SPLIT_RULES: dict[str, tuple[Mutation, str]] = {
+    "schedule of no split": (set_schedule(split_k=1), "on 4 blocks: must be on 1"),
+    "schedule of fewer blocks": (set_schedule(split_k=3), "on 4 blocks: must be on 3"),
+    "schedule of blocks without k": (set_schedule(split_k=7), "choose 6"),
+    "schedule of a cluster of tiles": (set_schedule(cluster_m=2), "takes the whole cluster"),
+    "loop on fewer blocks": (edit_split(num_blocks=3), "on 3 blocks: must be on 4"),
+    "loop over less of k": (edit_split(extent=2192 - 128), "must be 2192 by 640"),
+    "loop beyond k": (edit_split(extent=4 * 640), "must be 2192 by 640"),
+    "parts of fewer K blocks": (edit_split(step=512), "must be 2192 by 640"),
+    "parts of more K blocks": (edit_split(step=768), "must be 2192 by 640"),
+    "parts of no K blocks": (edit_split(step=0), "must be 2192 by 640"),
+    "parts of partial K blocks": (edit_split(step=548), "must be 2192 by 640"),
+    "loop of one block": (edit_split(num_blocks=1), "must come before the K loop"),
+    "chunks of the whole k": (
+        edit_split(lambda _: (ZERO, replace(CHUNKS, extent=2192), REDUCE)),
+        "covers 2192 of 640 positions of k",
+    ),
+    "chunks of less than a part": (
+        edit_split(lambda _: (ZERO, replace(CHUNKS, extent=512), REDUCE)),
+        "covers 512 of 640 positions of k",
+    ),
+    "no loop over blocks": (
+        set_body(lambda _: (ZERO, CHUNKS, EVALUATE, STORE)),
+        "covers 640 of 2192 positions of k",
+    ),
+    "no loop over blocks, yet all of k": (
+        set_body(lambda _: (ZERO, replace(CHUNKS, extent=2192), EVALUATE, STORE)),
+        "blocks do not share k",
+    ),
+    "loop over blocks in itself": (
+        edit_split(lambda _: (SPLIT.body.body[0],)),
+        OUTERMOST,
+    ),
+    "loop over blocks in a K loop": (
+        set_body(lambda body: (ForK(2192, 640, body[:1]), *body[1:])),
+        OUTERMOST,
+    ),
+    "loop over blocks after another": (
+        set_body(lambda body: (body[0], *body)),
+        "must come before total is written",
+    ),
+    "chunks on blocks": (
+        edit_split(lambda _: (ZERO, replace(CHUNKS, num_blocks=4), REDUCE)),
+        OUTERMOST,
+    ),
+    "K blocks on blocks": (set_op(ForK, "inner", num_blocks=4), OUTERMOST),
+    "chunks on no block": (
+        edit_split(lambda _: (ZERO, replace(CHUNKS, num_blocks=0), REDUCE)),
+        "block",
+    ),
+    "K blocks on fewer blocks than none": (set_op(ForK, "inner", num_blocks=-1), "block"),
+    "empty": (edit_split(lambda _: ()), "must leave the sums and only them"),
+    "no zeros": (drop(Zero), "acc must hold zeros, holds nothing"),
+    # They are those of the first part only: the second would begin with the first one's sums.
+    "zeros of all parts": (
+        set_body(lambda body: (ZERO, replace(body[0], body=(CHUNKS, REDUCE)), *body[1:])),
+        "acc",
+    ),
+    "zeros after the K loop": (
+        edit_split(lambda _: (CHUNKS, ZERO, REDUCE)),
+        "acc must hold zeros, holds nothing",
+    ),
+    "no reduce": (drop(Reduce), "must leave the sums and only them"),
+    "reduce before the K loop": (
+        edit_split(lambda _: (ZERO, REDUCE, CHUNKS)),
+        "acc must hold partial sums, holds zeros",
+    ),
+    "reduce before everything": (
+        edit_split(lambda _: (REDUCE, ZERO, CHUNKS)),
+        "acc must hold partial sums, holds nothing",
+    ),
+    "reduce of every chunk": (
+        edit_split(lambda _: (ZERO, replace(CHUNKS, body=(*CHUNKS.body, REDUCE)))),
+        "must come after one block's part of k",
+    ),
+    "reduce of every K block": (
+        lambda kernel: edit(drop(Reduce)(kernel), Promote, lambda op: (op, REDUCE)),
+        "must come after one block's part of k",
+    ),
+    "reduce twice": (
+        edit_split(lambda body: (*body, REDUCE)),
+        "acc must hold partial sums, holds nothing",
+    ),
+    "reduce after the loop over blocks": (
+        set_body(lambda body: (replace(body[0], body=(ZERO, CHUNKS)), REDUCE, *body[1:])),
+        "must leave the sums and only them",
+    ),
+    "reduce once more after the loop over blocks": (
+        set_body(lambda body: (body[0], REDUCE, *body[1:])),
+        "must come after one block's part of k",
+    ),
+    "reduce of the product": (
+        set_op(Reduce, src=ops(SPLIT, Mma)[0].dst),
+        "part must hold partial sums, holds nothing",
+    ),
+    "reduce into the partial sums": (set_op(Reduce, dst=REDUCE.src), "overwrites acc"),
+    "total of a slice": (set_buffer(Reduce, "dst", shape=(128, 32)), "total has shape"),
+    "total in bf16": (set_buffer(Reduce, "dst", dtype=BF16), "total has dtype"),
+    "total in smem": (set_buffer(Reduce, "dst", space="smem"), "total has space"),
+    "partial sums of another shape": (set_buffer(Reduce, "src", shape=(64, 96)), "acc has shape"),
+    "inbox of one sender": (set_buffer(Reduce, "inbox", shape=(1, 128, 32)), "inbox has shape"),
+    "inbox of this block too": (set_buffer(Reduce, "inbox", shape=(4, 128, 32)), "inbox has shape"),
+    "inbox of half the rows": (set_buffer(Reduce, "inbox", shape=(3, 64, 32)), "inbox has shape"),
+    "inbox of all columns": (set_buffer(Reduce, "inbox", shape=(3, 128, 96)), "inbox has shape"),
+    "inbox of fewer columns": (set_buffer(Reduce, "inbox", shape=(3, 128, 16)), "inbox has shape"),
+    "inbox without senders": (set_buffer(Reduce, "inbox", shape=(128, 32)), "inbox has shape"),
+    "inbox in bf16": (set_buffer(Reduce, "inbox", dtype=BF16), "inbox has dtype"),
+    "inbox in registers": (set_buffer(Reduce, "inbox", space="registers"), "inbox has space"),
+    "inbox in stages": (set_buffer(Reduce, "inbox", pipelined=True), "inbox has pipelined"),
+    "inbox swizzled": (set_buffer(Reduce, "inbox", swizzle_bytes=128), "inbox has swizzle_bytes"),
+    **{
+        f"inbox in {name}": (
+            set_op(Reduce, inbox=replace(REDUCE.inbox, name=name)),
+            f"overwrites {name}",
+        )
+        for name in ("smem_a", "smem_b", "smem_sfa", "smem_sfb", "acc", "part", "total", "smem_d")
+    },
+    "epilogue of partial sums": (set_op(Evaluate, src=REDUCE.src), "acc must hold sums"),
+    "epilogue in the loop over blocks": (
+        set_body(lambda body: (replace(body[0], body=(*body[0].body, EVALUATE)), STORE)),
+        "must come after the K loop",
+    ),
+    "epilogue of every part": (
+        set_body(
+            lambda body: (
+                replace(body[0], body=(ZERO, CHUNKS, replace(EVALUATE, src=REDUCE.src))),
+                STORE,
+            )
+        ),
+        "must come after the K loop",
+    ),
+    "epilogue before the loop over blocks": (
+        set_body(lambda body: (EVALUATE, body[0], STORE)),
+        "total must hold sums, holds nothing",
+    ),
+    "store in the loop over blocks": (
+        set_body(lambda body: (replace(body[0], body=(*body[0].body, STORE)), EVALUATE)),
+        "smem_d must hold result, holds nothing",
+    ),
+    "epilogue and store in the loop over blocks": (
+        set_body(lambda body: (replace(body[0], body=(*body[0].body, EVALUATE, STORE)),)),
+        "must come after the K loop",
+    ),
+    "scales of a part loaded at once": (
+        edit_split(
+            lambda _: (ZERO, *CHUNKS.body[:2], replace(CHUNKS, body=CHUNKS.body[2:]), REDUCE)
+        ),
+        "is 0 loops of k deep|the tile is",
+    ),
+    "smem: inbox overlaps d": (
+        set_smem(inbox=lambda plan: plan.inbox - 16),
+        r"inbox at \d+ overlaps",
+    ),
+    "smem: inbox in a": (set_smem(inbox=lambda plan: plan.a), r"inbox at \d+ overlaps"),
+    "smem: inbox misaligned": (
+        set_smem(inbox=lambda plan: plan.inbox + 8),
+        "inbox at .* is not 16-aligned",
+    ),
+    "smem: no room for the inbox": (
+        set_smem(scales=lambda plan: plan.inbox),
+        r"scales at \d+ overlaps",
+    ),
+    "smem: scales overlap the inbox": (
+        set_smem(scales=lambda plan: plan.scales - 16),
+        r"scales at \d+ overlaps",
+    ),
+    "smem: no room for the inbox's barrier": (
+        set_smem(total_bytes=lambda plan: plan.total_bytes - 8),
+        "needs .* bytes",
+    ),
+}
+
 ALL = {
     f"{group}: {name}": mutation
     for group, mutations in {
@@ -460,12 +655,43 @@ def buffer(kernel: Kernel, name: str) -> Any:
 
 
 @pytest.mark.parametrize("mutation", ALL.values(), ids=ALL)
-def test_verify_rejects(mutation: Mutation) -> None:
-    mutated = mutation(KERNEL)
-    assert mutated != KERNEL
+@pytest.mark.parametrize("kernel", [KERNEL, SPLIT], ids=["whole", "split"])
+def test_verify_rejects(kernel: Kernel, mutation: Mutation) -> None:
+    mutated = mutation(kernel)
+    assert mutated != kernel
     with pytest.raises(VerifyError) as caught:
         verify(mutated)
     assert ": " in str(caught.value)  # the op, then the rule
+
+
+@pytest.mark.parametrize(("mutation", "rule"), SPLIT_RULES.values(), ids=SPLIT_RULES)
+def test_verify_rejects_split(mutation: Mutation, rule: str) -> None:
+    mutated = mutation(SPLIT)
+    assert mutated != SPLIT
+    with pytest.raises(VerifyError, match=rule):
+        verify(mutated)
+
+
+def test_verify_rejects_split_of_a_kernel_that_the_schedule_leaves_whole() -> None:
+    for extra, rule in (
+        ((REDUCE,), "must come after one block's part of k"),
+        ((replace(REDUCE, dst=REDUCE.src),), "must come after one block's part of k"),
+    ):
+        with pytest.raises(VerifyError, match=rule):
+            verify(after_loop(KERNEL, extra))
+    with pytest.raises(VerifyError, match="blocks do not share k as planned"):
+        verify(set_schedule(split_k=4)(KERNEL))
+    with pytest.raises(VerifyError, match="on 4 blocks: must be on 1"):
+        verify(set_body(lambda _: SPLIT.body.body)(KERNEL))
+
+
+def test_verify_rejects_store_box_across_the_slices_of_two_blocks() -> None:
+    # Two boxes of 64 columns tile the 128, but not slices of 48, 48 and 32.
+    kernel = lower(Gemm(456, 2192), Schedule(128, 128, 3, 2, split_k=3))
+    wide = set_op(Store, box=(64, 64))(rename_buffer(kernel, "smem_d", swizzle_bytes=128))
+    with pytest.raises(VerifyError, match="boxes of 64 columns do not tile"):
+        verify(wide)
+    verify(kernel)
 
 
 def test_verify_rejects_swapped_operands_of_a_square_mma() -> None:
@@ -498,6 +724,7 @@ SOUND: dict[str, Mutation] = {
         smem=replace(
             kernel.smem,
             d=kernel.smem.d + 1024,
+            inbox=kernel.smem.inbox + 1024 + 16,
             scales=kernel.smem.scales + 2048,
             barriers=kernel.smem.barriers + 2048 + 16,
             total_bytes=kernel.smem.total_bytes + 4096,
@@ -510,7 +737,9 @@ SOUND: dict[str, Mutation] = {
 
 
 @pytest.mark.parametrize("mutation", SOUND.values(), ids=SOUND)
-@pytest.mark.parametrize("kernel", [KERNEL, SQUARE, CLUSTER], ids=["ragged", "square", "cluster"])
+@pytest.mark.parametrize(
+    "kernel", [KERNEL, SQUARE, CLUSTER, SPLIT], ids=["ragged", "square", "cluster", "split"]
+)
 def test_verify_accepts(kernel: Kernel, mutation: Mutation) -> None:
     mutated = mutation(kernel)
     verify(mutated)
