@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import make_console
-from .errors import ProblemError
+from .files import read_json, write_text
 from .problem_list import Grid
 
 if TYPE_CHECKING:
@@ -51,9 +51,11 @@ def bench_gemm(
         for row in progress.track(bench.bench_gemm(shapes, device), total=len(shapes)):
             result = replace(result, rows=(*result.rows, row))
             if json_file:
-                _write(json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+                write_text(
+                    json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n"
+                )
             if markdown:
-                _write(markdown, report.render_markdown(result))
+                write_text(markdown, report.render_markdown(result))
             console.print(f"{row.shape}: {row.jitgen.kernel_us:.2f} us", highlight=False)
     if markdown:
         _write_report(markdown, result)
@@ -70,13 +72,7 @@ def bench_report(
     """The report of an earlier `bench gemm` again; needs no GPU."""
     from .tuning import report
 
-    try:
-        data = json.loads(json_file.read_text())
-    except OSError as error:
-        raise ProblemError(f"cannot read {json_file}: {error.strerror}") from None
-    except ValueError as error:
-        raise ProblemError(f"{json_file} is not JSON: {error}") from None
-    result = report.Result.from_json(data)
+    result = report.Result.from_json(read_json(json_file))
     if markdown:
         _write_report(markdown, result)
     report.print_result(make_console(), result)
@@ -89,10 +85,10 @@ def _write_report(markdown: Path, result: Result) -> None:
     picture = markdown.with_suffix(".svg")
     svg = plot.render_svg(result.rows)
     if svg:
-        _write(picture, svg)
+        write_text(picture, svg)
     else:
         warnings.warn("no plot without matplotlib: pip install 'jitgen[bench]'", stacklevel=2)
-    _write(markdown, report.render_markdown(result, plot=picture.name if svg else None))
+    write_text(markdown, report.render_markdown(result, plot=picture.name if svg else None))
 
 
 def _shapes(grid: Sequence[Shape], extents: Sequence[int] | None) -> list[Shape]:
@@ -125,13 +121,5 @@ def bench_host(
         command=report.command_line(sys.argv[1:]),
     )
     if json_file:
-        _write(json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+        write_text(json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
     host.print_host_result(make_console(), result)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise ProblemError(f"cannot write {path}: {error.strerror}") from None

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from enum import Enum
 from pathlib import Path
 
 from .dtypes import BF16, DType, dtype_of
 from .errors import ProblemError
+from .files import read_json
 from .problem import MAX_EXTENT, Gemm, check_problem
 from .tuning.model import m_buckets
 
 PROBLEMS_HELP = (
     'JSON: a list of {"n": 7168, "k": 2048, "m": [1, 64]}; instead of m, "m_max": 4096 stands for'
-    ' every m up to it; "out_dtype" is bfloat16 by default.'
+    ' every m up to it; "out_dtype" is bfloat16 by default, "name" a remark.'
 )
 
 
@@ -41,12 +41,7 @@ def read_problems(path: Path) -> list[tuple[Gemm, int]]:
     ------
     ProblemError : the file cannot be read, or an entry breaks a rule; says which entry and field
     """
-    try:
-        entries = json.loads(path.read_text())
-    except OSError as error:
-        raise ProblemError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ProblemError(f"{path} is not JSON: {error}") from None
+    entries = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise ProblemError(f"{path} must hold a list of problems, not empty")
     pairs: list[tuple[Gemm, int]] = []
@@ -81,10 +76,12 @@ def parse_extents(text: str) -> list[int]:
 def _read_problem(entry: object) -> tuple[Gemm, list[int]]:
     if not isinstance(entry, dict):
         raise ProblemError(f"must be an object with n, k and m or m_max, got {entry!r:.80}")
-    if unknown := set(entry) - {"n", "k", "m", "m_max", "out_dtype"}:
-        raise ProblemError(f"unknown field {min(unknown)}: use n, k, m or m_max, out_dtype")
+    if unknown := set(entry) - {"name", "n", "k", "m", "m_max", "out_dtype"}:
+        raise ProblemError(f"unknown field {min(unknown)}: use name, n, k, m or m_max, out_dtype")
     if missing := {"n", "k"} - set(entry):
         raise ProblemError(f"field {min(missing)} is missing")
+    if not isinstance(name := entry.get("name", ""), str):
+        raise ProblemError(f"name must be a string, got {name!r:.80}")
     problem = Gemm(entry["n"], entry["k"], _read_dtype(entry.get("out_dtype", BF16.name)))
     check_problem(problem)
     if ("m" in entry) == ("m_max" in entry):

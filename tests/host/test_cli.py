@@ -292,7 +292,7 @@ def test_prebuild_reports_what_was_built_before_an_error(
 
 
 def test_read_problems_with_m_max_covers_every_m(tmp_path: Path) -> None:
-    entry = {"n": 256, "k": 512, "m_max": 700, "out_dtype": "f32"}
+    entry = {"name": "o_proj", "n": 256, "k": 512, "m_max": 700, "out_dtype": "f32"}
     pairs = read_problems(write(tmp_path / "problems.json", [entry]))
     (problem,) = {problem for problem, _ in pairs}
     assert (problem.n, problem.k, problem.d_dtype.short) == (256, 512, "f32")
@@ -312,6 +312,7 @@ GOOD = {"n": 256, "k": 512, "m": [1]}
         ([GOOD, 7], "entry 1: must be an object"),
         ([GOOD, {"n": 256, "m": [1]}], "entry 1: field k is missing"),
         ([GOOD | {"M": 3}], "entry 0: unknown field M"),
+        ([GOOD | {"name": 7}], "entry 0: name must be a string, got 7"),
         ([GOOD | {"n": 100}], "entry 0: n = 100 must be a positive multiple of 8"),
         ([GOOD | {"k": "512"}], "entry 0: k must be an int"),
         ([GOOD | {"m": []}], "entry 0: m must be a list"),

@@ -58,8 +58,9 @@ ALLOWED |= {
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
     "doctor": _before | {"runtime", "build", "tuning", "api", "jitgen"},
     "console": set(),  # what the commands print on
-    "problem_list": _before | {"tuning", "tuning.bench"},  # what to compile or tune
-    "cli_bench": {"errors", "console", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
+    "files": {"errors"},  # that users name
+    "problem_list": _before | {"files", "tuning", "tuning.bench"},  # what to compile or tune
+    "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot"},
     "cli_tune": _before
     | {"runtime", "build", "console", "jitgen", "problem_list", "tuning", "tuning.measure"},
