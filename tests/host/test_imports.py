@@ -60,12 +60,15 @@ ALLOWED |= {
     "console": set(),  # what the commands print on
     "files": {"errors"},  # that users name
     "problem_list": _before | {"files", "tuning", "tuning.bench"},  # what to compile or tune
+    "models": _before | {"files"},  # what a model computes
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot"},
     "cli_tune": _before
     | {"runtime", "build", "console", "jitgen", "problem_list", "tuning", "tuning.measure"},
+    "cli_problems": {"problem", "files", "models"},
     "cli": _before
-    | {"build", "console", "problem_list", "tuning", "cli_bench", "cli_tune", "doctor", "demo"},
+    | {"build", "console", "problem_list", "tuning", "cli_bench", "cli_problems", "cli_tune"}
+    | {"doctor", "demo"},
     "__main__": {"cli"},
 }
 

@@ -1,0 +1,46 @@
+"""`jitgen problems`: a model's list of problems."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .files import write_text
+from .models import read_model
+from .problem import MAX_EXTENT
+
+
+def problems(
+    config: Annotated[Path, typer.Argument(help="The model's config.json of Hugging Face.")],
+    tp: Annotated[int, typer.Option(min=1, help="Ranks that split each layer.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="Ranks that share the experts.")] = 1,
+    m_max: Annotated[
+        int, typer.Option(min=1, max=MAX_EXTENT, help="Most rows (tokens) of a call.")
+    ] = 8192,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: print the list.")
+    ] = None,
+) -> None:
+    """A model's dense FP8 GEMMs on one rank, as `--problems` of `tune` and `prebuild` reads them.
+
+    Knows DeepSeek-V3/R1, Kimi-K2, Qwen3 (dense, MoE) and Llama-3.
+    """
+    model = read_model(config, tp, ep)
+    entries = [
+        json.dumps({"name": name, "n": problem.n, "k": problem.k, "m_max": m_max})
+        for problem, name in model.problems.items()
+    ]
+    text = "[\n  " + ",\n  ".join(entries) + "\n]\n"
+    if output:
+        write_text(output, text)
+    else:
+        typer.echo(text, nl=False)
+    typer.echo(
+        f"{model.architecture}: problems {len(entries)}, kinds left out {len(model.left_out)}",
+        err=True,
+    )
+    for kind, reason in model.left_out.items():
+        typer.echo(f"left out: {kind}: {reason}", err=True)
