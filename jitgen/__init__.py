@@ -1,10 +1,12 @@
 """jitgen: a compiler-style JIT kernel generator for NVIDIA Hopper GPUs."""
 
 from .api import bind, gemm, quantize
+from .control import configure, stats
 from .dtypes import BF16, E4M3, F32, DType
 from .errors import (
     CompileError,
     DeviceError,
+    JitForbiddenError,
     JitgenError,
     ProblemError,
     ScheduleError,
@@ -14,6 +16,7 @@ from .errors import (
 from .expr import acc, cast, gelu, matrix, maximum, relu, scalar, silu, vector
 from .plans import Plan, plan
 from .problem import Gemm, ScaleBlock, supports
+from .runtime.stats import Stats
 from .schedule import Schedule
 
 __version__ = "0.1.0"
@@ -26,17 +29,20 @@ __all__ = [
     "DType",
     "DeviceError",
     "Gemm",
+    "JitForbiddenError",
     "JitgenError",
     "Plan",
     "ProblemError",
     "ScaleBlock",
     "Schedule",
     "ScheduleError",
+    "Stats",
     "StoreError",
     "VerifyError",
     "acc",
     "bind",
     "cast",
+    "configure",
     "gelu",
     "gemm",
     "matrix",
@@ -46,6 +52,7 @@ __all__ = [
     "relu",
     "scalar",
     "silu",
+    "stats",
     "supports",
     "vector",
 ]

@@ -18,9 +18,9 @@ from .errors import CompileError, JitgenError, StoreError
 from .ir import Kernel
 from .lower import kernel_name, lower
 from .problem import Gemm
-from .runtime.key import make_key
+from .runtime.key import KernelKey, make_key
 from .runtime.nvrtc import Compiled, compile_cubin, compile_options, compiler_version
-from .runtime.store import Entry, KernelStore, Stats
+from .runtime.store import Entry, KernelStore
 from .schedule import REGISTER_SPLIT, WARPGROUP_THREADS, Schedule
 from .verify import verify
 
@@ -61,8 +61,29 @@ def open_shared_store(root: Path | None = None) -> KernelStore:
     return store
 
 
-def build(kernel: Kernel, store: KernelStore | None = None) -> Entry:
+def key_of(kernel: Kernel) -> KernelKey:
+    """What the compiled entry of `kernel` is found by.
+
+    Raises
+    ------
+    CompileError : NVRTC is missing
+    """
+    return _make_key(kernel, render(kernel))
+
+
+def build(
+    kernel: Kernel,
+    store: KernelStore | None = None,
+    *,
+    before_compile: Callable[[], None] = lambda: None,
+) -> Entry:
     """The compiled entry of `kernel`, from the store or compiled now.
+
+    Parameters
+    ----------
+    kernel : from `lower`
+    store : default `default_store()`
+    before_compile : called if the kernel is not in the store; what it raises passes through
 
     Raises
     ------
@@ -72,10 +93,9 @@ def build(kernel: Kernel, store: KernelStore | None = None) -> Entry:
     """
     verify(kernel)
     source = render(kernel)
-    options = compile_options(kernel.target)
-    key = make_key(source, headers(), options, compiler_version(), kernel.target.arch)
 
     def compile_now() -> Compiled:
+        before_compile()
         compiled = compile_cubin(
             source, name=f"{kernel.name}.cu", headers=headers(), target=kernel.target
         )
@@ -83,8 +103,13 @@ def build(kernel: Kernel, store: KernelStore | None = None) -> Entry:
         return compiled
 
     return (store or default_store()).get_or_compile(
-        key, compile_now, name=kernel.name, source=source
+        _make_key(kernel, source), compile_now, name=kernel.name, source=source
     )
+
+
+def _make_key(kernel: Kernel, source: str) -> KernelKey:
+    options = compile_options(kernel.target)
+    return make_key(source, headers(), options, compiler_version(), kernel.target.arch)
 
 
 def check_register_split(kernel: Kernel, compiled: Compiled) -> None:
@@ -167,7 +192,7 @@ def prebuild(
 
 def _prebuild_one(problem: Gemm, schedule: Schedule, root: Path | None) -> Prebuilt:
     store = _worker_store(root)
-    before: Stats = store.stats
+    before = store.stats
     entry = build(lower(problem, schedule), store)
     return Prebuilt(
         entry.name, store.stats.compiles > before.compiles, entry.resources.compile_seconds

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .arrays import ADDRESS_UNIT, ArrayView, check_gemm, name_arrays
-from .build import build
+from .control import build_for_call
 from .dtypes import array_dtype, dtype_of
 from .errors import DeviceError
 from .expr import Bound
@@ -24,10 +25,10 @@ from .ir import (
     StrideParameter,
     TensorMapParameter,
 )
-from .lower import lower
 from .problem import Gemm
 from .runtime import driver
 from .runtime.launch import Argument, Launch, LaunchPool, Pointer, TensorMap, UInt32
+from .runtime.stats import PROCESS, log
 from .runtime.tensor_map import TensorMapSpec
 from .schedule import Schedule
 from .tuning.select import select
@@ -209,11 +210,16 @@ def _check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> N
 @functools.cache
 def _load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driver.LoadedKernel]:
     """The kernel, built or taken from the store, and loaded on one device."""
-    kernel = lower(problem, schedule)
-    entry = build(kernel)
-    return kernel, driver.load(
+    kernel, entry = build_for_call(problem, schedule)
+    started = time.perf_counter()
+    loaded = driver.load(
         entry.cubin, kernel.name, smem_bytes=kernel.smem.total_bytes, ordinal=ordinal
     )
+    seconds = time.perf_counter() - started
+    PROCESS.add(loads=1)
+    fields = {"kernel": kernel.name, "key": entry.key.digest, "seconds": seconds, "gpu": ordinal}
+    log.info("loaded %s onto GPU %d in %.4f s", kernel.name, ordinal, seconds, extra=fields)
+    return kernel, loaded
 
 
 def _argument(parameter: Parameter, views: Mapping[str, ArrayView], m: int) -> Argument:

@@ -249,6 +249,7 @@ def prebuild(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="For calls with batch_invariant=True.")
     ] = False,
+    schedule: Annotated[str | None, typer.Option(help=SCHEDULE_HELP)] = None,
 ) -> None:
     """Compile kernels into the store, in parallel and without a GPU."""
     from rich.progress import Progress
@@ -262,7 +263,12 @@ def prebuild(
     chosen = named_gpu(gpu, num_sms)
     kernels = list(
         dict.fromkeys(
-            (problem, select(problem, m, chosen, batch_invariant=batch_invariant))
+            (
+                problem,
+                select(problem, m, chosen, batch_invariant=batch_invariant)
+                if schedule is None
+                else parse_schedule(schedule, problem),
+            )
             for problem, m in pairs
         )
     )

@@ -18,6 +18,7 @@ from . import __version__
 from .api import gemm
 from .build import open_shared_store
 from .codegen import headers, render
+from .control import jit_mode
 from .dtypes import E4M3
 from .errors import DeviceError, JitgenError, one_line
 from .lower import lower
@@ -56,9 +57,9 @@ def diagnose() -> Diagnosis:
     ordinals = range(driver.num_devices())
     gpus = [_find(f"GPU {i}", functools.partial(_look_at_gpu, i)) for i in ordinals]
     python, nvrtc = _find("Python", _look_at_python), _find("NVRTC", _look_at_nvrtc)
-    store = _find("kernel store", _look_at_store)
+    store, jit = _find("kernel store", _look_at_store), _find("JIT", _look_at_jit)
     return Diagnosis(
-        findings=(python, interpreter, nvrtc, compiler, store, cuda, *gpus, torch),
+        findings=(python, interpreter, nvrtc, compiler, store, jit, cuda, *gpus, torch),
         can_interpret=interpreter.is_ok,
         can_compile=compiler.is_ok,
         can_launch=cuda.is_ok and torch.is_ok and any(gpu.is_ok for gpu in gpus),
@@ -107,6 +108,11 @@ def _look_at_store() -> str:
         count = sum(1 for _ in store.entries())
     damaged = f", damaged: {len(damages)}" if damages else ""
     return f"{store.root}, writable, kernels: {count}{damaged}"
+
+
+def _look_at_jit() -> str:
+    mode = jit_mode()
+    return f"{mode}: JITGEN_JIT, what calls do about a kernel that is not in the store"
 
 
 def _look_at_driver() -> str:

@@ -35,6 +35,13 @@ class CompileError(JitgenError, RuntimeError):
         self.log = log
 
 
+class JitForbiddenError(CompileError):
+    """A call needs a kernel that is not in the store, and `jitgen.configure(jit="forbid")` holds.
+
+    The message names the kernel's problem and schedule, and what makes it.
+    """
+
+
 class StoreError(JitgenError, RuntimeError):
     """The kernel store or a file of tuning records cannot be used: permissions, locks, format."""
 

@@ -107,7 +107,7 @@ def headers_used(source: str, headers: Mapping[str, str]) -> dict[str, str]:
     pending = [("the source", source)]
     while pending:
         includer, text = pending.pop()
-        for quoted, angled, other in _INCLUDE.findall(_without_comments(text)):
+        for quoted, angled, other in _includes(text):
             name = quoted or angled
             if name not in headers:
                 found = ", ".join(sorted(headers)) or "none"
@@ -233,8 +233,10 @@ def _read(
     return buffer
 
 
-def _without_comments(text: str) -> str:
-    return _COMMENT.sub(lambda match: match[1] or " ", text)
+@functools.lru_cache(maxsize=64)
+def _includes(text: str) -> list[tuple[str, str, str]]:
+    """The includes of a text: kept, for headers come again with every kernel."""
+    return _INCLUDE.findall(_COMMENT.sub(lambda match: match[1] or " ", text))
 
 
 def _parse_resources(log: str, compile_seconds: float) -> Resources:

@@ -20,7 +20,6 @@ import stat
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ import platformdirs
 from ..errors import StoreError
 from .key import KernelKey, sha256_hex
 from .nvrtc import Compiled, Resources
+from .stats import PROCESS, Counters, Stats, log
 
 FORMAT_VERSION = 1
 CUBIN, SOURCE, MANIFEST = "kernel.cubin", "kernel.cu", "entry.json"
@@ -58,17 +58,6 @@ class Entry:
     path: Path | None
 
 
-@dataclass(frozen=True)
-class Stats:
-    """Counts since the store was opened; a lookup is one of memory hit, disk hit, miss."""
-
-    compiles: int = 0
-    memory_hits: int = 0
-    disk_hits: int = 0
-    heals: int = 0  # damaged entries on disk replaced by a fresh compile
-    misses: int = 0
-
-
 class KernelStore:
     """Compiled kernels, shared by all processes that open the same folder; safe in threads.
 
@@ -91,11 +80,11 @@ class KernelStore:
     ) -> None:
         self._locking = locking
         self._lock_timeout_s = lock_timeout_s
-        self._mutex = threading.Lock()  # guards the four fields below
+        self._mutex = threading.Lock()  # guards the three fields below
         self._memory: dict[str, Entry] = {}
         self._compiling: dict[str, threading.Lock] = {}
-        self._counts: Counter[str] = Counter()
         self._writable = True
+        self._counters = Counters(PROCESS)
         self._root = self._open_root(default_root() if root is None else Path(root).absolute())
 
     @property
@@ -106,8 +95,7 @@ class KernelStore:
     @property
     def stats(self) -> Stats:
         """The counters as they are now."""
-        with self._mutex:
-            return Stats(**self._counts)
+        return self._counters.stats
 
     def get(self, key: KernelKey) -> Entry | None:
         """The entry of `key`, or None; one that is damaged on disk warns and counts as a miss."""
@@ -115,7 +103,7 @@ class KernelStore:
         if damage:
             _warn(f"{damage}; it is not used")
         if not entry:
-            self._count("misses")
+            self._counters.add(misses=1)
         return entry
 
     def get_or_compile(
@@ -142,15 +130,18 @@ class KernelStore:
             return entry
         if sha256_hex(source.encode()) != key.source_sha256:
             raise StoreError(f"source of {name} is not the one its key was made of: use make_key")
-        with self._single_flight(key.digest):
+        with self._single_flight(key.digest, name):
             entry, damage = self._lookup(key)
             if entry:
                 return entry
             if damage:
                 _warn(f"{damage}; compiling it again")
-            self._count("misses")
+            self._counters.add(misses=1)
             compiled = compile()
-            self._count("compiles")
+            seconds = compiled.resources.compile_seconds
+            self._counters.add(compiles=1, compile_seconds=seconds)
+            fields = {"kernel": name, "key": key.digest, "seconds": seconds}
+            log.info("compiled %s in %.2f s", name, seconds, extra=fields)
             path = self._publish(key, name, source, compiled, heal=bool(damage))
             entry = Entry(key, name, compiled.cubin, source, compiled.resources, path)
             with self._mutex:
@@ -194,7 +185,7 @@ class KernelStore:
         """The entry, or None and what is damaged about the one on disk."""
         with self._mutex:
             if entry := self._memory.get(key.digest):
-                self._counts["memory_hits"] += 1
+                self._counters.add(memory_hits=1)
                 return entry, ""
         if not self._root:
             return None, ""
@@ -203,13 +194,13 @@ class KernelStore:
         except _DamagedError as damage:
             return None, str(damage)
         if entry:
+            self._counters.add(disk_hits=1)
             with self._mutex:
-                self._counts["disk_hits"] += 1
                 entry = self._memory.setdefault(key.digest, entry)
         return entry, ""
 
     @contextlib.contextmanager
-    def _single_flight(self, digest: str) -> Iterator[None]:
+    def _single_flight(self, digest: str, name: str) -> Iterator[None]:
         deadline = time.monotonic() + self._lock_timeout_s
         with self._mutex:
             lock = self._compiling.setdefault(digest, threading.Lock())
@@ -219,20 +210,21 @@ class KernelStore:
                 f" ({os.getpid()}) after {self._lock_timeout_s:g} s: raise lock_timeout_s"
             )
         try:
-            with self._file_lock(digest, deadline):
+            with self._file_lock(digest, name, deadline):
                 yield
         finally:
             lock.release()
 
     @contextlib.contextmanager
-    def _file_lock(self, digest: str, deadline: float) -> Iterator[None]:
+    def _file_lock(self, digest: str, name: str, deadline: float) -> Iterator[None]:
         with contextlib.ExitStack() as held:
             if self._root and self._locking and self._writable:
                 folder = self._root / "locks"
                 try:
                     _make_private(self._root, folder)
                     lock = filelock.FileLock(folder / f"{digest}.lock", mode=0o600)
-                    held.enter_context(lock.acquire(timeout=max(0.0, deadline - time.monotonic())))
+                    self._acquire(lock, digest, name, deadline)
+                    held.callback(lock.release)
                     held.enter_context(_holder_file(folder / f"{digest}.holder"))
                 except filelock.Timeout:
                     raise StoreError(self._lock_timeout_message(folder, digest)) from None
@@ -244,6 +236,20 @@ class KernelStore:
                         ) from error
                     self._fall_back(str(error))
             yield
+
+    def _acquire(self, lock: filelock.BaseFileLock, digest: str, name: str, end: float) -> None:
+        """Take the lock, until `end` of time.monotonic(); a wait is counted and recorded."""
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            self._counters.add(waits=1)
+            started = time.monotonic()
+            try:
+                lock.acquire(timeout=max(0.0, end - started))
+            finally:
+                seconds = time.monotonic() - started
+                fields = {"kernel": name, "key": digest, "seconds": seconds}
+                log.info("waited %.2f s for the lock of %s", seconds, name, extra=fields)
 
     def _lock_timeout_message(self, folder: Path, digest: str) -> str:
         try:
@@ -282,7 +288,8 @@ class KernelStore:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         if heal:
-            self._count("heals")
+            self._counters.add(heals=1)
+            log.warning("replaced the damaged %s", name, extra={"kernel": name, "key": key.digest})
         return final
 
     def _fall_back(self, reason: str) -> None:
@@ -294,10 +301,6 @@ class KernelStore:
                 f"kernel store cannot be written ({reason}): new kernels stay in memory, and each"
                 " process compiles its own; name a writable folder in JITGEN_CACHE_DIR"
             )
-
-    def _count(self, counter: str) -> None:
-        with self._mutex:
-            self._counts[counter] += 1
 
 
 def default_root() -> Path | None:

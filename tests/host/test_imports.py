@@ -50,13 +50,14 @@ ALLOWED |= {
     "tuning.plot": {"tuning.bench", "tuning.report"},  # and in a picture
     "arrays": set(_before),  # the rules that a caller's arrays must keep
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
-    "calls": _before | {"runtime", "tuning", "arrays", "build"},  # on torch, prepared once
+    "control": _before | {"runtime", "build"},  # what calls may compile, and counts
+    "calls": _before | {"runtime", "tuning", "arrays", "control"},  # on torch, prepared once
     "api": _before | {"tuning", "arrays", "calls"},  # what users call
     "plans": _before | {"tuning", "build"},  # finite sets of kernels
-    "jitgen": _before | {"api", "plans"},  # __init__.py: the public names
+    "jitgen": _before | {"runtime", "api", "control", "plans"},  # __init__.py: the public names
     "minilm": _before,  # the demo's model
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
-    "doctor": _before | {"runtime", "build", "tuning", "api", "jitgen"},
+    "doctor": _before | {"runtime", "build", "control", "tuning", "api", "jitgen"},
     "console": set(),  # what the commands print on
     "files": {"errors"},  # that users name
     "problem_list": _before | {"files", "tuning", "tuning.bench"},  # what to compile or tune

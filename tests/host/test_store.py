@@ -32,7 +32,8 @@ from jitgen.runtime.nvrtc import (
     compile_options,
     compiler_version,
 )
-from jitgen.runtime.store import Entry, KernelStore, Stats, default_root
+from jitgen.runtime.stats import Stats
+from jitgen.runtime.store import Entry, KernelStore, default_root
 from jitgen.target import SM90A
 
 # A store that warns where the test does not expect it fails the test.
