@@ -24,6 +24,7 @@ import platformdirs
 import pytest
 
 from jitgen.errors import CompileError, StoreError
+from jitgen.runtime.entry import Entry
 from jitgen.runtime.key import KernelKey, make_key
 from jitgen.runtime.nvrtc import (
     Compiled,
@@ -32,7 +33,7 @@ from jitgen.runtime.nvrtc import (
     compile_options,
     compiler_version,
 )
-from jitgen.runtime.store import Entry, KernelStore, Stats, default_root
+from jitgen.runtime.store import KernelStore, Stats, default_root
 from jitgen.target import SM90A
 
 # A store that warns where the test does not expect it fails the test.
