@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from .cli_bench import bench_app
+from .cli_cache import cache_app
 from .cli_tune import records_app, tune
 from .console import make_console
 from .dtypes import BF16, dtype_of
@@ -61,6 +62,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(cache_app, name="cache")
 app.command()(tune)
 app.add_typer(records_app, name="records")
 

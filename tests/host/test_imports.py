@@ -61,10 +61,12 @@ ALLOWED |= {
     "problem_list": _before | {"tuning", "tuning.bench"},  # what to compile or tune
     "cli_bench": {"errors", "console", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot"},
+    "cli_cache": {"errors", "console", "runtime"},
     "cli_tune": _before
     | {"runtime", "build", "console", "jitgen", "problem_list", "tuning", "tuning.measure"},
     "cli": _before
-    | {"build", "console", "problem_list", "tuning", "cli_bench", "cli_tune", "doctor", "demo"},
+    | {"build", "console", "problem_list", "tuning", "cli_bench", "cli_cache", "cli_tune"}
+    | {"doctor", "demo"},
     "__main__": {"cli"},
 }
 
