@@ -18,9 +18,10 @@ from .errors import CompileError, JitgenError, StoreError
 from .ir import Kernel
 from .lower import kernel_name, lower
 from .problem import Gemm
+from .runtime.entry import Entry
 from .runtime.key import KernelKey, make_key
 from .runtime.nvrtc import Compiled, compile_cubin, compile_options, compiler_version
-from .runtime.store import Entry, KernelStore
+from .runtime.store import KernelStore
 from .schedule import REGISTER_SPLIT, WARPGROUP_THREADS, Schedule
 from .verify import verify
 

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from .cli_bench import bench_app
+from .cli_cache import cache_app
 from .cli_problems import problems
 from .cli_tune import records_app, tune
 from .console import make_console
@@ -62,6 +63,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(cache_app, name="cache")
 app.command()(problems)
 app.command()(tune)
 app.add_typer(records_app, name="records")

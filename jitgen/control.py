@@ -18,9 +18,9 @@ from .expr import acc
 from .ir import Kernel
 from .lower import kernel_name, lower
 from .problem import Gemm
+from .runtime.entry import Entry
 from .runtime.key import KernelKey
 from .runtime.stats import PROCESS, Stats
-from .runtime.store import Entry
 from .schedule import Schedule
 
 JIT_MODES = ("allow", "warn", "forbid")

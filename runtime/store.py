@@ -4,16 +4,15 @@
     <root>/locks/                   <digest>.lock and, while a process compiles, <digest>.holder
     <root>/tmp/                     entries being written; what a killed process left is not read
 
-An entry appears by one rename and is never changed afterwards, so readers take no lock.
+An entry appears by one rename, is never changed afterwards, and goes by one rename (eviction.py),
+so readers take no lock.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
-import secrets
 import shutil
 import socket
 import stat
@@ -21,20 +20,29 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
 import platformdirs
 
 from ..errors import StoreError
+from .entry import (
+    DamagedError,
+    Entry,
+    distrust,
+    make_private,
+    read_entry,
+    remove_damaged,
+    scratch_path,
+    write_entry,
+)
+from .eviction import SHARDS, Collected, evict, mark_used, num_bytes, remove_all
 from .key import KernelKey, sha256_hex
-from .nvrtc import Compiled, Resources
+from .nvrtc import Compiled
 from .stats import PROCESS, Counters, Stats, log
 
-FORMAT_VERSION = 1
-CUBIN, SOURCE, MANIFEST = "kernel.cubin", "kernel.cu", "entry.json"
-_MANIFEST_FIELDS = {"format_version", "name", "key", "cubin_sha256", "resources", "log"}
+DEFAULT_MAX_BYTES = 2 << 30
 
 # A rename onto an entry that another process published first, or into a folder that one took away.
 _LOST_RACE = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT}
@@ -42,20 +50,12 @@ _LOST_RACE = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT}
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
-class _DamagedError(Exception):
-    """An entry on disk that must not be used; the text says why."""
-
-
 @dataclass(frozen=True)
-class Entry:
-    """One compiled kernel; `path` is its folder, None if it is in memory only."""
+class Verified:
+    """How many entries are sound, and what was wrong with those that were removed."""
 
-    key: KernelKey
-    name: str
-    cubin: bytes
-    source: str
-    resources: Resources
-    path: Path | None
+    num_sound: int
+    damages: tuple[str, ...]
 
 
 class KernelStore:
@@ -69,18 +69,30 @@ class KernelStore:
     locking : False to take no lock files, where the file system has none that work. Entries stay
         correct: processes may compile the same kernel twice, and each uses what it compiled.
     lock_timeout_s : longest wait for another thread or process that compiles the same kernel
+    max_bytes : size of the entries on disk beyond which a publish evicts those least recently used
+        (by the rule of eviction.py); 0 for no cap; default: $JITGEN_CACHE_MAX_BYTES or 2 GiB
 
     Raises
     ------
-    StoreError : the root is a symlink, belongs to another user, or others may write to it
+    StoreError : the root is a symlink, belongs to another user, or others may write to it; the cap
+        is no number of bytes
     """
 
     def __init__(
-        self, root: Path | None = None, *, locking: bool = True, lock_timeout_s: float = 120.0
+        self,
+        root: Path | None = None,
+        *,
+        locking: bool = True,
+        lock_timeout_s: float = 120.0,
+        max_bytes: int | None = None,
     ) -> None:
         self._locking = locking
         self._lock_timeout_s = lock_timeout_s
-        self._mutex = threading.Lock()  # guards the three fields below
+        self._max_bytes = default_max_bytes() if max_bytes is None else max_bytes
+        if self._max_bytes < 0:
+            raise StoreError(f"max_bytes = {max_bytes} must be a number of bytes, or 0 for no cap")
+        self._mutex = threading.Lock()  # guards the four fields below
+        self._unchecked_bytes = self._max_bytes  # published since the cap was last looked at
         self._memory: dict[str, Entry] = {}
         self._compiling: dict[str, threading.Lock] = {}
         self._writable = True
@@ -145,15 +157,18 @@ class KernelStore:
             path = self._publish(key, name, source, compiled, heal=bool(damage))
             entry = Entry(key, name, compiled.cubin, source, compiled.resources, path)
             with self._mutex:
-                return self._memory.setdefault(key.digest, entry)
+                entry = self._memory.setdefault(key.digest, entry)
+        if path:
+            self._keep_to_cap(num_bytes(path))
+        return entry
 
     def entries(self) -> Iterator[Entry]:
         """All entries, on disk and in memory; damaged ones are left out with a warning."""
         seen = set()
-        for folder in sorted(self._root.glob("[0-9a-f][0-9a-f]/*")) if self._root else []:
+        for folder in self._folders():
             try:
-                entry = _read_entry(folder)
-            except _DamagedError as damage:
+                entry = read_entry(folder)
+            except DamagedError as damage:
                 _warn(f"{damage}; it is left out")
             else:
                 if entry:
@@ -163,14 +178,70 @@ class KernelStore:
             in_memory = list(self._memory.values())
         yield from (entry for entry in in_memory if entry.key.digest not in seen)
 
+    def verify(self) -> Verified:
+        """Read and hash every entry on disk, and remove those that are damaged.
+
+        Raises
+        ------
+        StoreError : a damaged entry could not be removed
+        """
+        num_sound, damages = 0, []
+        for folder in self._folders():
+            try:
+                num_sound += read_entry(folder) is not None
+            except DamagedError as damage:
+                damages.append(str(damage))
+                with self._writing() as root:
+                    remove_damaged(root, folder)
+        return Verified(num_sound, tuple(damages))
+
+    def gc(self, max_bytes: int | None = None) -> Collected:
+        """Evict entries down to `max_bytes`, by the rule of eviction.py, and tidy up.
+
+        Parameters
+        ----------
+        max_bytes : 0 for no cap; default: the store's
+
+        Raises
+        ------
+        StoreError : the store cannot be written
+        """
+        with self._mutex:
+            loaded = set(self._memory)
+        with self._writing() as root:
+            return evict(root, self._max_bytes if max_bytes is None else max_bytes, loaded)
+
+    def clear(self) -> int:
+        """Remove all entries on disk, in use or not; how many. Processes keep what they loaded.
+
+        Raises
+        ------
+        StoreError : the store cannot be written
+        """
+        with self._writing() as root:
+            return remove_all(root)
+
+    def _folders(self) -> list[Path]:
+        return sorted(self._root.glob(f"{SHARDS}/*")) if self._root else []
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Path]:
+        """The root, for work that has no use without one."""
+        if self._root is None:
+            raise StoreError("there is no kernel store on disk: name a folder in JITGEN_CACHE_DIR")
+        try:
+            yield self._root
+        except OSError as error:
+            raise StoreError(f"kernel store {self._root} cannot be written: {error}") from error
+
     def _open_root(self, root: Path | None) -> Path | None:
         if root is None:
             self._fall_back("this user has no home folder")
             return None
         try:
             root.parent.mkdir(parents=True, exist_ok=True)
-            _make_private(root)
-            reason = _distrust(os.lstat(root), stat.S_ISDIR)
+            make_private(root)
+            reason = distrust(os.lstat(root), stat.S_ISDIR)
         except OSError as error:
             self._fall_back(str(error))
             return None
@@ -189,9 +260,11 @@ class KernelStore:
                 return entry, ""
         if not self._root:
             return None, ""
+        folder = self._root / key.digest[:2] / key.digest
+        mark_used(folder)  # before it is read, so that it stays
         try:
-            entry = _read_entry(self._root / key.digest[:2] / key.digest)
-        except _DamagedError as damage:
+            entry = read_entry(folder)
+        except DamagedError as damage:
             return None, str(damage)
         if entry:
             self._counters.add(disk_hits=1)
@@ -221,7 +294,7 @@ class KernelStore:
             if self._root and self._locking and self._writable:
                 folder = self._root / "locks"
                 try:
-                    _make_private(self._root, folder)
+                    make_private(self._root, folder)
                     lock = filelock.FileLock(folder / f"{digest}.lock", mode=0o600)
                     self._acquire(lock, digest, name, deadline)
                     held.callback(lock.release)
@@ -269,13 +342,13 @@ class KernelStore:
         if not self._root or not self._writable:
             return None
         final = self._root / key.digest[:2] / key.digest
-        scratch = self._root / "tmp" / f"{key.digest}.{os.getpid()}.{secrets.token_hex(4)}"
+        scratch = scratch_path(self._root, key.digest)
         try:
-            _make_private(self._root, scratch.parent, scratch)
-            _write_entry(scratch, key, name, source, compiled)
+            make_private(self._root, scratch.parent, scratch)
+            write_entry(scratch, key, name, source, compiled)
             if heal:
-                _remove_damaged(final, scratch.with_name(f"{scratch.name}.damaged"))
-            _make_private(final.parent)
+                remove_damaged(self._root, final)
+            make_private(final.parent)
             try:
                 os.rename(scratch, final)
             except OSError as error:
@@ -292,6 +365,18 @@ class KernelStore:
             log.warning("replaced the damaged %s", name, extra={"kernel": name, "key": key.digest})
         return final
 
+    def _keep_to_cap(self, published_bytes: int) -> None:
+        """Evict after the first publish, and each time 1/16 of the cap was published."""
+        step = self._max_bytes // 16
+        with self._mutex:
+            self._unchecked_bytes += published_bytes
+            is_due = self._max_bytes and self._unchecked_bytes > step
+            if is_due:
+                self._unchecked_bytes = 0
+        if is_due:
+            with contextlib.suppress(StoreError):  # it stays larger, and works
+                self.gc(self._max_bytes - step)
+
     def _fall_back(self, reason: str) -> None:
         """Keep new kernels in memory only from now on, and say so once."""
         with self._mutex:
@@ -303,6 +388,19 @@ class KernelStore:
             )
 
 
+def default_max_bytes() -> int:
+    """$JITGEN_CACHE_MAX_BYTES, or else 2 GiB; 0 is no cap.
+
+    Raises
+    ------
+    StoreError : the variable is set to something else than a number of bytes
+    """
+    text = os.environ.get("JITGEN_CACHE_MAX_BYTES") or str(DEFAULT_MAX_BYTES)
+    if not (text.isascii() and text.isdigit()):
+        raise StoreError(f"JITGEN_CACHE_MAX_BYTES is {text!r}: give bytes, or 0 for no cap")
+    return int(text)
+
+
 def default_root() -> Path | None:
     """`kernels` in $JITGEN_CACHE_DIR or else in the user's cache folder; None if there is none."""
     if base := os.environ.get("JITGEN_CACHE_DIR"):
@@ -312,97 +410,6 @@ def default_root() -> Path | None:
     except RuntimeError:
         return None
     return root if root.is_absolute() else None
-
-
-def _make_private(*folders: Path) -> None:
-    for folder in folders:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
-
-
-def _distrust(info: os.stat_result, is_kind: Callable[[int], bool]) -> str:
-    """Why something on disk, seen by lstat, is not to be used; empty if it may be."""
-    if stat.S_ISLNK(info.st_mode):
-        return "is a symlink"
-    if not is_kind(info.st_mode):
-        return "is not a folder" if is_kind is stat.S_ISDIR else "is not a regular file"
-    if info.st_uid != os.geteuid():
-        return f"belongs to user {info.st_uid}, not to {os.geteuid()}"
-    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"may be written by others (mode {stat.S_IMODE(info.st_mode):o})"
-    return ""
-
-
-def _write_entry(folder: Path, key: KernelKey, name: str, source: str, compiled: Compiled) -> None:
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "name": name,
-        "key": key.to_json(),
-        "cubin_sha256": sha256_hex(compiled.cubin),
-        "resources": asdict(compiled.resources),
-        "log": compiled.log,
-    }
-    contents = {
-        CUBIN: compiled.cubin,
-        SOURCE: source.encode(),
-        MANIFEST: json.dumps(manifest, indent=1).encode(),
-    }
-    for file, data in contents.items():
-        descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(descriptor)
-
-
-def _read_entry(folder: Path) -> Entry | None:
-    """The entry in `folder`, all of it checked; None if there is no such folder."""
-    files = [folder / CUBIN, folder / SOURCE, folder / MANIFEST]
-    try:
-        for path in (folder.parent, folder):
-            if not os.path.lexists(path):
-                return None
-            _check_trust(path, stat.S_ISDIR)
-        for path in files:
-            _check_trust(path, stat.S_ISREG)
-        return _parse_entry(folder, *(path.read_bytes() for path in files))
-    except (OSError, ValueError, RecursionError, StoreError) as error:
-        raise _DamagedError(f"kernel store entry {folder} is damaged: {error}") from error
-
-
-def _check_trust(path: Path, is_kind: Callable[[int], bool]) -> None:
-    if reason := _distrust(os.lstat(path), is_kind):
-        raise ValueError(f"{path.name} {reason}")
-
-
-def _parse_entry(folder: Path, cubin: bytes, source: bytes, manifest: bytes) -> Entry:
-    data = json.loads(manifest)
-    if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{MANIFEST} is not of format version {FORMAT_VERSION}")
-    if set(data) != _MANIFEST_FIELDS:
-        raise ValueError(f"{MANIFEST} needs exactly the fields {sorted(_MANIFEST_FIELDS)}")
-    if not isinstance(data["name"], str) or not isinstance(data["log"], str):
-        raise ValueError(f"{MANIFEST} has a name or a log that is no text")
-    key = KernelKey.from_json(data["key"])
-    if key.digest != folder.name:
-        raise ValueError(f"{MANIFEST} is that of kernel {key.digest}")
-    if sha256_hex(cubin) != data["cubin_sha256"]:
-        raise ValueError(f"{CUBIN} has another SHA-256 than {MANIFEST} says")
-    if sha256_hex(source) != key.source_sha256:
-        raise ValueError(f"{SOURCE} has another SHA-256 than {MANIFEST} says")
-    resources = Resources.from_json(data["resources"])
-    return Entry(key, data["name"], cubin, source.decode(), resources, folder)
-
-
-def _remove_damaged(folder: Path, grave: Path) -> None:
-    """Move the entry, or the folder around it if that is not trusted, to `grave` and delete it."""
-    around = folder.parent
-    with contextlib.suppress(FileNotFoundError):  # another process may heal it too
-        os.rename(around if _distrust(os.lstat(around), stat.S_ISDIR) else folder, grave)
-        if grave.is_dir() and not grave.is_symlink():
-            shutil.rmtree(grave, ignore_errors=True)
-        else:
-            grave.unlink()
 
 
 @contextlib.contextmanager

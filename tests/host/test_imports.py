@@ -64,11 +64,13 @@ ALLOWED |= {
     "models": _before | {"files"},  # what a model computes
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot"},
+    "cli_cache": {"errors", "console", "runtime"},
     "cli_tune": _before
     | {"runtime", "build", "console", "jitgen", "problem_list", "tuning", "tuning.measure"},
     "cli_problems": {"problem", "files", "models"},
     "cli": _before
-    | {"build", "console", "problem_list", "tuning", "cli_bench", "cli_problems", "cli_tune"}
+    | {"build", "console", "problem_list", "tuning", "cli_bench", "cli_cache", "cli_problems"}
+    | {"cli_tune"}
     | {"doctor", "demo"},
     "__main__": {"cli"},
 }

@@ -24,6 +24,7 @@ import platformdirs
 import pytest
 
 from jitgen.errors import CompileError, StoreError
+from jitgen.runtime.entry import Entry
 from jitgen.runtime.key import KernelKey, make_key
 from jitgen.runtime.nvrtc import (
     Compiled,
@@ -33,7 +34,7 @@ from jitgen.runtime.nvrtc import (
     compiler_version,
 )
 from jitgen.runtime.stats import Stats
-from jitgen.runtime.store import Entry, KernelStore, default_root
+from jitgen.runtime.store import KernelStore, default_root
 from jitgen.target import SM90A
 
 # A store that warns where the test does not expect it fails the test.

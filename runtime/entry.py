@@ -1,0 +1,167 @@
+"""One compiled kernel on disk: its files, how they are written, and what is checked in reading."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..errors import StoreError
+from .key import KernelKey, sha256_hex
+from .nvrtc import Compiled, Resources
+
+FORMAT_VERSION = 1
+CUBIN, SOURCE, MANIFEST = "kernel.cubin", "kernel.cu", "entry.json"
+_MANIFEST_FIELDS = {"format_version", "name", "key", "cubin_sha256", "resources", "log"}
+
+
+class DamagedError(Exception):
+    """An entry on disk that must not be used; the text says why."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One compiled kernel; `path` is its folder, None if it is in memory only."""
+
+    key: KernelKey
+    name: str
+    cubin: bytes
+    source: str
+    resources: Resources
+    path: Path | None
+
+
+def make_private(*folders: Path) -> None:
+    """Make the folders that are missing, for this user only."""
+    for folder in folders:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+
+
+def distrust(info: os.stat_result, is_kind: Callable[[int], bool]) -> str:
+    """Why something on disk, seen by lstat, is not to be used; empty if it may be."""
+    if stat.S_ISLNK(info.st_mode):
+        return "is a symlink"
+    if not is_kind(info.st_mode):
+        return "is not a folder" if is_kind is stat.S_ISDIR else "is not a regular file"
+    if info.st_uid != os.geteuid():
+        return f"belongs to user {info.st_uid}, not to {os.geteuid()}"
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"may be written by others (mode {stat.S_IMODE(info.st_mode):o})"
+    return ""
+
+
+def scratch_path(root: Path, name: str) -> Path:
+    """A path of its own in the store's `tmp`, for an entry on its way in or out."""
+    return root / "tmp" / f"{name[:64]}.{os.getpid()}.{secrets.token_hex(4)}"
+
+
+def write_entry(folder: Path, key: KernelKey, name: str, source: str, compiled: Compiled) -> None:
+    """Write the files of an entry, down to the disk, into an empty folder."""
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "key": key.to_json(),
+        "cubin_sha256": sha256_hex(compiled.cubin),
+        "resources": asdict(compiled.resources),
+        "log": compiled.log,
+    }
+    contents = {
+        CUBIN: compiled.cubin,
+        SOURCE: source.encode(),
+        MANIFEST: json.dumps(manifest, indent=1).encode(),
+    }
+    for file, data in contents.items():
+        descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(descriptor)
+
+
+def read_entry(folder: Path) -> Entry | None:
+    """The entry in `folder`, all of it checked.
+
+    None if there is no such folder, or if it was moved away (see eviction.py) in the meantime.
+
+    Raises
+    ------
+    DamagedError : the entry must not be used
+    """
+    files = [folder / CUBIN, folder / SOURCE, folder / MANIFEST]
+    found = _identity(folder)
+    try:
+        for path in (folder.parent, folder):
+            if not os.path.lexists(path):
+                return None
+            _check_trust(path, stat.S_ISDIR)
+        for path in files:
+            _check_trust(path, stat.S_ISREG)
+        return _parse_entry(folder, *(path.read_bytes() for path in files))
+    except (OSError, ValueError, RecursionError, StoreError) as error:
+        if _identity(folder) != found:
+            return None
+        raise DamagedError(f"kernel store entry {folder} is damaged: {error}") from error
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
+
+
+def _check_trust(path: Path, is_kind: Callable[[int], bool]) -> None:
+    if reason := distrust(os.lstat(path), is_kind):
+        raise ValueError(f"{path.name} {reason}")
+
+
+def _parse_entry(folder: Path, cubin: bytes, source: bytes, manifest: bytes) -> Entry:
+    data = json.loads(manifest)
+    if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{MANIFEST} is not of format version {FORMAT_VERSION}")
+    if set(data) != _MANIFEST_FIELDS:
+        raise ValueError(f"{MANIFEST} needs exactly the fields {sorted(_MANIFEST_FIELDS)}")
+    if not isinstance(data["name"], str) or not isinstance(data["log"], str):
+        raise ValueError(f"{MANIFEST} has a name or a log that is no text")
+    key = KernelKey.from_json(data["key"])
+    if key.digest != folder.name:
+        raise ValueError(f"{MANIFEST} is that of kernel {key.digest}")
+    if sha256_hex(cubin) != data["cubin_sha256"]:
+        raise ValueError(f"{CUBIN} has another SHA-256 than {MANIFEST} says")
+    if sha256_hex(source) != key.source_sha256:
+        raise ValueError(f"{SOURCE} has another SHA-256 than {MANIFEST} says")
+    resources = Resources.from_json(data["resources"])
+    return Entry(key, data["name"], cubin, source.decode(), resources, folder)
+
+
+def remove_damaged(root: Path, folder: Path) -> None:
+    """Remove the entry, or the folder around it if that is not trusted."""
+    around = folder.parent
+    with contextlib.suppress(FileNotFoundError):  # another process may heal it too
+        remove(root, around if distrust(os.lstat(around), stat.S_ISDIR) else folder)
+
+
+def remove(root: Path, path: Path) -> None:
+    """Move what is at `path` out of the readers' sight by one rename, then delete it.
+
+    Killed between the two, it leaves a leftover in `tmp` and the store whole.
+
+    Raises
+    ------
+    OSError : it could not be moved; FileNotFoundError: another process was faster
+    """
+    grave = scratch_path(root, path.name)
+    make_private(grave.parent)
+    os.rename(path, grave)
+    if grave.is_dir() and not grave.is_symlink():
+        shutil.rmtree(grave, ignore_errors=True)
+    else:
+        grave.unlink(missing_ok=True)
