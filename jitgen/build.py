@@ -160,7 +160,14 @@ def prebuild(
     results: list[Prebuilt] = []
     if not unfinished:
         return results
-    open_shared_store(root)
+    store = open_shared_store(root)
+    for kernel in list(unfinished):  # so that a second run starts no process
+        if entry := _find(kernel, store):
+            del unfinished[kernel]
+            results.append(Prebuilt(entry.name, False, entry.resources.compile_seconds))
+            on_done(results[-1])
+    if not unfinished:
+        return results
     workers = min(num_processes or os.cpu_count() or 1, len(unfinished))
     failure: BaseException | None = None
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -189,6 +196,15 @@ def prebuild(
     if failure:
         raise failure
     return results
+
+
+def _find(kernel: tuple[Gemm, Schedule], store: KernelStore) -> Entry | None:
+    """The entry in the store; None too for a kernel that cannot be made."""
+    try:
+        key = key_of(lower(*kernel))
+    except JitgenError:
+        return None
+    return store.get(key)
 
 
 def _prebuild_one(problem: Gemm, schedule: Schedule, root: Path | None) -> Prebuilt:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -15,15 +12,15 @@ from typer.core import TyperGroup
 
 from .cli_bench import bench_app
 from .cli_cache import cache_app
+from .cli_prebuild import prebuild
 from .cli_problems import problems
 from .cli_tune import records_app, tune
 from .console import make_console
 from .dtypes import BF16, dtype_of
-from .errors import CompileError, JitgenError, ScheduleError, one_line
+from .errors import CompileError, JitgenError, one_line
 from .expr import Expr, acc, gelu, matrix, relu, silu, vector
 from .problem import Gemm, check_problem
-from .problem_list import GPU_HELP, NUM_SMS_HELP, PROBLEMS_HELP, Grid, read_problems
-from .schedule import Schedule, check_ranges, max_stages
+from .schedule_text import SCHEDULE_HELP, schedule_for
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,6 +61,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.add_typer(cache_app, name="cache")
+app.command()(prebuild)
 app.command()(problems)
 app.command()(tune)
 app.add_typer(records_app, name="records")
@@ -102,12 +100,6 @@ class Epilogue(str, Enum):
         return functions[self](biased) if self in functions else biased
 
 
-SCHEDULE_HELP = (
-    'Pin the schedule: "128x128 stages=5 math_warpgroups=2 cluster=1x1 raster_group=8'
-    ' split_k=1 promotion=overlapped"; all but the tile may be left out.'
-)
-
-
 @app.command()
 def show(
     n: Annotated[int, typer.Option(help="Columns of D.")],
@@ -121,14 +113,11 @@ def show(
     """A kernel on its way from problem to cubin: schedule, tile program, source, resources."""
     from .build import build
     from .lower import lower
-    from .tuning.select import named_gpu, select
+    from .tuning.select import named_gpu
 
     problem = Gemm(n, k, dtype_of(out_dtype), epilogue.expr)
     check_problem(problem)
-    if schedule is not None:
-        pinned = parse_schedule(schedule, problem)
-    else:
-        pinned = select(problem, m, named_gpu())
+    pinned = schedule_for(problem, m, named_gpu(), schedule)
     kernel = lower(problem, pinned)
     entry = build(kernel)
     console = make_console()
@@ -162,56 +151,6 @@ def _section(console: Console, title: str, text: str, language: str = "") -> Non
     console.print()
 
 
-def parse_schedule(text: str, problem: Gemm) -> Schedule:
-    """The schedule that `text` spells as `str(schedule)` does; without `stages`, the most that fit.
-
-    Raises
-    ------
-    ScheduleError : a word of `text` is not understood
-    """
-    from .tuning.space import MAX_STAGES, PROMOTIONS
-
-    tile, *words = text.split() or [""]
-    extents = _extents(tile.removesuffix("x128") if tile.count("x") == 2 else tile)
-    fields = {"block_m": extents[0], "block_n": extents[1], "num_stages": 0}
-    promotion = Schedule.promotion
-    names = {
-        "stages": ("num_stages",),
-        "math_warpgroups": ("num_math_warpgroups",),
-        "cluster": ("cluster_m", "cluster_n"),
-        "raster_group": ("raster_group",),
-        "split_k": ("split_k",),
-        "promotion": (),
-    }
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in names:
-            raise ScheduleError(f"schedule has {word!r}: after the tile, use {'=, '.join(names)}=")
-        if name == "promotion":
-            if value not in PROMOTIONS:
-                raise ScheduleError(f"schedule has {word!r}: use {' or '.join(PROMOTIONS)}")
-            promotion = value
-        elif name == "cluster":
-            fields |= zip(names[name], _extents(value), strict=True)
-        elif value.isascii() and value.isdigit():
-            fields[names[name][0]] = int(value)
-        else:
-            raise ScheduleError(f"schedule has {word!r}: {name} must be a number")
-    schedule = Schedule(**fields, promotion=promotion)
-    if "stages" in text:
-        return schedule
-    check_ranges(replace(schedule, num_stages=2))
-    return replace(schedule, num_stages=max(2, min(max_stages(problem, schedule), MAX_STAGES)))
-
-
-def _extents(text: str) -> tuple[int, int]:
-    """The two numbers of "128x64"."""
-    numbers = text.split("x")
-    if len(numbers) != 2 or not all(part.isascii() and part.isdigit() for part in numbers):
-        raise ScheduleError(f"schedule has {text!r} where two numbers are due, such as 128x64")
-    return int(numbers[0]), int(numbers[1])
-
-
 # --- doctor ---------------------------------------------------------------------------------------
 
 
@@ -236,64 +175,6 @@ def doctor() -> None:
     able = [f"{verb}: {'yes' if is_able else 'no'}" for verb, is_able in abilities.items()]
     typer.echo(f"\n{', '.join(able)}")
     raise typer.Exit(0 if found.can_interpret and found.can_compile else 1)
-
-
-# --- prebuild -------------------------------------------------------------------------------------
-
-
-@app.command()
-def prebuild(
-    grid: Annotated[Grid | None, typer.Option(help="The shapes of `jitgen bench`.")] = None,
-    problems: Annotated[Path | None, typer.Option(help=PROBLEMS_HELP)] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Default: one a core.")] = None,
-    gpu: Annotated[str | None, typer.Option(help=GPU_HELP)] = None,
-    num_sms: Annotated[int | None, typer.Option(min=1, help=NUM_SMS_HELP)] = None,
-    batch_invariant: Annotated[
-        bool, typer.Option("--batch-invariant", help="For calls with batch_invariant=True.")
-    ] = False,
-    schedule: Annotated[str | None, typer.Option(help=SCHEDULE_HELP)] = None,
-) -> None:
-    """Compile kernels into the store, in parallel and without a GPU."""
-    from rich.progress import Progress
-
-    from . import build
-    from .tuning.select import named_gpu, select
-
-    if (grid is None) == (problems is None):
-        raise typer.BadParameter("give either --grid or --problems")
-    pairs = read_problems(problems) if problems else Grid.dense.problems()
-    chosen = named_gpu(gpu, num_sms)
-    kernels = list(
-        dict.fromkeys(
-            (
-                problem,
-                select(problem, m, chosen, batch_invariant=batch_invariant)
-                if schedule is None
-                else parse_schedule(schedule, problem),
-            )
-            for problem, m in pairs
-        )
-    )
-    root = build.open_shared_store().root
-    done: list[build.Prebuilt] = []
-    started = time.perf_counter()
-    console = make_console(stderr=True)
-    try:
-        with Progress(console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task(f"{len(kernels)} kernels", total=len(kernels))
-
-            def on_done(prebuilt: build.Prebuilt) -> None:
-                done.append(prebuilt)
-                progress.advance(task)
-
-            build.prebuild(kernels, num_processes=processes, on_done=on_done)
-    finally:
-        num_compiled = sum(prebuilt.compiled for prebuilt in done)
-        seconds = time.perf_counter() - started
-        typer.echo(
-            f"kernels: {num_compiled} compiled, {len(done) - num_compiled} already there,"
-            f" {seconds:.1f} s, {root}"
-        )
 
 
 # --- demo -----------------------------------------------------------------------------------------

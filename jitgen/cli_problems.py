@@ -9,17 +9,20 @@ from typing import Annotated
 import typer
 
 from .files import write_text
-from .models import read_model
+from .models import Model, read_model
 from .problem import MAX_EXTENT
+
+TP = typer.Option(min=1, help="Ranks that split each layer.")
+EP = typer.Option(min=1, help="Ranks that share the experts.")
+M_MAX = typer.Option(min=1, max=MAX_EXTENT, help="Most rows (tokens) of a call.")
+DEFAULT_M_MAX = 8192
 
 
 def problems(
     config: Annotated[Path, typer.Argument(help="The model's config.json of Hugging Face.")],
-    tp: Annotated[int, typer.Option(min=1, help="Ranks that split each layer.")] = 1,
-    ep: Annotated[int, typer.Option(min=1, help="Ranks that share the experts.")] = 1,
-    m_max: Annotated[
-        int, typer.Option(min=1, max=MAX_EXTENT, help="Most rows (tokens) of a call.")
-    ] = 8192,
+    tp: Annotated[int, TP] = 1,
+    ep: Annotated[int, EP] = 1,
+    m_max: Annotated[int, M_MAX] = DEFAULT_M_MAX,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Default: print the list.")
     ] = None,
@@ -38,8 +41,14 @@ def problems(
         write_text(output, text)
     else:
         typer.echo(text, nl=False)
+    report_left_out(model)
+
+
+def report_left_out(model: Model) -> None:
+    """Say on stderr how many problems the model has, and what has no kernel yet."""
     typer.echo(
-        f"{model.architecture}: problems {len(entries)}, kinds left out {len(model.left_out)}",
+        f"{model.architecture}: problems {len(model.problems)},"
+        f" kinds left out {len(model.left_out)}",
         err=True,
     )
     for kind, reason in model.left_out.items():

@@ -59,7 +59,8 @@ def jit_mode() -> str:
 def stats() -> Stats:
     """Counts of this process since it started; none ever falls.
 
-    The processes that `prebuild` compiles in have counts of their own.
+    `prebuild` looks for its kernels here; the processes that it compiles the missing ones in have
+    counts of their own.
     """
     return PROCESS.stats
 
@@ -105,12 +106,16 @@ def remedy(problem: Gemm, schedule: Schedule) -> str:
         gemm = f"jitgen.Gemm({problem.n}, {problem.k}, jitgen.{problem.d_dtype.short.upper()}"
         made = f"jitgen.build.prebuild([({gemm}, epilogue), jitgen.{schedule!r})])"
         return f"{plan}, and this one, whose epilogue is {problem.epilogue}: {made}"
+    return f"{plan}, and this one: {prebuild_command(problem, schedule)}"
+
+
+def prebuild_command(problem: Gemm, schedule: Schedule) -> str:
+    """The shell command that compiles one kernel, of a problem without an epilogue."""
     entry = {"n": problem.n, "k": problem.k, "m": [1], "out_dtype": problem.d_dtype.name}
-    command = (
+    return (
         f"echo {shlex.quote(json.dumps([entry]))} | jitgen prebuild --problems /dev/stdin"
         f" --schedule {shlex.quote(str(schedule))}"
     )
-    return f"{plan}, and this one: {command}"
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import jitgen.build
 from jitgen.build import Prebuilt, build, check_register_split, open_shared_store, prebuild
 from jitgen.codegen import headers, render
 from jitgen.errors import CompileError, JitgenError, ScheduleError, StoreError
@@ -48,6 +49,27 @@ def test_prebuild_hands_over_what_cannot_be_built_and_builds_the_rest(tmp_path: 
     assert [prebuilt.name for prebuilt in built] == [kernel_name(*SMALL)]
     assert list(errors) == [illegal]
     assert isinstance(errors[illegal], ScheduleError)
+
+
+def test_prebuild_starts_no_process_where_all_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "kernels"
+    first = prebuild([SMALL], root=root, num_processes=1)
+    monkeypatch.setattr(jitgen.build, "ProcessPoolExecutor", None)
+    seen: list[Prebuilt] = []
+    assert prebuild([SMALL], root=root, on_done=seen.append) == seen
+    assert seen == [replace(first[0], compiled=False)]
+
+
+def test_prebuild_compiles_a_damaged_kernel_again(tmp_path: Path) -> None:
+    root = tmp_path / "kernels"
+    prebuild([SMALL], root=root, num_processes=1)
+    next(root.glob("??/*/kernel.cubin")).write_bytes(b"")
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        (again,) = prebuild([SMALL], root=root, num_processes=1)
+    assert again.compiled
+    assert KernelStore(root).verify().num_sound == 1
 
 
 def test_prebuild_names_what_a_dead_process_left_unfinished(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from jitgen.problem_list import read_problems
 from jitgen.runtime import nvrtc
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule, check_schedule
+from jitgen.schedule_text import parse_schedule
 from jitgen.tuning import bench, host, plot, report
 from jitgen.tuning.select import named_gpu, select
 from jitgen.tuning.timing import Measurement
@@ -126,19 +127,19 @@ def test_parse_schedule_reads_what_str_prints() -> None:
         Schedule(64, 16, 12, 1, 1, 2),
         Schedule(64, 80, 5, 1, raster_group=3, split_k=4),
     ):
-        assert cli.parse_schedule(str(schedule), PROBLEM) == schedule
+        assert parse_schedule(str(schedule), PROBLEM) == schedule
 
 
 @pytest.mark.parametrize(
     "tile", ["128x128", "64x32 math_warpgroups=1", "256x128", "128x128 split_k=4"]
 )
 def test_parse_schedule_takes_the_stages_that_fit(tile: str) -> None:
-    check_schedule(PROBLEM, cli.parse_schedule(tile, PROBLEM))
+    check_schedule(PROBLEM, parse_schedule(tile, PROBLEM))
 
 
 def test_parse_schedule_rejects_words_in_any_case() -> None:
     with pytest.raises(ScheduleError, match="STAGES=4"):
-        cli.parse_schedule("128x128 STAGES=4", PROBLEM)
+        parse_schedule("128x128 STAGES=4", PROBLEM)
 
 
 # --- doctor ---------------------------------------------------------------------------------------
@@ -347,13 +348,6 @@ def test_prebuild_rejects_store_that_keeps_nothing(
     monkeypatch.setenv("JITGEN_CACHE_DIR", str(write(tmp_path / "file", "")))
     problems = write(tmp_path / "problems.json", [GOOD])
     assert "cannot be written" in error_line(run("prebuild", "--problems", problems))
-
-
-@pytest.mark.parametrize("arguments", [[], ["--grid", "dense", "--problems", "x.json"]])
-def test_prebuild_takes_one_list_of_problems(run: Run, arguments: list[str]) -> None:
-    result = run("prebuild", *arguments)
-    assert result.exit_code == 2
-    assert "give either --grid or --problems" in result.stderr
 
 
 # --- bench, demo ----------------------------------------------------------------------------------

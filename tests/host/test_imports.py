@@ -62,16 +62,18 @@ ALLOWED |= {
     "files": {"errors"},  # that users name
     "problem_list": _before | {"files", "tuning", "tuning.bench"},  # what to compile or tune
     "models": _before | {"files"},  # what a model computes
+    "schedule_text": _before | {"tuning"},  # schedules as users spell them
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot"},
     "cli_cache": {"errors", "console", "runtime"},
+    "cli_prebuild": _before
+    | {"build", "cli_problems", "console", "models", "problem_list", "schedule_text", "tuning"},
     "cli_tune": _before
     | {"runtime", "build", "console", "jitgen", "problem_list", "tuning", "tuning.measure"},
     "cli_problems": {"problem", "files", "models"},
     "cli": _before
-    | {"build", "console", "problem_list", "tuning", "cli_bench", "cli_cache", "cli_problems"}
-    | {"cli_tune"}
-    | {"doctor", "demo"},
+    | {"build", "console", "schedule_text", "tuning", "doctor", "demo"}
+    | {"cli_bench", "cli_cache", "cli_prebuild", "cli_problems", "cli_tune"},
     "__main__": {"cli"},
 }
 
