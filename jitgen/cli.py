@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from .cli_bench import bench_app
 from .cli_cache import cache_app
+from .cli_explain import explain
 from .cli_prebuild import prebuild
 from .cli_problems import problems
 from .cli_tune import records_app, tune
@@ -61,6 +62,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.add_typer(cache_app, name="cache")
+cache_app.command()(explain)
 app.command()(prebuild)
 app.command()(problems)
 app.command()(tune)

@@ -66,15 +66,33 @@ class KernelKey:
             arch=data["arch"],
         )
 
-    def differences(self, other: KernelKey) -> list[str]:
-        """Names of the fields that differ; a header is named as `headers[jitgen/tma.cuh]`."""
-        names = [
-            field.name
-            for field in fields(self)
-            if field.name != "headers" and getattr(self, field.name) != getattr(other, field.name)
-        ]
-        changed = {name for name, _ in set(self.headers) ^ set(other.headers)}
-        return names + [f"headers[{name}]" for name in sorted(changed)]
+    def differences(self, other: KernelKey) -> dict[str, tuple[str, str]]:
+        """Each field that differs, with this key's value and the other's; "none" if it has none.
+
+        A header is a field of its own, `headers[jitgen/tma.cuh]`. Of the options the values are
+        those that the other key lacks; all of them, if only their order differs.
+        """
+        mine, theirs = self._values(), other._values()
+        found = {
+            name: (mine.get(name, "none"), theirs.get(name, "none"))
+            for name in [*mine, *sorted(theirs.keys() - mine.keys())]
+            if mine.get(name) != theirs.get(name)
+        }
+        if self.options != other.options:
+            pair = (self.options, other.options)
+            lacked = tuple(
+                [option for option in these if option not in those]
+                for these, those in (pair, pair[::-1])
+            )
+            ours, others = lacked if any(lacked) else pair
+            found["options"] = (" ".join(ours) or "none", " ".join(others) or "none")
+        return found
+
+    def _values(self) -> dict[str, str]:
+        """All fields but the options, as texts."""
+        values = {"source_sha256": self.source_sha256, "arch": self.arch}
+        values["compiler_version"] = self.compiler_version
+        return values | {f"headers[{name}]": sha256 for name, sha256 in self.headers}
 
 
 def make_key(

@@ -66,6 +66,7 @@ ALLOWED |= {
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot"},
     "cli_cache": {"errors", "console", "runtime"},
+    "cli_explain": _before | {"runtime", "build", "control", "schedule_text", "tuning"},
     "cli_prebuild": _before
     | {"build", "cli_problems", "console", "models", "problem_list", "schedule_text", "tuning"},
     "cli_tune": _before
@@ -73,7 +74,7 @@ ALLOWED |= {
     "cli_problems": {"problem", "files", "models"},
     "cli": _before
     | {"build", "console", "schedule_text", "tuning", "doctor", "demo"}
-    | {"cli_bench", "cli_cache", "cli_prebuild", "cli_problems", "cli_tune"},
+    | {"cli_bench", "cli_cache", "cli_explain", "cli_prebuild", "cli_problems", "cli_tune"},
     "__main__": {"cli"},
 }
 

@@ -77,7 +77,8 @@ def test_make_key_rejects_unknown_include() -> None:
 def test_make_key_changes_with_one_byte_of_an_included_header() -> None:
     changed = make_key(SOURCE, HEADERS | {"b.cuh": "int B;\n"}, OPTIONS, "13.0.88", "sm_90a")
     assert changed.digest != KEY.digest
-    assert KEY.differences(changed) == ["headers[b.cuh]"]
+    values = (KEY.headers[1][1], changed.headers[1][1])
+    assert KEY.differences(changed) == {"headers[b.cuh]": values}
 
 
 def test_every_field_has_a_sensitivity_case() -> None:
@@ -101,13 +102,34 @@ def test_digest_tells_options_from_their_concatenation() -> None:
 
 
 def test_differences_of_equal_keys_are_none() -> None:
-    assert KEY.differences(replace(KEY)) == []
+    assert KEY.differences(replace(KEY)) == {}
 
 
 def test_differences_name_headers_added_and_removed() -> None:
     other = replace(KEY, headers=(("a.cuh", KEY.headers[0][1]), ("c.cuh", "3" * 64)))
-    assert KEY.differences(other) == ["headers[b.cuh]", "headers[c.cuh]"]
-    assert other.differences(KEY) == KEY.differences(other)
+    b = KEY.headers[1][1]
+    assert KEY.differences(other) == {
+        "headers[b.cuh]": (b, "none"),
+        "headers[c.cuh]": ("none", "3" * 64),
+    }
+    swapped = {name: values[::-1] for name, values in KEY.differences(other).items()}
+    assert other.differences(KEY) == swapped
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "values"),
+    [
+        (("-a", "-b"), ("-a", "-c", "-d"), ("-b", "-c -d")),
+        (("-a", "-b"), ("-a",), ("-b", "none")),
+        (("-a", "-b"), ("-b", "-a"), ("-a -b", "-b -a")),
+    ],
+    ids=["changed", "removed", "another order"],
+)
+def test_differences_name_the_options(
+    ours: tuple[str, ...], theirs: tuple[str, ...], values: tuple[str, str]
+) -> None:
+    differences = replace(KEY, options=ours).differences(replace(KEY, options=theirs))
+    assert differences == {"options": values}
 
 
 def test_json_round_trip() -> None:
