@@ -87,7 +87,12 @@ def _look_up(store: KernelStore, problem: Gemm, schedule: Schedule) -> Entry | N
 
 def _print_nearest(entries: list[Entry], name: str, key: KernelKey) -> None:
     """The entry of the same name, or else of the most equal fields, and what differs."""
-    nearest = min(entries, key=lambda entry: (entry.name != name, len(key.differences(entry.key))))
+
+    def distance(entry: Entry) -> tuple[bool, int, int]:
+        num_words = len(set(name.split("_")) & set(entry.name.split("_")))
+        return entry.name != name, len(key.differences(entry.key)), -num_words
+
+    nearest = min(entries, key=distance)
     typer.echo(f"nearest: {nearest.name}")
     _print_row("key", nearest.key.digest)
     for field, (wanted, stored) in key.differences(nearest.key).items():

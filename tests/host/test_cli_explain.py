@@ -167,6 +167,17 @@ def test_explain_takes_the_most_equal_fields_of_other_names(run: Run) -> None:
     assert [line[1] for line in lines if line[0] == "differs:"] == ["source_sha256"]
 
 
+def test_explain_takes_the_most_alike_of_other_names(run: Run) -> None:
+    alike = lower(KERNEL.problem, Schedule(64, 32, 4, 1))  # one word of it differs, the tile
+    for kernel in (
+        alike,
+        lower(OTHER.problem, Schedule(64, 32, 4, 1)),
+        lower(Gemm(8, 256), KERNEL.schedule),
+    ):
+        put(kernel)
+    assert f"nearest: {alike.name}\n" in run(*ASK).stdout
+
+
 def test_explain_prints_the_command_that_makes_it(run: Run, root: Path) -> None:
     result = run(*ASK)
     assert result.exit_code == 1
