@@ -22,7 +22,14 @@ from .dtypes import BF16, dtype_of
 from .errors import CompileError, JitgenError, ScheduleError, one_line
 from .expr import Expr, acc, gelu, matrix, relu, silu, vector
 from .problem import Gemm, check_problem
-from .problem_list import GPU_HELP, NUM_SMS_HELP, PROBLEMS_HELP, Grid, read_problems
+from .problem_list import (
+    GPU_HELP,
+    NUM_SMS_HELP,
+    PROBLEMS_HELP,
+    Grid,
+    read_problems,
+    select_kernels,
+)
 from .schedule import Schedule, check_ranges, max_stages
 
 if TYPE_CHECKING:
@@ -257,23 +264,17 @@ def prebuild(
     from rich.progress import Progress
 
     from . import build
-    from .tuning.select import named_gpu, select
+    from .tuning.select import named_gpu
 
     if (grid is None) == (problems is None):
         raise typer.BadParameter("give either --grid or --problems")
     pairs = read_problems(problems) if problems else Grid.dense.problems()
     chosen = named_gpu(gpu, num_sms)
-    kernels = list(
-        dict.fromkeys(
-            (
-                problem,
-                select(problem, m, chosen, batch_invariant=batch_invariant)
-                if schedule is None
-                else parse_schedule(schedule, problem),
-            )
-            for problem, m in pairs
-        )
-    )
+    if schedule is None:
+        kernels = select_kernels(pairs, chosen, batch_invariant=batch_invariant)
+    else:
+        pinned = ((problem, parse_schedule(schedule, problem)) for problem, _ in pairs)
+        kernels = list(dict.fromkeys(pinned))
     root = build.open_shared_store().root
     done: list[build.Prebuilt] = []
     started = time.perf_counter()
