@@ -41,7 +41,7 @@ _END = bytes(2 * _BLOCK)
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What kernels are made with: those of another one would never be found, or be wrong.
+    """What kernels are made with; a call never finds those that were made with another.
 
     template_fingerprint : from `jitgen.codegen.fingerprint`
     """
@@ -98,7 +98,7 @@ def export_bundle(path: Path, toolchain: Toolchain, entries: Iterable[Entry]) ->
         files = {file: _describe(data) for file, data in _read_files(entry.path).items()}
         kernels.append(_Kernel(entry.key.digest, entry.name, files))
     manifest = _encode_manifest(_manifest(toolchain, kernels))
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = Path(f"{path}.{os.getpid()}.part")
     try:
         with part.open("xb") as stream:
             stream.write(_member(MANIFEST, manifest))

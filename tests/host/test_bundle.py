@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import random
 import re
 import signal
@@ -26,6 +28,7 @@ from jitgen.errors import StoreError
 from jitgen.runtime import bundle as bundle_module
 from jitgen.runtime.bundle import Imported, Toolchain, export_bundle, import_bundle
 from jitgen.runtime.entry import DamagedError, entry_files
+from jitgen.runtime.key import make_key
 from jitgen.runtime.nvrtc import Compiled
 from jitgen.runtime.stats import Stats
 from jitgen.runtime.store import KernelStore, Verified
@@ -158,13 +161,28 @@ def test_import_rejects_what_cannot_be_read(tmp_path: Path, store: KernelStore) 
         import_bundle(tmp_path / "none.tar", TOOLCHAIN, store)
 
 
-@pytest.mark.parametrize("folder", ["", "missing", "file"])
-def test_export_rejects_a_place_that_cannot_be_written(folder: str, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    path = tmp_path / folder / "a.tar" if folder else tmp_path
+def test_import_rejects_a_store_that_cannot_be_written(
+    bundle: Path, store: KernelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=r"kernel store .* cannot be written: .*No space left"):
+        import_bundle(bundle, TOOLCHAIN, store)
+    assert store.root
+    assert entries_on_disk(store) == list((store.root / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("place", [".", "/", "missing/a.tar", "file/a.tar"])
+def test_export_rejects_a_place_that_cannot_be_written(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     with pytest.raises(StoreError, match="cannot be written"):
-        export(fill(tmp_path / "exporter"), path)
-    assert list(tmp_path.glob("*.part")) == []
+        export(fill(tmp_path / "exporter"), Path(place))
+    assert [*tmp_path.glob("*.part"), *tmp_path.glob(".*.part")] == []
 
 
 def test_export_rejects_a_kernel_of_another_compiler(tmp_path: Path) -> None:
@@ -249,6 +267,12 @@ def move_kernel(members: Members) -> None:
         info.name = f"{'0' * 64}/{info.name.partition('/')[2]}"
 
 
+def repeat_kernel(members: Members) -> None:
+    """The first kernel twice, in the manifest and in the archive."""
+    edit_manifest(lambda manifest: manifest["kernels"].insert(0, manifest["kernels"][0]))(members)
+    members[1:1] = members[1:4]
+
+
 TAMPERINGS: dict[str, Callable[[Members], object]] = {
     "parent": edit_header(2, name="../../kernel.cu"),
     "absolute": edit_header(2, name="/tmp/kernel.cu"),
@@ -271,9 +295,11 @@ TAMPERINGS: dict[str, Callable[[Members], object]] = {
     "manifest-field": edit_manifest(lambda manifest: manifest.update(more=1)),
     "manifest-no-field": edit_manifest(lambda manifest: manifest.pop("kernels")),
     "kernel-twice": edit_manifest(lambda m: m["kernels"].insert(0, m["kernels"][0])),
+    "kernel-and-files-twice": repeat_kernel,
     "kernel-unlisted": edit_manifest(lambda manifest: manifest["kernels"].pop()),
     "kernel-name": edit_kernel(name="other"),
     "kernel-key": edit_kernel(key="../../../evil"),
+    "kernel-key-long": edit_kernel(key="0" * 999),
     "kernel-key-type": edit_kernel(key=1),
     "kernel-files": edit_kernel(files=[]),
     "file-negative": edit_file(size=-512),
@@ -290,6 +316,47 @@ def test_import_rejects_a_tampered_bundle(tampering: str, bundle: Path, store: K
     with pytest.raises(StoreError, match=r"is damaged: .*; copy or export it again"):
         import_bundle(bundle, TOOLCHAIN, store)
     assert entries_on_disk(store) == []
+
+
+@pytest.mark.parametrize("offset", ["after the manifest", "after a file", "in the end"])
+def test_import_rejects_a_byte_that_belongs_to_nothing(
+    offset: str, bundle: Path, store: KernelStore
+) -> None:
+    with tarfile.open(bundle) as tar:
+        first, second = tar.getmembers()[:2]
+    offsets = {
+        "after the manifest": first.offset_data + first.size,
+        "after a file": second.offset_data + second.size,
+        "in the end": -1,
+    }
+    data = bytearray(bundle.read_bytes())
+    assert data[offsets[offset]] == 0
+    data[offsets[offset]] = 1
+    bundle.write_bytes(data)
+    with pytest.raises(StoreError, match="there is something"):
+        import_bundle(bundle, TOOLCHAIN, store)
+    assert entries_on_disk(store) == []
+
+
+@pytest.mark.parametrize("change", [-1, 1, 512], ids=["cut", "byte-more", "block-more"])
+def test_import_rejects_another_size_before_it_reads_on(
+    change: int, bundle: Path, store: KernelStore
+) -> None:
+    data = bundle.read_bytes()
+    bundle.write_bytes(data[:change] if change < 0 else data + bytes(change))
+    size = len(data)
+    match = f"it has {size + change} bytes, its manifest.json describes {size};"
+    with pytest.raises(StoreError, match=re.escape(match)):
+        import_bundle(bundle, TOOLCHAIN, store)
+
+
+def test_import_rejects_a_file_beyond_the_limit(
+    bundle: Path, store: KernelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(CUBIN + SOURCES[0].encode())
+    monkeypatch.setattr(bundle_module, "MAX_FILE_BYTES", size - 1)
+    with pytest.raises(StoreError, match=rf"kernel\.cubin of gemm has {size} bytes"):
+        import_bundle(bundle, TOOLCHAIN, store)
 
 
 def test_rewrite_without_a_change_is_the_same_bundle(bundle: Path) -> None:
@@ -416,6 +483,10 @@ def test_cli_bundle_of_problems_saves_every_compile(
     )
     again = run("b", "prebuild", *options)
     assert again.stdout.startswith(f"kernels: 0 compiled, {count[1]} already there")
+    old = make_key("// old\n", {}, (), "12.0.1", "sm_90a")  # of another compiler: left out
+    KernelStore(tmp_path / "a" / "kernels").get_or_compile(
+        old, lambda: Compiled(CUBIN, "", RESOURCES), name="old", source="// old\n"
+    )
     everything = run("a", "cache", "export", bundle, "--all")
     assert everything.stdout.startswith(f"kernels: {int(count[1]) + 1} exported")
 
