@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,9 +11,13 @@ import typer
 
 from .console import make_console
 from .errors import StoreError
+from .problem_list import GPU_HELP, NUM_SMS_HELP, PROBLEMS_HELP, read_problems, select_kernels
 
 if TYPE_CHECKING:
+    from .runtime.bundle import Toolchain
+    from .runtime.entry import Entry
     from .runtime.store import KernelStore
+    from .target import Gpu
 
 cache_app = typer.Typer(help="The kernel store on disk.", no_args_is_help=True)
 
@@ -100,6 +105,89 @@ def clear(
     if not yes:
         typer.confirm(f"Remove all kernels from {root}?", abort=True)
     typer.echo(f"kernels: {store.clear()} removed, {root}")
+
+
+@cache_app.command("export")
+def export_kernels(
+    bundle: Annotated[Path, typer.Argument(help="A tar file; replaced if it is there.")],
+    problems: Annotated[Path | None, typer.Option(help=PROBLEMS_HELP)] = None,
+    gpu: Annotated[str | None, typer.Option(help=GPU_HELP)] = None,
+    num_sms: Annotated[int | None, typer.Option(min=1, help=NUM_SMS_HELP)] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="For calls with batch_invariant=True.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All that this compiler made, not those of problems.")
+    ] = False,
+) -> None:
+    """Write kernels of the store to a bundle: those that `jitgen prebuild` makes, or all.
+
+    Of the same entries it is the same file, byte for byte; nothing in it names this machine. An
+    entry that was compiled anew is another: it holds how long that took.
+    """
+    from .runtime.bundle import export_bundle
+    from .tuning.select import named_gpu
+
+    if everything == (problems is not None):
+        raise typer.BadParameter("give either --problems or --all")
+    store, _ = _open_store()
+    toolchain = _toolchain()
+    if problems is None:
+        version = toolchain.compiler_version
+        entries = [e for e in store.entries() if e.key.compiler_version == version]
+    else:
+        entries = _planned(store, problems, named_gpu(gpu, num_sms), batch_invariant)
+    size = export_bundle(bundle, toolchain, entries)
+    typer.echo(f"kernels: {len(entries)} exported, {_size(size)}, {bundle}")
+
+
+@cache_app.command("import")
+def import_kernels(
+    bundle: Annotated[Path, typer.Argument(help="From `jitgen cache export`.")],
+) -> None:
+    """Put the kernels of a bundle into the store: all of a sound one, nothing of another.
+
+    It runs on your GPU: take it from those you trust. It must be of the same compiler version and
+    templates as this jitgen's.
+    """
+    from .build import open_shared_store
+    from .runtime.bundle import import_bundle
+
+    store = open_shared_store()
+    done = import_bundle(bundle, _toolchain(), store)
+    typer.echo(f"kernels: {done.num_added} added, {done.num_present} already there, {store.root}")
+
+
+def _planned(store: KernelStore, problems: Path, gpu: Gpu, batch_invariant: bool) -> list[Entry]:
+    """The store's entries of all kernels that the problems need."""
+    from .build import key_of
+    from .lower import lower
+
+    entries = []
+    pairs = read_problems(problems)
+    for problem, schedule in select_kernels(pairs, gpu, batch_invariant=batch_invariant):
+        kernel = lower(problem, schedule)
+        entry = store.get(key_of(kernel))
+        if entry is None:
+            options = ["--problems", str(problems), "--gpu", gpu.name, "--num-sms"]
+            options += [str(gpu.num_sms), *(["--batch-invariant"] if batch_invariant else [])]
+            raise StoreError(
+                f"kernel {kernel.name} is not in the store: first `jitgen prebuild"
+                f" {shlex.join(options)}`"
+            )
+        entries.append(entry)
+    return entries
+
+
+def _toolchain() -> Toolchain:
+    """This jitgen's, as bundles name it."""
+    from . import __version__
+    from .codegen import fingerprint
+    from .runtime.bundle import Toolchain
+    from .runtime.nvrtc import compiler_version
+    from .target import SM90A
+
+    return Toolchain(__version__, SM90A.arch, compiler_version(), fingerprint())
 
 
 def _open_store() -> tuple[KernelStore, Path]:

@@ -13,8 +13,15 @@ from .cli_problems import DEFAULT_M_MAX, EP, M_MAX, TP, report_left_out
 from .console import make_console
 from .models import read_model
 from .problem import Gemm
-from .problem_list import GPU_HELP, NUM_SMS_HELP, PROBLEMS_HELP, Grid, read_problems
-from .schedule_text import SCHEDULE_HELP, schedule_for
+from .problem_list import (
+    GPU_HELP,
+    NUM_SMS_HELP,
+    PROBLEMS_HELP,
+    Grid,
+    read_problems,
+    select_kernels,
+)
+from .schedule_text import SCHEDULE_HELP, parse_schedule
 from .tuning.model import m_buckets
 
 if TYPE_CHECKING:
@@ -57,11 +64,12 @@ def prebuild(
     else:
         pairs = read_problems(problems) if problems else Grid.dense.problems()
     chosen = named_gpu(gpu, num_sms)
-    kernels = dict.fromkeys(
-        (problem, schedule_for(problem, m, chosen, schedule, batch_invariant=batch_invariant))
-        for problem, m in pairs
-    )
-    _compile(list(kernels)[part], processes)
+    if schedule is None:
+        kernels = select_kernels(pairs, chosen, batch_invariant=batch_invariant)
+    else:
+        pinned = ((problem, parse_schedule(schedule, problem)) for problem, _ in pairs)
+        kernels = list(dict.fromkeys(pinned))
+    _compile(kernels[part], processes)
 
 
 def _parse_shard(text: str | None) -> slice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from .dtypes import BF16, DType, dtype_of
 from .errors import ProblemError
 from .files import read_json
 from .problem import MAX_EXTENT, Gemm, check_problem
+from .schedule import Schedule
+from .target import Gpu
 from .tuning.model import m_buckets
+from .tuning.select import select
 
 PROBLEMS_HELP = (
     'JSON: a list of {"n": 7168, "k": 2048, "m": [1, 64]}; instead of m, "m_max": 4096 stands for'
@@ -52,6 +56,23 @@ def read_problems(path: Path) -> list[tuple[Gemm, int]]:
             raise ProblemError(f"{path}, entry {i}: {error}") from None
         pairs += [(problem, m) for m in extents]
     return pairs
+
+
+def select_kernels(
+    pairs: Iterable[tuple[Gemm, int]], gpu: Gpu, *, batch_invariant: bool = False
+) -> list[tuple[Gemm, Schedule]]:
+    """Each kernel that `gemm` launches for the problems once, as `jitgen.build.prebuild` takes it.
+
+    Parameters
+    ----------
+    pairs : problems with every m to choose for
+    gpu : from `jitgen.tuning.select.named_gpu`
+    batch_invariant : as for `gemm`
+    """
+    kernels = (
+        (problem, select(problem, m, gpu, batch_invariant=batch_invariant)) for problem, m in pairs
+    )
+    return list(dict.fromkeys(kernels))
 
 
 def parse_extents(text: str) -> list[int]:

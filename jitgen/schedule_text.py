@@ -15,9 +15,7 @@ SCHEDULE_HELP = (
 )
 
 
-def schedule_for(
-    problem: Gemm, m: int, gpu: Gpu, text: str | None = None, *, batch_invariant: bool = False
-) -> Schedule:
+def schedule_for(problem: Gemm, m: int, gpu: Gpu, text: str | None = None) -> Schedule:
     """The schedule that `text` spells or, without one, that a call with `m` rows on `gpu` takes.
 
     Raises
@@ -28,7 +26,7 @@ def schedule_for(
 
     if text is not None:
         return parse_schedule(text, problem)
-    return select(problem, m, gpu, batch_invariant=batch_invariant)
+    return select(problem, m, gpu)
 
 
 def parse_schedule(text: str, problem: Gemm) -> Schedule:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +19,11 @@ from .nvrtc import Compiled, Resources
 
 FORMAT_VERSION = 1
 CUBIN, SOURCE, MANIFEST = "kernel.cubin", "kernel.cu", "entry.json"
+FILES = (CUBIN, SOURCE, MANIFEST)
 _MANIFEST_FIELDS = {"format_version", "name", "key", "cubin_sha256", "resources", "log"}
+
+# A rename onto an entry that another process published first, or into a folder that one took away.
+_LOST_RACE = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT}
 
 
 class DamagedError(Exception):
@@ -62,8 +67,13 @@ def scratch_path(root: Path, name: str) -> Path:
     return root / "tmp" / f"{name[:64]}.{os.getpid()}.{secrets.token_hex(4)}"
 
 
-def write_entry(folder: Path, key: KernelKey, name: str, source: str, compiled: Compiled) -> None:
-    """Write the files of an entry, down to the disk, into an empty folder."""
+def entry_folder(root: Path, digest: str) -> Path:
+    """Where the store in `root` has the entry of the key with this digest."""
+    return root / digest[:2] / digest
+
+
+def entry_files(key: KernelKey, name: str, source: str, compiled: Compiled) -> dict[str, bytes]:
+    """The contents of an entry's FILES."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "name": name,
@@ -72,12 +82,49 @@ def write_entry(folder: Path, key: KernelKey, name: str, source: str, compiled: 
         "resources": asdict(compiled.resources),
         "log": compiled.log,
     }
-    contents = {
+    return {
         CUBIN: compiled.cubin,
         SOURCE: source.encode(),
         MANIFEST: json.dumps(manifest, indent=1).encode(),
     }
-    for file, data in contents.items():
+
+
+def publish_entry(root: Path, digest: str, files: Mapping[str, bytes], *, heal: bool) -> bool:
+    """Let an entry appear by one rename; False if another process was faster.
+
+    Parameters
+    ----------
+    root : folder of the store
+    digest : of the entry's key
+    files : from `entry_files`
+    heal : remove what is there first
+
+    Raises
+    ------
+    OSError : the folder cannot be written
+    """
+    final = entry_folder(root, digest)
+    scratch = scratch_path(root, digest)
+    try:
+        make_private(root, scratch.parent, scratch)
+        _write_files(scratch, files)
+        if heal:
+            remove_damaged(root, final)
+        make_private(final.parent)
+        try:
+            os.rename(scratch, final)
+        except OSError as error:
+            if error.errno not in _LOST_RACE:
+                raise
+            return False
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return True
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files of an entry, down to the disk, into an empty folder."""
+    for file, data in files.items():
         descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb") as stream:
             stream.write(data)
@@ -94,17 +141,17 @@ def read_entry(folder: Path) -> Entry | None:
     ------
     DamagedError : the entry must not be used
     """
-    files = [folder / CUBIN, folder / SOURCE, folder / MANIFEST]
     found = _identity(folder)
     try:
         for path in (folder.parent, folder):
             if not os.path.lexists(path):
                 return None
             _check_trust(path, stat.S_ISDIR)
-        for path in files:
-            _check_trust(path, stat.S_ISREG)
-        return _parse_entry(folder, *(path.read_bytes() for path in files))
-    except (OSError, ValueError, RecursionError, StoreError) as error:
+        for file in FILES:
+            _check_trust(folder / file, stat.S_ISREG)
+        files = {file: (folder / file).read_bytes() for file in FILES}
+        return parse_entry(folder.name, files, folder)
+    except (OSError, ValueError, DamagedError) as error:
         if _identity(folder) != found:
             return None
         raise DamagedError(f"kernel store entry {folder} is damaged: {error}") from error
@@ -123,7 +170,27 @@ def _check_trust(path: Path, is_kind: Callable[[int], bool]) -> None:
         raise ValueError(f"{path.name} {reason}")
 
 
-def _parse_entry(folder: Path, cubin: bytes, source: bytes, manifest: bytes) -> Entry:
+def parse_entry(digest: str, files: Mapping[str, bytes], path: Path | None = None) -> Entry:
+    """The entry of the key with this digest, all of it checked.
+
+    Parameters
+    ----------
+    digest : in hex
+    files : the contents of its FILES
+    path : its folder, if it is on disk
+
+    Raises
+    ------
+    DamagedError : the entry must not be used
+    """
+    try:
+        return _parse_entry(digest, files, path)
+    except (ValueError, RecursionError, StoreError) as error:
+        raise DamagedError(str(error)) from error
+
+
+def _parse_entry(digest: str, files: Mapping[str, bytes], path: Path | None) -> Entry:
+    cubin, source, manifest = (files[file] for file in FILES)
     data = json.loads(manifest)
     if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{MANIFEST} is not of format version {FORMAT_VERSION}")
@@ -132,14 +199,14 @@ def _parse_entry(folder: Path, cubin: bytes, source: bytes, manifest: bytes) -> 
     if not isinstance(data["name"], str) or not isinstance(data["log"], str):
         raise ValueError(f"{MANIFEST} has a name or a log that is no text")
     key = KernelKey.from_json(data["key"])
-    if key.digest != folder.name:
+    if key.digest != digest:
         raise ValueError(f"{MANIFEST} is that of kernel {key.digest}")
     if sha256_hex(cubin) != data["cubin_sha256"]:
         raise ValueError(f"{CUBIN} has another SHA-256 than {MANIFEST} says")
     if sha256_hex(source) != key.source_sha256:
         raise ValueError(f"{SOURCE} has another SHA-256 than {MANIFEST} says")
     resources = Resources.from_json(data["resources"])
-    return Entry(key, data["name"], cubin, source.decode(), resources, folder)
+    return Entry(key, data["name"], cubin, source.decode(), resources, path)
 
 
 def remove_damaged(root: Path, folder: Path) -> None:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import socket
 import stat
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +30,13 @@ from .entry import (
     DamagedError,
     Entry,
     distrust,
+    entry_files,
+    entry_folder,
     make_private,
+    parse_entry,
+    publish_entry,
     read_entry,
     remove_damaged,
-    scratch_path,
-    write_entry,
 )
 from .eviction import SHARDS, Collected, evict, mark_used, num_bytes, remove_all
 from .key import KernelKey, sha256_hex
@@ -44,8 +45,6 @@ from .stats import PROCESS, Counters, Stats, log
 
 DEFAULT_MAX_BYTES = 2 << 30
 
-# A rename onto an entry that another process published first, or into a folder that one took away.
-_LOST_RACE = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT}
 # What flock says on a file system that has no locks (NFS without a lock daemon, some FUSE mounts).
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
@@ -154,13 +153,43 @@ class KernelStore:
             self._counters.add(compiles=1, compile_seconds=seconds)
             fields = {"kernel": name, "key": key.digest, "seconds": seconds}
             log.info("compiled %s in %.2f s", name, seconds, extra=fields)
-            path = self._publish(key, name, source, compiled, heal=bool(damage))
+            files = entry_files(key, name, source, compiled)
+            path = self._publish(key.digest, name, files, heal=bool(damage))
             entry = Entry(key, name, compiled.cubin, source, compiled.resources, path)
             with self._mutex:
                 entry = self._memory.setdefault(key.digest, entry)
         if path:
             self._keep_to_cap(num_bytes(path))
         return entry
+
+    def add(self, digest: str, files: Mapping[str, bytes]) -> bool:
+        """Publish an entry that another store made; False if a sound one is there, which stays.
+
+        Parameters
+        ----------
+        digest : of the entry's key, in hex
+        files : the contents of its files, by name
+
+        Raises
+        ------
+        DamagedError : the entry is not sound; nothing is published
+        StoreError : the store cannot be written, or a lock was not released in time
+        """
+        name = parse_entry(digest, files).name
+        with self._writing() as root, self._single_flight(digest, name):
+            path = entry_folder(root, digest)
+            mark_used(path)  # before it is read, so that it stays
+            damage = ""
+            try:
+                if read_entry(path):
+                    return False
+            except DamagedError as error:
+                damage = str(error)
+            published = publish_entry(root, digest, files, heal=bool(damage))
+            if published and damage:
+                self._record_heal(digest, name)
+        self._keep_to_cap(num_bytes(path))
+        return published
 
     def entries(self) -> Iterator[Entry]:
         """All entries, on disk and in memory; damaged ones are left out with a warning."""
@@ -260,7 +289,7 @@ class KernelStore:
                 return entry, ""
         if not self._root:
             return None, ""
-        folder = self._root / key.digest[:2] / key.digest
+        folder = entry_folder(self._root, key.digest)
         mark_used(folder)  # before it is read, so that it stays
         try:
             entry = read_entry(folder)
@@ -336,34 +365,24 @@ class KernelStore:
         )
 
     def _publish(
-        self, key: KernelKey, name: str, source: str, compiled: Compiled, *, heal: bool
+        self, digest: str, name: str, files: Mapping[str, bytes], *, heal: bool
     ) -> Path | None:
         """The folder of the new entry, or of the one that another process was faster with."""
         if not self._root or not self._writable:
             return None
-        final = self._root / key.digest[:2] / key.digest
-        scratch = scratch_path(self._root, key.digest)
         try:
-            make_private(self._root, scratch.parent, scratch)
-            write_entry(scratch, key, name, source, compiled)
-            if heal:
-                remove_damaged(self._root, final)
-            make_private(final.parent)
-            try:
-                os.rename(scratch, final)
-            except OSError as error:
-                if error.errno not in _LOST_RACE:
-                    raise
-                return final if final.is_dir() else None
+            published = publish_entry(self._root, digest, files, heal=heal)
         except OSError as error:
             self._fall_back(str(error))
             return None
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        if heal:
-            self._counters.add(heals=1)
-            log.warning("replaced the damaged %s", name, extra={"kernel": name, "key": key.digest})
-        return final
+        if published and heal:
+            self._record_heal(digest, name)
+        path = entry_folder(self._root, digest)
+        return path if path.is_dir() else None
+
+    def _record_heal(self, digest: str, name: str) -> None:
+        self._counters.add(heals=1)
+        log.warning("replaced the damaged %s", name, extra={"kernel": name, "key": digest})
 
     def _keep_to_cap(self, published_bytes: int) -> None:
         """Evict after the first publish, and each time 1/16 of the cap was published."""

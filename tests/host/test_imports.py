@@ -65,7 +65,7 @@ ALLOWED |= {
     "schedule_text": _before | {"tuning"},  # schedules as users spell them
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot"},
-    "cli_cache": {"errors", "console", "runtime"},
+    "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
     "cli_explain": _before | {"runtime", "build", "control", "schedule_text", "tuning"},
     "cli_prebuild": _before
     | {"build", "cli_problems", "console", "models", "problem_list", "schedule_text", "tuning"},
