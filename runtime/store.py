@@ -11,9 +11,7 @@ so readers take no lock.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import socket
 import stat
 import threading
 import time
@@ -22,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import platformdirs
 
 from ..errors import StoreError
@@ -40,13 +37,11 @@ from .entry import (
 )
 from .eviction import SHARDS, Collected, evict, mark_used, num_bytes, remove_all
 from .key import KernelKey, sha256_hex
+from .locks import hold_lock
 from .nvrtc import Compiled
 from .stats import PROCESS, Counters, Stats, log
 
 DEFAULT_MAX_BYTES = 2 << 30
-
-# What flock says on a file system that has no locks (NFS without a lock daemon, some FUSE mounts).
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True)
@@ -321,48 +316,15 @@ class KernelStore:
     def _file_lock(self, digest: str, name: str, deadline: float) -> Iterator[None]:
         with contextlib.ExitStack() as held:
             if self._root and self._locking and self._writable:
-                folder = self._root / "locks"
+                left_s = deadline - time.monotonic()
+                lock = hold_lock(
+                    self._root, digest, name, timeout_s=left_s, counters=self._counters
+                )
                 try:
-                    make_private(self._root, folder)
-                    lock = filelock.FileLock(folder / f"{digest}.lock", mode=0o600)
-                    self._acquire(lock, digest, name, deadline)
-                    held.callback(lock.release)
-                    held.enter_context(_holder_file(folder / f"{digest}.holder"))
-                except filelock.Timeout:
-                    raise StoreError(self._lock_timeout_message(folder, digest)) from None
-                except (OSError, NotImplementedError) as error:
-                    if isinstance(error, NotImplementedError) or error.errno in _NO_LOCKS:
-                        raise StoreError(
-                            f"no file locks in {folder} ({error}): use another JITGEN_CACHE_DIR, or"
-                            " locking=False"
-                        ) from error
+                    held.enter_context(lock)
+                except OSError as error:
                     self._fall_back(str(error))
             yield
-
-    def _acquire(self, lock: filelock.BaseFileLock, digest: str, name: str, end: float) -> None:
-        """Take the lock, until `end` of time.monotonic(); a wait is counted and recorded."""
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            self._counters.add(waits=1)
-            started = time.monotonic()
-            try:
-                lock.acquire(timeout=max(0.0, end - started))
-            finally:
-                seconds = time.monotonic() - started
-                fields = {"kernel": name, "key": digest, "seconds": seconds}
-                log.info("waited %.2f s for the lock of %s", seconds, name, extra=fields)
-
-    def _lock_timeout_message(self, folder: Path, digest: str) -> str:
-        try:
-            holder = (folder / f"{digest}.holder").read_text(errors="replace")[:200]
-        except OSError:
-            holder = ""
-        return (
-            f"kernel {digest} is still locked by {holder or 'an unknown process'} after"
-            f" {self._lock_timeout_s:g} s: end that process if it hangs, raise lock_timeout_s if it"
-            " is compiling, or do without locks (locking=False)"
-        )
 
     def _publish(
         self, digest: str, name: str, files: Mapping[str, bytes], *, heal: bool
@@ -429,18 +391,6 @@ def default_root() -> Path | None:
     except RuntimeError:
         return None
     return root if root.is_absolute() else None
-
-
-@contextlib.contextmanager
-def _holder_file(path: Path) -> Iterator[None]:
-    """A file, there as long as the lock is held, that names this process to those who wait."""
-    with contextlib.suppress(OSError):
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
 
 
 def _warn(message: str) -> None:

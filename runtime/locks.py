@@ -1,0 +1,98 @@
+"""Lock files: one process at a time makes a kernel, and those who wait learn which."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from ..errors import StoreError
+from .entry import make_private
+from .stats import Counters, log
+
+# What a file system without working locks answers.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+
+
+@contextlib.contextmanager
+def hold_lock(
+    root: Path, digest: str, name: str, *, timeout_s: float, counters: Counters
+) -> Iterator[None]:
+    """Hold the lock of a key in the store at `root`; a wait is counted and recorded.
+
+    Parameters
+    ----------
+    digest : of the key
+    name : of the kernel, for people
+    timeout_s : longest wait for another process
+
+    Raises
+    ------
+    StoreError : the lock was not released in time, or the file system has no locks
+    OSError : the lock's folder cannot be written
+    """
+    folder = root / "locks"
+    make_private(root, folder)
+    lock = filelock.FileLock(folder / f"{digest}.lock", mode=0o600)
+    try:
+        _acquire(lock, digest, name, timeout_s, counters)
+    except filelock.Timeout:
+        raise StoreError(_timeout_message(folder, digest, timeout_s)) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, NotImplementedError) or error.errno in _NO_LOCKS:
+            raise StoreError(
+                f"no file locks in {folder} ({error}): use another JITGEN_CACHE_DIR, or"
+                " locking=False"
+            ) from error
+        raise
+    try:
+        with _holder_file(folder / f"{digest}.holder"):
+            yield
+    finally:
+        lock.release()
+
+
+def _acquire(
+    lock: filelock.BaseFileLock, digest: str, name: str, timeout_s: float, counters: Counters
+) -> None:
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        counters.add(waits=1)
+        started = time.monotonic()
+        try:
+            lock.acquire(timeout=max(0.0, timeout_s))
+        finally:
+            seconds = time.monotonic() - started
+            fields = {"kernel": name, "key": digest, "seconds": seconds}
+            log.info("waited %.2f s for the lock of %s", seconds, name, extra=fields)
+
+
+def _timeout_message(folder: Path, digest: str, timeout_s: float) -> str:
+    try:
+        holder = (folder / f"{digest}.holder").read_text(errors="replace")[:200]
+    except OSError:
+        holder = ""
+    return (
+        f"kernel {digest} is still locked by {holder or 'an unknown process'} after"
+        f" {timeout_s:.3g} s: end that process if it hangs, raise lock_timeout_s if it"
+        " is compiling, or do without locks (locking=False)"
+    )
+
+
+@contextlib.contextmanager
+def _holder_file(path: Path) -> Iterator[None]:
+    """A file, there as long as the lock is held, that names this process to those who wait."""
+    with contextlib.suppress(OSError):
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
