@@ -168,7 +168,7 @@ def test_collect_meta_keeps_no_folder_of_the_machine(monkeypatch: pytest.MonkeyP
     pytest.importorskip("torch")
     monkeypatch.setattr(report, "driver_release", lambda: "580.1")
     monkeypatch.setattr(report, "describe", lambda: "4.2.0 (nvcc 13.0.88)")
-    arguments = ["bench", "gemm", "--json", "/tmp/out/a b.json", "--markdown=/work/docs/p.md"]
+    arguments = ["bench", "gemm", "--json", "/tmp/out/a b.json", "--markdown=/srv/docs/p.md"]
     meta = report.collect_meta(H100, version="0.1.0", arguments=arguments)
     assert meta.command == "jitgen bench gemm --json 'a b.json' --markdown=p.md"
     assert list(meta.peers) == ["cuBLASLt", "cuBLASLt blockwise", "CUTLASS"]
