@@ -43,27 +43,19 @@ from .ir import (
     Window,
     Zero,
 )
+from .limits import check_registers, check_smem, check_tma, require
 from .problem import Gemm, check_problem
 from .schedule import (
     BLOCK_K,
     EPILOGUE_COLUMNS,
-    REGISTER_SPLIT,
     SCALE_BLOCKS,
-    SWIZZLE_ATOM_BYTES,
-    WARPGROUP_THREADS,
     Schedule,
-    accumulator_registers,
     check_schedule,
-    num_barriers,
-    num_parts,
-    num_scale_stages,
     part_columns,
     slice_columns,
     split_blocks,
 )
 
-MAX_BOX = 256  # elements of a TMA box in each dimension (CUDA driver API, cuTensorMapEncodeTiled)
-TMA_BYTES = 16  # unit of a tensor's row (ibid.)
 SWIZZLE_BYTES = 128  # of the tiles that wgmma reads, whose descriptors say so
 SWIZZLE_SPANS = (32, 64, 128)
 
@@ -82,27 +74,22 @@ def verify(kernel: Kernel) -> None:
         raise VerifyError(f"{kernel.name}: {error}") from error
     tensors = _tensors(kernel.problem)
     arguments = tuple(tensors.values())
-    _require(kernel.tensors == arguments, kernel.name, f"takes {kernel.tensors}, not {arguments}")
+    require(kernel.tensors == arguments, kernel.name, f"takes {kernel.tensors}, not {arguments}")
     _check_traversal(kernel.body.traversal, kernel.schedule)
     schedule = kernel.schedule
     tile: dict[Axis, int] = {"m": schedule.block_m, "n": schedule.block_n, "k": kernel.problem.k}
     block = _Block(kernel, tensors, tile)
     block.run(kernel.body.body)
     block.end(kernel.name)
-    _require("result" in block.written, kernel.name, "does not store D")
-    _check_smem(kernel, block.written)
-    _check_registers(kernel, block.written["sums"])
-
-
-def _require(condition: bool, op: object, rule: str) -> None:
-    if not condition:
-        raise VerifyError(f"{op}: {rule}")
+    require("result" in block.written, kernel.name, "does not store D")
+    check_smem(kernel, block.written)
+    check_registers(kernel, block.written["sums"])
 
 
 def _require_same(got: Buffer | Tensor, expected: Buffer | Tensor, op: object) -> None:
     for name, value in vars(expected).items():
         actual = getattr(got, name)
-        _require(actual == value, op, f"{got.name} has {name} {actual}, must have {value}")
+        require(actual == value, op, f"{got.name} has {name} {actual}, must have {value}")
 
 
 def _tensors(problem: Gemm) -> dict[str, Tensor]:
@@ -127,7 +114,7 @@ def _check_traversal(traversal: Traversal, schedule: Schedule) -> None:
     t, s = traversal, schedule
     walked = (t.block_m, t.block_n, t.cluster_m, t.cluster_n, t.group)
     planned = (s.block_m, s.block_n, s.cluster_m, s.cluster_n, s.raster_group)
-    _require(walked == planned, traversal, f"is not that of the schedule {schedule}")
+    require(walked == planned, traversal, f"is not that of the schedule {schedule}")
     # A group of 1024 rows is walked like one of 3, which takes less time to try.
     small = replace(traversal, group=min(t.group, 3))
     height, width = t.block_m * t.cluster_m, t.block_n * t.cluster_n
@@ -138,7 +125,7 @@ def _check_traversal(traversal: Traversal, schedule: Schedule) -> None:
                 (row, column) for row in range(0, m, t.block_m) for column in range(0, n, t.block_n)
             }
             inside = {(row, column) for row, column in seen if row < m and column < n}
-            _require(
+            require(
                 len(seen) == len(set(seen)) and inside == expected,
                 traversal,
                 f"does not cover {m} x {n} once",
@@ -178,7 +165,7 @@ class _Block:
                     else:
                         self.split(stmt)
                 case Zero():
-                    _require(self.depth == 0, stmt, "must come before the K loop")
+                    require(self.depth == 0, stmt, "must come before the K loop")
                     self.write(stmt, "zeros", stmt.dst, self.accumulator(stmt.dst))
                 case Load():
                     self.load(stmt)
@@ -201,9 +188,9 @@ class _Block:
 
     def claim(self, op: Stmt, what: str, buffer: Buffer) -> None:
         """`buffer` is for `what` only."""
-        _require(what not in self.written, op, f"writes {what} a second time")
+        require(what not in self.written, op, f"writes {what} a second time")
         names = [other.name for other in self.written.values()]
-        _require(buffer.name not in names, op, f"overwrites {buffer.name}")
+        require(buffer.name not in names, op, f"overwrites {buffer.name}")
         self.written[what] = buffer
 
     def read(self, op: Stmt, what: str, buffer: Buffer, depth: int) -> None:
@@ -216,26 +203,26 @@ class _Block:
     def end(self, op: str) -> None:
         """What was written in the loop that ends here, or in the tile, was read there."""
         for value in self.values.values():
-            _require(value.depth < self.depth, op, f"{value.buffer.name} is unread: {value}")
+            require(value.depth < self.depth, op, f"{value.buffer.name} is unread: {value}")
 
     def split(self, loop: ForK) -> None:
         """The loop whose steps are those of the blocks of a cluster."""
         problem, schedule = self.kernel.problem, self.kernel.schedule
         name = f"for {loop.extent} of k by {loop.step} on {loop.num_blocks} blocks"
-        _require(self.depth == 0 and not self.is_part, name, "must be the outermost loop")
+        require(self.depth == 0 and not self.is_part, name, "must be the outermost loop")
         before = ", ".join(self.values)
-        _require(not before, name, f"must come before {before} is written: each part begins anew")
-        _require(loop.num_blocks == schedule.split_k, name, f"must be on {schedule.split_k}")
+        require(not before, name, f"must come before {before} is written: each part begins anew")
+        require(loop.num_blocks == schedule.split_k, name, f"must be on {schedule.split_k}")
         step, extent = split_blocks(problem, schedule) * BLOCK_K, self.tile["k"]
-        _require((loop.extent, loop.step) == (extent, step), name, f"must be {extent} by {step}")
+        require((loop.extent, loop.step) == (extent, step), name, f"must be {extent} by {step}")
         self.tile["k"], self.is_part = loop.step, True
         self.run(loop.body)
         self.tile["k"], self.is_part = extent, False
         unread = [value for value in self.values.values() if value.what != "sums"]
-        _require(not unread and "sums" in self.written, name, "must leave the sums and only them")
+        require(not unread and "sums" in self.written, name, "must leave the sums and only them")
 
     def reduce(self, op: Reduce) -> None:
-        _require(self.is_part and self.depth == 0, op, "must come after one block's part of k")
+        require(self.is_part and self.depth == 0, op, "must come after one block's part of k")
         self.read(op, "partial sums", op.src, 0)
         senders, columns = self.kernel.schedule.split_k - 1, slice_columns(self.kernel.schedule)
         shape = (senders, self.tile["m"], columns)
@@ -245,11 +232,11 @@ class _Block:
 
     def loop(self, loop: ForK) -> None:
         name, around = f"for {loop.extent} of k by {loop.step}", self.tile["k"]
-        _require(loop.extent == around, name, f"covers {loop.extent} of {around} positions of k")
-        _require(loop.step > 0, name, "must step forwards")
+        require(loop.extent == around, name, f"covers {loop.extent} of {around} positions of k")
+        require(loop.step > 0, name, "must step forwards")
         # Only the last step of the outermost loop may be cut short, by the end of k.
-        _require(self.depth == 0 or around % loop.step == 0, name, f"does not divide {around}")
-        _require(bool(loop.body), name, "is empty")
+        require(self.depth == 0 or around % loop.step == 0, name, f"does not divide {around}")
+        require(bool(loop.body), name, "is empty")
         self.tile["k"], self.depth = loop.step, self.depth + 1
         self.run(loop.body)
         self.end(name)
@@ -265,38 +252,38 @@ class _Block:
 
     def load(self, op: Load) -> None:
         name = op.src.name
-        _require(name in ("a", "b", "sfa", "sfb"), op, f"{name} is not loaded into a buffer")
+        require(name in ("a", "b", "sfa", "sfb"), op, f"{name} is not loaded into a buffer")
         _require_same(op.src, self.tensors[name], op)
         windows = self.windows(op.src)
-        _require(op.windows == windows, op, f"the tile is [{', '.join(map(str, windows))}]")
+        require(op.windows == windows, op, f"the tile is [{', '.join(map(str, windows))}]")
         is_tile = name in ("a", "b")
-        _require(self.depth == (2 if is_tile else 1), op, f"is {self.depth} loops of k deep")
+        require(self.depth == (2 if is_tile else 1), op, f"is {self.depth} loops of k deep")
         via = "tma" if is_tile else "registers"
-        _require(op.via == via, op, f"must be loaded via {via}")
+        require(op.via == via, op, f"must be loaded via {via}")
         # Blocks side by side along n share the rows of A, those along m the rows of B.
         schedule = self.kernel.schedule
         sharing = schedule.cluster_n if name == "a" else schedule.cluster_m
         shares = sharing if is_tile else 1
-        _require(op.multicast == shares, op, f"must be multicast {shares}")
-        _require(op.any_strides == (name == "sfa"), op, "only sfa has any strides")
+        require(op.multicast == shares, op, f"must be multicast {shares}")
+        require(op.any_strides == (name == "sfa"), op, "only sfa has any strides")
         shape = tuple(map(_num_elements, windows, op.src.dims))
         swizzle_bytes = SWIZZLE_BYTES if is_tile else 0
         expected = Buffer(op.dst.name, op.src.dtype, shape, "smem", True, swizzle_bytes)
         self.write(op, f"tile of {name}", op.dst, expected)
         if is_tile:
             # A share of the tile must begin on a swizzle atom of 8 rows.
-            _require(shape[0] % (8 * op.multicast) == 0, op, f"{shape[0]} rows cannot be split")
-            _check_tma(op, op.src, op.dst, op.box)
+            require(shape[0] % (8 * op.multicast) == 0, op, f"{shape[0]} rows cannot be split")
+            check_tma(op, op.src, op.dst, op.box)
         else:
             chunk = SCALE_BLOCKS * BLOCK_K
-            _require(windows[1].size == chunk, op, f"must take the scales of {chunk} of k")
+            require(windows[1].size == chunk, op, f"must take the scales of {chunk} of k")
 
     def mma(self, op: Mma) -> None:
         for buffer, name in ((op.a, "a"), (op.b, "b")):
             self.read(op, f"tile of {name}", buffer, self.depth)
-            _require(buffer.dtype == E4M3, op, f"{name} is {buffer.dtype}, wgmma takes {E4M3}")
+            require(buffer.dtype == E4M3, op, f"{name} is {buffer.dtype}, wgmma takes {E4M3}")
         columns = part_columns(self.kernel.problem, self.kernel.schedule) or 0
-        _require(
+        require(
             self.tile["m"] % 64 == 0
             and columns in range(8, 257, 8)
             and self.tile["n"] % columns == 0
@@ -310,17 +297,17 @@ class _Block:
         sfa, sfb = self.tensors["sfa"], self.tensors["sfb"]
         self.read(op, "product", op.part, self.depth)
         self.read(op, "zeros", op.acc, 0)
-        _require(len(op.scales) == 2, op, "takes two scales")
+        require(len(op.scales) == 2, op, "takes two scales")
         for buffer, tensor in zip(op.scales, (sfa, sfb), strict=True):
             self.read(op, f"tile of {tensor.name}", buffer, self.depth - 1)
-        _require(
+        require(
             self.is_part == (self.kernel.schedule.split_k > 1),
             op,
             "blocks do not share k as planned",
         )
         windows = (self.windows(sfa)[0], self.windows(sfb)[0])
-        _require(op.windows == windows, op, f"scales by {', '.join(map(str, windows))}")
-        _require(
+        require(op.windows == windows, op, f"scales by {', '.join(map(str, windows))}")
+        require(
             self.tile["k"] == sfa.dims[1].block == sfb.dims[1].block == BLOCK_K,
             op,
             f"takes one scale for {self.tile['k']} of k",
@@ -332,32 +319,32 @@ class _Block:
 
     def evaluate(self, op: Evaluate) -> None:
         problem = self.kernel.problem
-        _require(self.depth == 0 and not self.is_part, op, "must come after the K loop")
+        require(self.depth == 0 and not self.is_part, op, "must come after the K loop")
         self.read(op, "sums", op.src, 0)
-        _require(op.expr == problem.epilogue, op, f"the epilogue is {problem.epilogue}")
+        require(op.expr == problem.epilogue, op, f"the epilogue is {problem.epilogue}")
         tensors = tuple(self.tensors[operand.name] for operand in operands(op.expr))
-        _require(op.operands == tensors, op, f"reads {', '.join(map(str, tensors)) or 'nothing'}")
+        require(op.operands == tensors, op, f"reads {', '.join(map(str, tensors)) or 'nothing'}")
         span, shape = op.dst.swizzle_bytes, (self.tile["m"], self.tile["n"])
-        _require(span in SWIZZLE_SPANS, op, f"swizzles {op.dst.name} over {span} bytes")
+        require(span in SWIZZLE_SPANS, op, f"swizzles {op.dst.name} over {span} bytes")
         expected = Buffer(op.dst.name, problem.d_dtype, shape, "smem", swizzle_bytes=span)
         self.write(op, "result", op.dst, expected)
 
     def store(self, op: Store) -> None:
-        _require(self.depth == 0, op, "must come after the K loop")
+        require(self.depth == 0, op, "must come after the K loop")
         self.read(op, "result", op.src, 0)
         _require_same(op.dst, self.tensors["d"], op)
         windows = self.windows(op.dst)
-        _require(op.windows == windows, op, f"the tile is [{', '.join(map(str, windows))}]")
+        require(op.windows == windows, op, f"the tile is [{', '.join(map(str, windows))}]")
         rows = self.tile["m"] // self.kernel.schedule.num_math_warpgroups
         columns = op.src.swizzle_bytes // op.src.dtype.size_bytes
-        _require(op.box == (rows, columns), op, f"box {op.box} must be ({rows}, {columns})")
-        _require(
+        require(op.box == (rows, columns), op, f"box {op.box} must be ({rows}, {columns})")
+        require(
             math.gcd(self.tile["n"], slice_columns(self.kernel.schedule)) % columns == 0
             and columns % EPILOGUE_COLUMNS == 0,
             op,
             f"boxes of {columns} columns do not tile {self.tile['n']}",
         )
-        _check_tma(op, op.dst, op.src, op.box)
+        check_tma(op, op.dst, op.src, op.box)
 
 
 def _num_elements(window: Window, dim: Dim) -> int:
@@ -372,59 +359,4 @@ def _num_elements(window: Window, dim: Dim) -> int:
     return max(
         (min(start + window.size, end) - 1) // window.block - start // window.block + 1
         for start in range(0, min(end, period), window.size)
-    )
-
-
-def _check_tma(op: Load | Store, tensor: Tensor, buffer: Buffer, box: tuple[int, ...]) -> None:
-    size = buffer.dtype.size_bytes
-    _require(all(0 < extent <= MAX_BOX for extent in box), op, f"box {box} exceeds {MAX_BOX}")
-    _require(box[-1] * size == buffer.swizzle_bytes, op, f"box {box} is not one swizzle span wide")
-    row_bytes = (tensor.dims[-1].extent or 0) * size
-    _require(
-        row_bytes > 0 and row_bytes % TMA_BYTES == 0,
-        op,
-        f"rows of {row_bytes} bytes are not whole units of {TMA_BYTES}",
-    )
-
-
-def _check_smem(kernel: Kernel, buffers: dict[str, Buffer]) -> None:
-    """Buffers do not overlap, swizzled tiles are aligned, and all fit."""
-    plan, stages = kernel.smem, kernel.schedule.num_stages
-    num_bytes = {what: buffer.num_bytes for what, buffer in buffers.items()}
-    scales = num_bytes["tile of sfa"] + num_bytes["tile of sfb"]
-    regions = (
-        ("a", plan.a, stages * num_bytes["tile of a"], SWIZZLE_ATOM_BYTES),
-        ("b", plan.b, stages * num_bytes["tile of b"], SWIZZLE_ATOM_BYTES),
-        ("d", plan.d, num_bytes["result"], SWIZZLE_ATOM_BYTES),
-        ("inbox", plan.inbox, num_bytes.get("inbox", 0), 16),
-        ("scales", plan.scales, num_scale_stages(kernel.schedule) * scales, 16),
-        ("barriers", plan.barriers, 8 * num_barriers(kernel.schedule), 8),
-    )
-    end = 0
-    for name, offset, size, alignment in regions:
-        _require(offset >= end, plan, f"{name} at {offset} overlaps what ends at {end}")
-        _require(offset % alignment == 0, plan, f"{name} at {offset} is not {alignment}-aligned")
-        end = offset + size
-    limit = kernel.target.smem_per_block_bytes
-    _require(end <= plan.total_bytes <= limit, plan, f"needs {end} bytes, {limit} are allowed")
-
-
-def _check_registers(kernel: Kernel, sums: Buffer) -> None:
-    """Accumulators fit a math thread's registers, and all threads' registers fit the SM's."""
-    problem, schedule = kernel.problem, kernel.schedule
-    math_threads = WARPGROUP_THREADS * schedule.num_math_warpgroups
-    producer, math = REGISTER_SPLIT[schedule.num_math_warpgroups]
-    columns = part_columns(problem, schedule) or 0
-    need = sums.num_bytes // 4 // math_threads + num_parts(schedule) * columns // 2
-    free = accumulator_registers(problem, schedule)
-    _require(need <= free < math, kernel.name, f"sums take {need} of {free} registers a thread")
-    total = WARPGROUP_THREADS * producer + math_threads * math
-    # setmaxnreg moves registers within what the block got at its launch: an equal share a thread,
-    # in steps of 8.
-    share = kernel.target.registers_per_sm // kernel.num_threads // 8 * 8
-    share = min(share, kernel.target.max_registers_per_thread)
-    _require(
-        total <= share * kernel.num_threads,
-        kernel.name,
-        f"takes {total} registers of {share} a thread",
     )

@@ -22,6 +22,7 @@ COMPILER = (
     ("schedule",),  # how it is mapped to the GPU: what may be tuned
     ("ir",),  # the tile program that both become
     ("numerics",),  # arithmetic of the tensor core, in NumPy
+    ("limits",),  # what the hardware takes of a kernel
     ("lower", "verify", "interpret", "codegen"),  # make it, check it, run it, print it
 )
 
@@ -45,7 +46,7 @@ ALLOWED |= {
     "tuning.peers": _before | {"tuning", "api"},  # what it is timed beside
     "tuning.cutlass": {"errors", "runtime"},  # a peer that nvcc builds
     "tuning.host": _before
-    | {"runtime", "tuning.bench", "calls", "api"},  # times what they wait for
+    | {"runtime", "tuning.bench", "tuning.peers", "calls", "api"},  # times what they wait for
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
     "tuning.plot": {"tuning.bench", "tuning.report"},  # and in a picture
     "arrays": set(_before),  # the rules that a caller's arrays must keep
