@@ -11,14 +11,15 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import ScheduleError, StoreError
+from ..errors import StoreError
 from ..expr import acc
 from ..problem import Gemm
 from ..runtime import driver
-from ..schedule import Schedule, check_schedule
+from ..schedule import Schedule
 from ..target import H100, SM90A, Gpu
 from .model import choose, choose_for_all, m_bucket
 from .records import file_of, read_file, shipped_folder, user_folder
+from .space import is_legal
 
 
 def select(problem: Gemm, m: int, gpu: Gpu = H100, *, batch_invariant: bool = False) -> Schedule:
@@ -70,7 +71,8 @@ def _select(problem: Gemm, bucket: int, gpu: Gpu) -> Schedule:
     plain = replace(problem, epilogue=acc)
     for folder in (user_folder(), shipped_folder()):
         schedule = _schedules(file_of(folder, gpu, plain)).get((gpu, plain, bucket))
-        if schedule is not None and _is_legal(problem, schedule):
+        # That of an old record may be legal no more.
+        if schedule is not None and is_legal(problem, schedule):
             return schedule
     return choose(problem, bucket, gpu.num_sms)
 
@@ -83,12 +85,3 @@ def _schedules(path: Path) -> dict[tuple[Gpu, Gemm, int], Schedule]:
     except StoreError as error:
         warnings.warn(f"tuning records ignored: {error}", stacklevel=2)
         return {}
-
-
-def _is_legal(problem: Gemm, schedule: Schedule) -> bool:
-    """Whether the schedule, of a record that may be old, can run the problem."""
-    try:
-        check_schedule(problem, schedule)
-    except ScheduleError:
-        return False
-    return True

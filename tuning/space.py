@@ -45,11 +45,17 @@ def candidates(problem: Gemm, target: Target = SM90A) -> Iterator[Schedule]:
         )
         stages = min(max_stages(problem, schedule, target), MAX_STAGES)
         schedule = replace(schedule, num_stages=stages)
-        try:
-            check_schedule(problem, schedule, target)
-        except ScheduleError:
-            continue
-        yield schedule
+        if is_legal(problem, schedule, target):
+            yield schedule
+
+
+def is_legal(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> bool:
+    """Whether check_schedule accepts the schedule."""
+    try:
+        check_schedule(problem, schedule, target)
+    except ScheduleError:
+        return False
+    return True
 
 
 def numerics_class(schedule: Schedule) -> tuple[object, ...]:

@@ -16,9 +16,9 @@ from jitgen.dtypes import BF16, F32
 from jitgen.expr import Expr, acc, cast, gelu, is_exact, matrix, maximum, relu, scalar, silu, vector
 from jitgen.interpret import interpret
 from jitgen.lower import lower
-from jitgen.schedule import check_schedule, max_stages
+from jitgen.schedule import max_stages
 from jitgen.tuning.bench import GRID_NK
-from jitgen.tuning.space import candidates
+from jitgen.tuning.space import candidates, is_legal
 
 M = (1, 7, 63, 64, 65, 127, 128, 129, 333, 4096)
 ODD_N, ODD_K = (8, 72, 264, 576, 2112), (16, 128, 144, 576, 1040, 16384)
@@ -72,15 +72,6 @@ def draw(rng: random.Random, index: int) -> Draw:
     stages = rng.randint(2, max_stages(problem, schedule))
     schedule = replace(schedule, num_stages=min(stages, 32), raster_group=rng.choice((1, 3, 8, 16)))
     return Draw(m, problem, schedule, rng.choice(SFA_LAYOUTS), epilogue, rng.getrandbits(31))
-
-
-def is_legal(problem: Gemm, schedule: Schedule) -> bool:
-    """Whether check_schedule accepts the schedule."""
-    try:
-        check_schedule(problem, schedule)
-    except jitgen.ScheduleError:
-        return False
-    return True
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -29,7 +29,7 @@ from jitgen.runtime.launch import MAX_IDLE_LAUNCHES  # noqa: E402
 from jitgen.runtime.nvrtc import compile_cubin  # noqa: E402
 from jitgen.schedule import max_stages  # noqa: E402
 from jitgen.tuning.select import select  # noqa: E402
-from jitgen.tuning.space import PROMOTIONS, ROW_TILES  # noqa: E402
+from jitgen.tuning.space import PROMOTIONS, ROW_TILES, is_legal  # noqa: E402
 
 from . import draws  # noqa: E402
 
@@ -67,7 +67,7 @@ def _small_draws() -> list[draws.Draw]:
             for parts in range(1, split_k + 1)
             if split_k == 1 or parts > 1
         ]
-        schedule = rng.choice([s for s in schedules if draws.is_legal(problem, s)])
+        schedule = rng.choice([s for s in schedules if is_legal(problem, s)])
         schedule = replace(schedule, num_stages=min(4, max_stages(problem, schedule)))
         name = next(name for name, expr in draws.EPILOGUES.items() if expr == problem.epilogue)
         layout = rng.choice(draws.SFA_LAYOUTS)

@@ -34,7 +34,7 @@ from jitgen.schedule import (
 )
 from jitgen.target import SM90A
 from jitgen.tuning.model import M_BUCKETS, choose, choose_for_all, m_bucket, predict_us
-from jitgen.tuning.space import CLUSTERS, MAX_STAGES, ROW_TILES, candidates
+from jitgen.tuning.space import CLUSTERS, MAX_STAGES, ROW_TILES, candidates, is_legal
 
 SMEM_BYTES = 227 * 1024  # HOPPER.md section 7 and the CUDA programming guide: 227 KiB a block
 PROBLEM = Gemm(2112, 7168)
@@ -72,14 +72,6 @@ def name_of(problem: Gemm) -> str:
 
 def changed(**fields: Any) -> Schedule:
     return dataclasses.replace(LEGAL, **fields)
-
-
-def is_legal(problem: Gemm, schedule: Schedule) -> bool:
-    try:
-        check_schedule(problem, schedule)
-    except ScheduleError:
-        return False
-    return True
 
 
 # --- legal schedules ----------------------------------------------------------------------------

@@ -90,8 +90,8 @@ def test_select_takes_a_record_under_any_epilogue_that_it_can_run(
     biased = replace(PROBLEM, epilogue=acc + vector("bias"))
     assert select(biased, M) == MINE
     reload_records()
-    legal = selection._is_legal
-    monkeypatch.setattr(selection, "_is_legal", lambda p, s: p.epilogue == acc and legal(p, s))
+    legal = selection.is_legal
+    monkeypatch.setattr(selection, "is_legal", lambda p, s: p.epilogue == acc and legal(p, s))
     assert select(biased, M) == choose(PROBLEM, M)
     assert select(PROBLEM, M) == MINE
 
