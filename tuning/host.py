@@ -23,6 +23,7 @@ from ..errors import VerifyError
 from ..runtime import driver
 from ..runtime.launch import MAX_IDLE_LAUNCHES
 from .bench import Shape
+from .peers import cublaslt_call
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -181,7 +182,7 @@ def _make_calls(shape: Shape, device: str) -> dict[str, Callable[[], object]]:
         out.fill_(torch.nan)
         if not torch.equal(call().view(torch.int16), expected):
             raise VerifyError(f"{shape}: {name} gives another result than the first call")
-    return {**calls, LAUNCH: _launch(a, b, scales, out), SCALED_MM: _scaled_mm(x, weight)}
+    return {**calls, LAUNCH: _launch(a, b, scales, out), SCALED_MM: cublaslt_call(x, weight)}
 
 
 def _launch(a: Any, b: Any, scales: tuple[Any, Any], out: Any) -> Callable[[], object]:
@@ -189,20 +190,10 @@ def _launch(a: Any, b: Any, scales: tuple[Any, Any], out: Any) -> Callable[[], o
     import torch
 
     call, addresses = find_call(a, b, scales, PLAIN, out, None, None)
-    assert call.launches is not None  # D is not empty
+    if call.launches is None:
+        raise VerifyError(f"a call with {tuple(out.shape)} results launches nothing")
     stream = torch.cuda.current_stream().cuda_stream
     return functools.partial(call.launches.make(addresses), stream)
-
-
-def _scaled_mm(x: Any, weight: Any) -> Callable[[], object]:
-    """cuBLASLt's FP8 GEMM as torch calls it, with one scale a tensor, to BF16."""
-    import torch
-
-    (a, scale_a), (b, scale_b) = (quantize(matrix, tuple(matrix.shape)) for matrix in (x, weight))
-    scale_a, scale_b, b = scale_a.reshape(()), scale_b.reshape(()), b.t()
-    return lambda: torch._scaled_mm(
-        a, b, scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
 
 
 def _cpu_name() -> str:

@@ -75,18 +75,31 @@ def _dequantize(matrix: Any, scale: Any, block: tuple[int, int]) -> Any:
     return matrix.double() * wide[:, :k]
 
 
-def _prepare_cublaslt(x: Any, weight: Any) -> Prepared:
+def cublaslt_call(x: Any, weight: Any) -> Callable[[], Any]:
+    """x @ weight^T in FP8 as torch calls cuBLASLt, with one scale a tensor, to BF16."""
+    return _cublaslt_call(*_quantize_tensors(x, weight))
+
+
+def _quantize_tensors(x: Any, weight: Any) -> tuple[Any, Any, Any, Any]:
+    """x and weight in FP8, each followed by its one scale [1, 1]."""
+    return *quantize(x, tuple(x.shape)), *quantize(weight, tuple(weight.shape))
+
+
+def _cublaslt_call(a: Any, scale_a: Any, b: Any, scale_b: Any) -> Callable[[], Any]:
     import torch
 
-    (a, scale_a), (b, scale_b) = (quantize(matrix, tuple(matrix.shape)) for matrix in (x, weight))
-    reference = _dequantize(a, scale_a, a.shape) @ _dequantize(b, scale_b, b.shape).t()
-    call = functools.partial(
+    return functools.partial(
         torch._scaled_mm,
         *(a, b.t(), scale_a.reshape(()), scale_b.reshape(())),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return Prepared({"": call}, reference)
+
+
+def _prepare_cublaslt(x: Any, weight: Any) -> Prepared:
+    a, scale_a, b, scale_b = _quantize_tensors(x, weight)
+    reference = _dequantize(a, scale_a, a.shape) @ _dequantize(b, scale_b, b.shape).t()
+    return Prepared({"": _cublaslt_call(a, scale_a, b, scale_b)}, reference)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     gpu = fake_gpu.install(monkeypatch)
     real = host._make_calls
     monkeypatch.setattr(host, "_make_calls", lambda shape, device: real(shape, "cpu"))
-    monkeypatch.setattr(host, "_scaled_mm", lambda x, weight: lambda: None)
+    monkeypatch.setattr(host, "cublaslt_call", lambda x, weight: lambda: None)
     stream = type("Stream", (), {"cuda_stream": 5})
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
