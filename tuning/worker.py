@@ -66,33 +66,33 @@ class IsolatedMeasurer:
         self._stop()
 
     def _call(self, method: str, *arguments: object) -> Any:
-        if self._connection is None:
-            self._start()
+        connection = self._connection or self._start()
         try:
-            return self._exchange((method, arguments), self._call_timeout_s)
+            return self._exchange(connection, (method, arguments), self._call_timeout_s)
         except _LostError as error:
             raise CandidateError(f"the process that measures {error}") from None
 
-    def _start(self) -> None:
+    def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+        connection, theirs = context.Pipe()
+        self._connection = connection
         self._process = context.Process(target=_serve, args=(theirs, self._make), daemon=True)
         self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
         try:
-            self._exchange(None, self._start_timeout_s)
+            self._exchange(connection, None, self._start_timeout_s)
         except _LostError as error:
             raise DeviceError(f"the process that measures {error} at its start") from None
+        return connection
 
-    def _exchange(self, message: object, timeout_s: float) -> Any:
+    def _exchange(self, connection: Connection, message: object, timeout_s: float) -> Any:
         """What the process answers; _LostError if it does not."""
-        assert self._connection is not None  # made by _start
         try:
-            self._connection.send(message)
-            if not self._connection.poll(timeout_s):
+            connection.send(message)
+            if not connection.poll(timeout_s):
                 self._stop(grace_s=0.0)
                 raise _LostError(f"did not answer for {timeout_s:g} s")
-            is_last, error, value = self._connection.recv()
+            is_last, error, value = connection.recv()
         except (EOFError, ConnectionError):
             raise _LostError(f"died with exit code {self._stop()}") from None
         if is_last:
