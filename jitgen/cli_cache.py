@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,9 +52,8 @@ def _rows(store: KernelStore, root: Path) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for usage in list_usage(root):
         if entry := entries.get(usage.path):
-            used = time.strftime("%Y-%m-%d %H:%M", time.localtime(usage.last_use))
-            version = entry.key.compiler_version
-            rows.append((entry.key.digest, str(usage.num_bytes), used, version, entry.name))
+            key, size = entry.key, str(usage.num_bytes)
+            rows.append((key.digest, size, usage.last_used, key.compiler_version, entry.name))
     return rows
 
 
@@ -194,9 +192,7 @@ def _open_store() -> tuple[KernelStore, Path]:
     from .runtime.store import KernelStore
 
     store = KernelStore()
-    if store.root is None:
-        raise StoreError("there is no kernel store on disk: name a folder in JITGEN_CACHE_DIR")
-    return store, store.root
+    return store, store.require_root()
 
 
 def _size(num_bytes: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -114,8 +113,7 @@ def _print_entry(store: KernelStore, entry: Entry) -> None:
     _print_row("arch", entry.key.arch)
     for usage in list_usage(store.root) if store.root else ():
         if usage.path == entry.path:
-            used = time.localtime(usage.last_use)
-            _print_row("last use", time.strftime("%Y-%m-%d %H:%M", used))
+            _print_row("last use", usage.last_used)
             _print_row("size", f"{usage.num_bytes} B")
             _print_row("path", str(usage.path))
 

@@ -35,6 +35,11 @@ class Usage:
     num_bytes: int
     last_use: float
 
+    @property
+    def last_used(self) -> str:
+        """The last use for people: local time, to the minute."""
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.last_use))
+
 
 @dataclass(frozen=True)
 class Collected:

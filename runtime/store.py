@@ -248,15 +248,19 @@ class KernelStore:
     def _folders(self) -> list[Path]:
         return sorted(self._root.glob(f"{SHARDS}/*")) if self._root else []
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[Path]:
-        """The root, for work that has no use without one."""
+    def require_root(self) -> Path:
+        """The folder, for work that has no use without one; StoreError if there is none."""
         if self._root is None:
             raise StoreError("there is no kernel store on disk: name a folder in JITGEN_CACHE_DIR")
+        return self._root
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Path]:
+        root = self.require_root()
         try:
-            yield self._root
+            yield root
         except OSError as error:
-            raise StoreError(f"kernel store {self._root} cannot be written: {error}") from error
+            raise StoreError(f"kernel store {root} cannot be written: {error}") from error
 
     def _open_root(self, root: Path | None) -> Path | None:
         if root is None:
