@@ -5,53 +5,69 @@
 
 namespace jitgen {
 
-// Partial outputs, not yet divided, with their rows' maxima and sums: [part][0: its first, 1: its last segment][tile].
+// Partial outputs, not yet divided, and their rows' maxima and sums: [part][0: its first, 1: its last segment][tile].
+// Outputs lie as wgmma's accumulators do, four of a thread side by side: columns 8 j + 2 t and the next one of rows g and
+// g + 8, for [16 rows][half of the columns][j][lane 4 g + t].
 template <u32 kTiles, u32 kDimV> struct Partials {
-    float* out;
+    static constexpr u32 kStripUnits = 16 * kDimV / 4;  // of 16 rows
+    float4* out;
     float2* states;
     u32* counters;  // [part][tile], of the sequence that begins in the part: all zero between launches
 
     // Of the part that begins the sequence it is the last segment, of the others the first.
-    __device__ __forceinline__ u64 row(u32 part, bool begins, u32 tile) const {
-        return (u64(part * 2 + begins) * kTiles + tile) * 64;
+    __device__ __forceinline__ u64 tile(u32 part, bool begins, u32 index) const {
+        return u64(part * 2 + begins) * kTiles + index;
     }
-    __device__ __forceinline__ u32* counter(const Segment& segment, u32 tile) const {
-        return counters + segment.first_part * kTiles + tile;
+    __device__ __forceinline__ u32* counter(const Segment& segment, u32 index) const {
+        return counters + segment.first_part * kTiles + index;
     }
 };
 
-// Columns of O that a warp merges at a time, four a lane.
-constexpr u32 kMergeColumns = 128;
-
-// One row's merged columns [column, column + kMergeColumns) of a segment's sequence: kGroup warps take a split each in
-// turn, then the first adds up theirs.
-template <u32 kTiles, u32 kDimV>
-__device__ __forceinline__ float4 merge_row(const Partials<kTiles, kDimV>& partials, const Segment& segment, u32 tile,
-                                            u32 row, u32 column, u32 from, u32 step, u32 lane, RowState& total) {
-    const u32 count = segment.num_parts;
-    auto at = [&](u32 i) { return partials.row(segment.first_part + i, i == 0, tile) + row; };
-    float top = -infinity(), sum = 0.0f;
-    for (u32 i = lane; i < count; i += 32) {
-        const float2 state = ld_l2(partials.states + at(i));
-        const float now = fmaxf(top, state.x);
-        if (now > -infinity()) sum = sum * exp2_approx(top - now) + state.y * exp2_approx(state.x - now);
-        top = now;
-    }
-    float all = top;
-#pragma unroll
-    for (u32 lanes = 16; lanes > 0; lanes /= 2) all = fmaxf(all, __shfl_xor_sync(0xffffffff, all, lanes));
-    if (all > -infinity()) sum *= exp2_approx(top - all);
-#pragma unroll
-    for (u32 lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
-    total.max[0] = all, total.sum[0] = sum;
+// A unit of four outputs merged so far: for both rows the maximum, and sum and outputs relative to it.
+struct Merged {
+    RowState rows;
     float4 out = {};
-#pragma unroll 4
-    for (u32 i = from; i < count; i += step) {
-        const float4 v = ld_l2(reinterpret_cast<const float4*>(partials.out + at(i) * kDimV + column) + lane);
-        const float factor = all > -infinity() ? exp2_approx(ld_l2(partials.states + at(i)).x - all) : 0.0f;
-        out.x += v.x * factor, out.y += v.y * factor, out.z += v.z * factor, out.w += v.w * factor;
+
+    __device__ __forceinline__ void add(float2 first, float2 second, float4 v) {
+        float own[2], other[2];
+#pragma unroll
+        for (u32 row = 0; row < 2; ++row) {
+            const float2 state = row == 0 ? first : second;
+            const float top = fmaxf(rows.max[row], state.x);
+            own[row] = rows.grow(row, top);
+            other[row] = exp2_approx(state.x - (top == -infinity() ? 0.0f : top));
+            rows.sum[row] += state.y * other[row];
+        }
+        out = {out.x * own[0] + v.x * other[0], out.y * own[0] + v.y * other[0], out.z * own[1] + v.z * other[1],
+               out.w * own[1] + v.w * other[1]};
     }
-    return out;
+};
+
+// The unit of every `step`-th split from `from` on; its rows are `row` and `row` + 8 of the tile.
+template <u32 kTiles, u32 kDimV>
+__device__ __forceinline__ Merged merge_splits(const Partials<kTiles, kDimV>& partials, const Segment& segment,
+                                               u32 tile, u32 unit, u32 row, u32 from, u32 step) {
+    constexpr u32 kBatch = 6;  // splits on their way at a time: L2 answers after about 700 cycles
+    Merged merged;
+#pragma unroll 1
+    for (u32 first = from; first < segment.num_parts; first += kBatch * step) {
+        float2 states[kBatch][2];
+        float4 values[kBatch];
+#pragma unroll
+        for (u32 i = 0; i < kBatch; ++i) {
+            const u32 split = first + i * step;
+            if (split < segment.num_parts) {
+                const u64 at = partials.tile(segment.first_part + split, split == 0, tile);
+                values[i] = ld_l2(partials.out + at * (4 * partials.kStripUnits) + unit);
+                states[i][0] = ld_l2(partials.states + at * 64 + row);
+                states[i][1] = ld_l2(partials.states + at * 64 + row + 8);
+            }
+        }
+#pragma unroll
+        for (u32 i = 0; i < kBatch; ++i)
+            if (first + i * step < segment.num_parts) merged.add(states[i][0], states[i][1], values[i]);
+    }
+    return merged;
 }
 
 }  // namespace jitgen

@@ -68,6 +68,7 @@ __device__ __forceinline__ u32 fragment_offset(u32 warp_row, u32 lane) {
 
 // Rows from `first` to 64 of kChunks tiles of 64 columns become zero: 0 * NaN is not. By a whole warpgroup.
 template <u32 kChunks> __device__ __forceinline__ void zero_rows(u32 tiles, u32 first) {
+#pragma unroll 1
     for (u32 i = first * 8 + threadIdx.x % 128; i < 64 * 8; i += 128) {
 #pragma unroll
         for (u32 chunk = 0; chunk < kChunks; ++chunk) st_shared(tiles + chunk * 8192 + i * 16, float4{0, 0, 0, 0});
