@@ -1,8 +1,10 @@
 """jitgen: a compiler-style JIT kernel generator for NVIDIA Hopper GPUs."""
 
 from .api import bind, gemm, quantize
+from .api_mla import mla_decode
+from .calls_mla import MlaPlan
 from .control import configure, stats
-from .dtypes import BF16, E4M3, F32, DType
+from .dtypes import BF16, E4M3, F16, F32, DType
 from .errors import (
     CompileError,
     DeviceError,
@@ -16,14 +18,17 @@ from .errors import (
 from .expr import acc, cast, gelu, matrix, maximum, relu, scalar, silu, vector
 from .plans import Plan, plan
 from .problem import Gemm, ScaleBlock, supports
+from .problem_mla import MlaDecode
 from .runtime.stats import Stats
 from .schedule import Schedule
+from .schedule_mla import MlaSchedule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BF16",
     "E4M3",
+    "F16",
     "F32",
     "CompileError",
     "DType",
@@ -31,6 +36,9 @@ __all__ = [
     "Gemm",
     "JitForbiddenError",
     "JitgenError",
+    "MlaDecode",
+    "MlaPlan",
+    "MlaSchedule",
     "Plan",
     "ProblemError",
     "ScaleBlock",
@@ -47,6 +55,7 @@ __all__ = [
     "gemm",
     "matrix",
     "maximum",
+    "mla_decode",
     "plan",
     "quantize",
     "relu",

@@ -15,14 +15,12 @@ from pathlib import Path
 
 from .codegen import headers, render
 from .errors import CompileError, JitgenError, StoreError
-from .ir import Kernel
-from .lower import kernel_name, lower
-from .problem import Gemm
+from .lower import AnyKernel, AnyProblem, AnySchedule, lower_any
 from .runtime.entry import Entry
 from .runtime.key import KernelKey, make_key
 from .runtime.nvrtc import Compiled, compile_cubin, compile_options, compiler_version
 from .runtime.store import KernelStore
-from .schedule import REGISTER_SPLIT, WARPGROUP_THREADS, Schedule
+from .schedule import REGISTER_SPLIT, WARPGROUP_THREADS
 from .verify import verify
 
 
@@ -62,7 +60,7 @@ def open_shared_store(root: Path | None = None) -> KernelStore:
     return store
 
 
-def key_of(kernel: Kernel) -> KernelKey:
+def key_of(kernel: AnyKernel) -> KernelKey:
     """What the compiled entry of `kernel` is found by.
 
     Raises
@@ -73,7 +71,7 @@ def key_of(kernel: Kernel) -> KernelKey:
 
 
 def build(
-    kernel: Kernel,
+    kernel: AnyKernel,
     store: KernelStore | None = None,
     *,
     before_compile: Callable[[], None] = lambda: None,
@@ -108,12 +106,12 @@ def build(
     )
 
 
-def _make_key(kernel: Kernel, source: str) -> KernelKey:
+def _make_key(kernel: AnyKernel, source: str) -> KernelKey:
     options = compile_options(kernel.target)
     return make_key(source, headers(), options, compiler_version(), kernel.target.arch)
 
 
-def check_register_split(kernel: Kernel, compiled: Compiled) -> None:
+def check_register_split(kernel: AnyKernel, compiled: Compiled) -> None:
     """Raise CompileError if `setmaxnreg` asks for more registers than the block has at its launch.
 
     The kernel would hang: a warpgroup that raises its share waits until the pool has it.
@@ -131,12 +129,12 @@ def check_register_split(kernel: Kernel, compiled: Compiled) -> None:
 
 
 def prebuild(
-    kernels: Sequence[tuple[Gemm, Schedule]],
+    kernels: Sequence[tuple[AnyProblem, AnySchedule]],
     *,
     root: Path | None = None,
     num_processes: int | None = None,
     on_done: Callable[[Prebuilt], None] = lambda _: None,
-    on_error: Callable[[tuple[Gemm, Schedule], JitgenError], None] | None = None,
+    on_error: Callable[[tuple[AnyProblem, AnySchedule], JitgenError], None] | None = None,
 ) -> list[Prebuilt]:
     """Compile kernels into the store, in parallel processes and without a GPU.
 
@@ -171,7 +169,7 @@ def prebuild(
     workers = min(num_processes or os.cpu_count() or 1, len(unfinished))
     failure: BaseException | None = None
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures: dict[Future[Prebuilt], tuple[Gemm, Schedule]] = {}
+        futures: dict[Future[Prebuilt], tuple[AnyProblem, AnySchedule]] = {}
         with contextlib.suppress(BrokenProcessPool):  # one may die before all are submitted
             for kernel in unfinished:
                 futures[pool.submit(_prebuild_one, *kernel, root)] = kernel
@@ -188,7 +186,7 @@ def prebuild(
             else:
                 failure = failure or error
     if unfinished:
-        names = ", ".join(kernel_name(*kernel) for kernel in unfinished)
+        names = ", ".join(lower_any(*kernel).name for kernel in unfinished)
         raise CompileError(
             f"a compile process died (out of memory?), one of {workers}: prebuild again with fewer"
             f" processes; unfinished: {names}"
@@ -198,19 +196,19 @@ def prebuild(
     return results
 
 
-def _find(kernel: tuple[Gemm, Schedule], store: KernelStore) -> Entry | None:
+def _find(kernel: tuple[AnyProblem, AnySchedule], store: KernelStore) -> Entry | None:
     """The entry in the store; None too for a kernel that cannot be made."""
     try:
-        key = key_of(lower(*kernel))
+        key = key_of(lower_any(*kernel))
     except JitgenError:
         return None
     return store.get(key)
 
 
-def _prebuild_one(problem: Gemm, schedule: Schedule, root: Path | None) -> Prebuilt:
+def _prebuild_one(problem: AnyProblem, schedule: AnySchedule, root: Path | None) -> Prebuilt:
     store = _worker_store(root)
     before = store.stats
-    entry = build(lower(problem, schedule), store)
+    entry = build(lower_any(problem, schedule), store)
     return Prebuilt(
         entry.name, store.stats.compiles > before.compiles, entry.resources.compile_seconds
     )

@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from .arrays import ADDRESS_UNIT, ArrayView, check_gemm, name_arrays
 from .control import build_for_call
@@ -25,12 +25,16 @@ from .ir import (
     StrideParameter,
     TensorMapParameter,
 )
+from .ir_mla import MlaKernel
+from .lower import AnyKernel, AnyProblem, AnySchedule
 from .problem import Gemm
+from .problem_mla import MlaDecode
 from .runtime import driver
 from .runtime.launch import Argument, Launch, LaunchPool, Pointer, TensorMap, UInt32
 from .runtime.stats import PROCESS, log
 from .runtime.tensor_map import TensorMapSpec
 from .schedule import Schedule
+from .schedule_mla import MlaSchedule
 from .tuning.select import select
 
 if TYPE_CHECKING:
@@ -166,7 +170,7 @@ def _prepare(
 ) -> Call:
     """Check everything, then build, load and lay out the launches of one signature."""
     device = arrays["a"].device
-    _check_device(arrays, device)
+    check_device(arrays, device)
     found = driver.device(device.index)
     driver.check_architecture(found)
     views = {
@@ -184,7 +188,7 @@ def _prepare(
     if m == 0:
         return Call(device, views["d"], None)
     schedule = schedule or select(problem, m, found.gpu, batch_invariant=batch_invariant)
-    kernel, loaded = _load(problem, schedule, device.index)
+    kernel, loaded = load(problem, schedule, device.index)
     launches = LaunchPool(
         loaded,
         [_argument(parameter, views, m) for parameter in kernel.parameters],
@@ -194,7 +198,8 @@ def _prepare(
     return Call(device, views["d"], launches)
 
 
-def _check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> None:
+def check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Raise DeviceError unless all are on `device`, a GPU."""
     for name, tensor in arrays.items():
         if tensor.device.type != "cuda":
             raise DeviceError(
@@ -203,13 +208,28 @@ def _check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> N
             )
         if tensor.device != device:
             raise DeviceError(
-                f"{name} is on {tensor.device}, a is on {device}: all must be on one device"
+                f"{name} is on {tensor.device}, {next(iter(arrays))} is on {device}: all must be on"
+                " one device"
             )
 
 
+@overload
+def load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driver.LoadedKernel]: ...
+@overload
+def load(
+    problem: MlaDecode, schedule: MlaSchedule, ordinal: int
+) -> tuple[MlaKernel, driver.LoadedKernel]: ...
+def load(
+    problem: AnyProblem, schedule: AnySchedule, ordinal: int
+) -> tuple[AnyKernel, driver.LoadedKernel]:
+    """The kernel, built or taken from the store, and loaded on one device; each once."""
+    return _load(problem, schedule, ordinal)
+
+
 @functools.cache
-def _load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driver.LoadedKernel]:
-    """The kernel, built or taken from the store, and loaded on one device."""
+def _load(
+    problem: AnyProblem, schedule: AnySchedule, ordinal: int
+) -> tuple[AnyKernel, driver.LoadedKernel]:
     kernel, entry = build_for_call(problem, schedule)
     started = time.perf_counter()
     loaded = driver.load(

@@ -18,11 +18,15 @@ import pytest
 FOUNDATION = ("errors", "dtypes", "target")
 COMPILER = (
     ("expr",),  # epilogue expressions
-    ("problem",),  # what is computed: fixed by the user
-    ("schedule",),  # how it is mapped to the GPU: what may be tuned
+    ("problem", "problem_mla"),  # what is computed: fixed by the user
+    ("schedule", "schedule_mla"),  # how it is mapped to the GPU: what may be tuned
     ("ir",),  # the tile program that both become
+    ("ir_mla",),  # that of MLA decode
     ("numerics",),  # arithmetic of the tensor core, in NumPy
+    ("numerics_16",),  # of BF16 and FP16
     ("limits",),  # what the hardware takes of a kernel
+    ("lower_mla", "interpret_mla", "codegen_mla"),  # as below, for MLA decode
+    ("verify_mla",),
     ("lower", "verify", "interpret", "codegen"),  # make it, check it, run it, print it
 )
 
@@ -50,12 +54,16 @@ ALLOWED |= {
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
     "tuning.plot": {"tuning.bench", "tuning.report"},  # and in a picture
     "arrays": set(_before),  # the rules that a caller's arrays must keep
+    "arrays_mla": _before | {"arrays"},
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
     "control": _before | {"runtime", "build"},  # what calls may compile, and counts
     "calls": _before | {"runtime", "tuning", "arrays", "control"},  # on torch, prepared once
+    "calls_mla": _before | {"runtime", "arrays", "arrays_mla", "calls"},
     "api": _before | {"tuning", "arrays", "calls"},  # what users call
+    "api_mla": _before | {"arrays", "arrays_mla", "calls_mla"},
     "plans": _before | {"tuning", "build"},  # finite sets of kernels
-    "jitgen": _before | {"runtime", "api", "control", "plans"},  # __init__.py: the public names
+    # __init__.py: the public names
+    "jitgen": _before | {"runtime", "api", "api_mla", "calls_mla", "control", "plans"},
     "minilm": _before,  # the demo's model
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
     "doctor": _before | {"runtime", "build", "control", "tuning", "api", "jitgen"},
@@ -81,8 +89,8 @@ ALLOWED |= {
 
 # Libraries that most users lack or wait for: who may import them, and only inside functions.
 LAZY: dict[str, set[str]] = {
-    "torch": {"calls", "demo", "tuning.bench", "tuning.host", "tuning.peers", "tuning.report"}
-    | {"tuning.measure", "tuning.timing"},
+    "torch": {"calls", "calls_mla", "demo", "tuning.bench", "tuning.host", "tuning.peers"}
+    | {"tuning.report", "tuning.measure", "tuning.timing"},
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
     "jinja2": {"codegen"},
