@@ -40,6 +40,7 @@ def mla_constants(kernel: MlaKernel) -> dict[str, int]:
         "kNumStages": schedule.num_stages,
         "kCluster": body.cluster,
         "kPrefetch": schedule.prefetch,
+        "kScoreAhead": int(schedule.score_ahead),
         "kQueryBoxRows": queries.box[0],
         "kPieceRows": keys.box[0],
         "kGroupChunks": GROUP_CHUNKS,

@@ -59,10 +59,10 @@ def lower_mla(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A)
 def mla_kernel_name(problem: MlaDecode, schedule: MlaSchedule) -> str:
     """The kernel's `extern "C"` name: stable, and telling in a profiler."""
     p, s = problem, schedule
-    mask = "_causal" if p.causal else ""
+    mask, ahead = "_causal" if p.causal else "", "_ahead" if s.score_ahead else ""
     return (
         f"mla_decode_{p.dtype}_h{p.num_heads}_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}"
-        f"_p{p.page}{mask}_c{s.cluster}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}"
+        f"_p{p.page}{mask}_c{s.cluster}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}{ahead}"
     )
 
 

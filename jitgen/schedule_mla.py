@@ -28,17 +28,20 @@ class MlaSchedule:
         none
     overhead : what a sequence costs beside its keys, in blocks of keys, when parts of equal cost
         are cut
+    score_ahead : the second math warpgroup scores its block of keys before it attends to the
+        first's, not after
     """
 
     cluster: int = 1
     num_stages: int = 2
     prefetch: int = 0
     overhead: int = 3
+    score_ahead: bool = False
 
     def __str__(self) -> str:
         return (
             f"cluster={self.cluster} num_stages={self.num_stages} prefetch={self.prefetch}"
-            f" overhead={self.overhead}"
+            f" overhead={self.overhead} score_ahead={self.score_ahead}"
         )
 
     @property
@@ -104,7 +107,9 @@ def select_mla(problem: MlaDecode) -> MlaSchedule:
     """The schedule that measured best on an H100 for problems of this kind."""
     stages = 2 if problem.head_dim_qk > 320 else 4
     if num_tiles(problem) % 2 == 0:
-        return MlaSchedule(cluster=2, num_stages=stages, prefetch=1)
+        return MlaSchedule(
+            cluster=2, num_stages=stages, prefetch=1, score_ahead=num_tiles(problem) >= 4
+        )
     return MlaSchedule(num_stages=stages)
 
 
@@ -117,9 +122,10 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
         ("num_stages", (2, 4)),
         ("prefetch", range(9)),
         ("overhead", range(1, 65)),
+        ("score_ahead", (False, True)),
     ):
         value = getattr(schedule, name)
-        if type(value) is not int or value not in legal:
+        if type(value) is not type(legal[0]) or value not in legal:
             raise ScheduleError(f"{name} = {value!r} must be one of {', '.join(map(str, legal))}")
     if num_tiles(problem) % schedule.cluster:
         raise ScheduleError(

@@ -52,6 +52,8 @@ def test_edge_lengths_meet_float64(problem: MlaDecode) -> None:
         MlaSchedule(cluster=1, prefetch=4, overhead=1),
         MlaSchedule(cluster=2, prefetch=0, overhead=17),
         MlaSchedule(cluster=2, prefetch=2),
+        MlaSchedule(cluster=1, score_ahead=True),
+        MlaSchedule(cluster=2, score_ahead=True),
     ],
     ids=str,
 )

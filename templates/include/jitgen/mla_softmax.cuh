@@ -34,21 +34,31 @@ __device__ __forceinline__ void mask(float (&scores)[kCount], u32 first_key, con
 template <class T, u32 kCount>
 __device__ __forceinline__ void softmax(float (&scores)[kCount], u32 (&p)[kCount / 2], RowState& state,
                                         float (&factors)[2], float scale) {
-    float top[2] = {-infinity(), -infinity()}, base[2];
+    // One warp of a scheduler is at this while the others' wait for the tensor core: in chains of a quarter of the
+    // elements each, so that it need not wait for itself.
+    float top[2][4], sum[2][4], base[2];
 #pragma unroll
-    for (u32 i = 0; i < kCount; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores[i]);
+    for (u32 i = 0; i < kCount; ++i) {
+        float& chain = top[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
+        chain = i < 8 ? scores[i] : fmaxf(chain, scores[i]);
+    }
 #pragma unroll
     for (u32 row = 0; row < 2; ++row) {
-        top[row] = fmaxf(top[row], __shfl_xor_sync(0xffffffff, top[row], 1));
-        top[row] = fmaxf(top[row], __shfl_xor_sync(0xffffffff, top[row], 2));
-        factors[row] = state.grow(row, fmaxf(state.max[row], top[row] * scale));
+        float value = fmaxf(fmaxf(top[row][0], top[row][1]), fmaxf(top[row][2], top[row][3]));
+        value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, 1));
+        value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, 2));
+        factors[row] = state.grow(row, fmaxf(state.max[row], value * scale));
         base[row] = state.max[row] == -infinity() ? 0.0f : -state.max[row];
     }
 #pragma unroll
     for (u32 i = 0; i < kCount; ++i) {
         scores[i] = exp2_approx(__fmaf_rn(scores[i], scale, base[i / 2 % 2]));
-        state.sum[i / 2 % 2] += scores[i];
+        float& chain = sum[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
+        chain = i < 8 ? scores[i] : chain + scores[i];
     }
+#pragma unroll
+    for (u32 row = 0; row < 2; ++row)
+        state.sum[row] += (sum[row][0] + sum[row][1]) + (sum[row][2] + sum[row][3]);
 #pragma unroll
     for (u32 i = 0; i < kCount / 2; ++i) p[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
 }
