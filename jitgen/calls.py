@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import control
 from .arrays import ADDRESS_UNIT, ArrayView, check_gemm, name_arrays
 from .dtypes import array_dtype, dtype_of
-from .errors import DeviceError
+from .errors import CaptureError, DeviceError
 from .expr import Bound
 from .ir import (
     ExtentParameter,
@@ -211,6 +211,7 @@ def _check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> N
 @functools.cache
 def _load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driver.LoadedKernel]:
     """The kernel, built or taken from the store, and loaded on one device."""
+    _check_capture(problem, schedule)
     kernel, entry = control.build_for_call(problem, schedule)
     started = time.perf_counter()
     loaded = driver.load(
@@ -221,6 +222,16 @@ def _load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driv
     fields = {"kernel": kernel.name, "key": entry.key.digest, "seconds": seconds, "gpu": ordinal}
     log.info("loaded %s onto GPU %d in %.4f s", kernel.name, ordinal, seconds, extra=fields)
     return kernel, loaded
+
+
+def _check_capture(problem: Gemm, schedule: Schedule) -> None:
+    import torch
+
+    if torch.cuda.is_current_stream_capturing():
+        raise CaptureError(
+            f"the kernel for {problem}, schedule {schedule}, is not loaded yet, and the current"
+            " stream is being captured: make the call once before the capture"
+        )
 
 
 def _argument(parameter: Parameter, views: Mapping[str, ArrayView], m: int) -> Argument:
