@@ -52,8 +52,10 @@ class Call:
         self._current_device = torch._C._cuda_getDevice
         self._current_stream = torch._C._cuda_getCurrentRawStream
         self._as_current = torch.cuda.device
+        # One element with the shape of D: `empty_like` takes half the time of `empty`.
+        like = torch.empty(1, dtype=getattr(torch, d.dtype.name), device=device).expand(d.shape)
         self.empty = functools.partial(
-            torch.empty, d.shape, dtype=getattr(torch, d.dtype.name), device=device
+            torch.empty_like, like, memory_format=torch.contiguous_format
         )
 
     def launch(self, addresses: Addresses) -> None:
@@ -120,10 +122,8 @@ def find_call(
             (b.dtype, b.shape, b.is_contiguous() or b.stride(), b.get_device()),
             (sfa.dtype, sfa.shape, sfa.is_contiguous() or sfa.stride(), sfa.get_device()),
             (sfb.dtype, sfb.shape, sfb.is_contiguous() or sfb.stride(), sfb.get_device()),
-            at_a % ADDRESS_UNIT,
-            at_b % ADDRESS_UNIT,
-            at_sfa % ADDRESS_UNIT,
-            at_sfb % ADDRESS_UNIT,
+            (at_a | at_b | at_sfa | at_sfb) % ADDRESS_UNIT
+            and tuple(address % ADDRESS_UNIT for address in addresses),
         )
         for name, t in bound.tensors.items():
             addresses += (t.data_ptr(),)
