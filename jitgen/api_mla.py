@@ -67,7 +67,9 @@ def mla_decode(
     ProblemError : a dtype, shape or stride breaks a rule above; says which, and what is legal
     ScheduleError : `schedule` cannot run this problem
     DeviceError : tensors are not on one CUDA device of compute capability 9.0, or `plan` is
-        missing in a capture or another device's
+        another device's
+    CaptureError : the current stream is being captured, and `plan` is missing or the kernel not
+        loaded yet
     CompileError, StoreError : the kernel is not in the store and cannot be compiled or stored
     JitForbiddenError : it is not in the store, and `configure` forbids to compile
     """

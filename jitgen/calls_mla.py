@@ -11,7 +11,7 @@ from .arrays import ADDRESS_UNIT, ArrayView
 from .arrays_mla import MlaCall, check_mla_call, check_mla_out
 from .calls import MAX_CALLS, Call, check_device, load
 from .dtypes import array_dtype
-from .errors import DeviceError, ProblemError
+from .errors import CaptureError, DeviceError, ProblemError
 from .ir_mla import LoadKeys, LoadQueries, MlaKernel, walk_mla
 from .problem_mla import HEAD_DIMS
 from .runtime import driver
@@ -122,7 +122,7 @@ def _plan_of_stream(device: torch.device) -> MlaPlan:
     plan = _plans.get(key)
     if plan is None:
         if torch.cuda.is_current_stream_capturing():
-            raise DeviceError("a call in a CUDA graph needs plan=jitgen.MlaPlan(), made before")
+            raise CaptureError("a call in a CUDA graph needs plan=jitgen.MlaPlan(), made before")
         plan = _plans.setdefault(key, MlaPlan(device))
     return plan
 

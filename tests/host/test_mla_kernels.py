@@ -28,6 +28,8 @@ from jitgen.ir_mla import (
 )
 from jitgen.lower_mla import lower_mla
 from jitgen.problem_mla import HEAD_DIMS, PAGES
+from jitgen.runtime import launch
+from jitgen.runtime.driver import LoadedKernel
 from jitgen.runtime.nvrtc import headers_used
 from jitgen.runtime.store import KernelStore
 from jitgen.schedule_mla import num_tiles, select_mla
@@ -211,6 +213,37 @@ def test_prebuild_and_forbid_know_the_family(
     (again,) = prebuild([job], root=tmp_path, num_processes=1)
     assert not again.compiled
     assert build_for_call(*job)[1].name == built.name
+
+
+# --- launching ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_cooperative", [False, True])
+def test_launch_is_cooperative_if_asked(
+    is_cooperative: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, tuple[object, ...]]] = []
+
+    class Driver:
+        def cuLaunchKernel(self, *arguments: object) -> tuple[int]:
+            calls.append(("plain", arguments))
+            return (0,)
+
+        def cuLaunchCooperativeKernel(self, *arguments: object) -> tuple[int]:
+            calls.append(("cooperative", arguments))
+            return (0,)
+
+    monkeypatch.setattr(launch, "driver", Driver)
+    monkeypatch.setattr(launch, "ensure_current", lambda ordinal: None)
+    kernel = LoadedKernel("function", None, 1024, 0)
+    prepared = launch.Launch(
+        kernel, [launch.UInt32(7)], (), grid=132, num_threads=384, is_cooperative=is_cooperative
+    )
+    prepared(5)
+    ((kind, arguments),) = calls
+    assert kind == ("cooperative" if is_cooperative else "plain")
+    assert arguments[:9] == ("function", 132, 1, 1, 384, 1, 1, 1024, 5)
+    assert len(arguments) == (10 if is_cooperative else 11)  # no extra options
 
 
 # --- the benchmark --------------------------------------------------------------------------------
