@@ -74,7 +74,8 @@ template <u32 kBlockKeys, u32 kOverhead> struct SegmentWalker {
             const u32 length = num_keys(seqlens, sequence), blocks = ceil_div(length, kBlockKeys);
             const u32 first = position + kOverhead, last = first + blocks;
             const bool has_start = position >= begin;
-            segment = {sequence, length, max(begin, first) - first, min(max(end, first), last) - first, first / span, 1};
+            const u32 from = max(begin, first) - first, to = min(max(end, first), last) - first;
+            segment = {sequence, length, from, to, first / span, 1};
             if (blocks > 0) segment.num_parts = (last - 1) / span - segment.first_part + 1;
             ++sequence, position = last;
             if (segment.begin < segment.end || (blocks == 0 && has_start)) return true;

@@ -70,8 +70,8 @@ template <u32 kCount> __device__ __forceinline__ void rescale(float (&out)[kCoun
     for (u32 i = 0; i < kCount; ++i) out[i] *= factors[i / 2 % 2];
 }
 
-// Offset of this lane's row of the fragment of columns 0 to 15 of a warp's 16 rows, in an SW128 tile of 64 columns; that
-// of the columns from 16 k on has the bits 32 k flipped.
+// Offset of this lane's row of the fragment of columns 0 to 15 of a warp's 16 rows, in an SW128 tile of 64 columns;
+// that of the columns from 16 k on has the bits 32 k flipped.
 __device__ __forceinline__ u32 fragment_offset(u32 warp_row, u32 lane) {
     return swizzle<128>((warp_row + lane % 16) * 128 + lane / 16 * 16);
 }

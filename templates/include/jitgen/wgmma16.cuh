@@ -5,8 +5,8 @@
 
 namespace jitgen {
 
-// Descriptors of tiles with 128-byte swizzle, 1024 bytes from one group of 8 rows to the next (stride byte offset). Only
-// the low word says where: it is added to in 32 bits, in units of 16 bytes, which is all there is to do between wgmmas.
+// Descriptors of tiles with 128-byte swizzle, 1024 bytes from one group of 8 rows to the next (stride byte offset).
+// Only the low word says where: it is added to in 32 bits, in units of 16 bytes, all there is to do between wgmmas.
 constexpr u32 kDescriptorHigh = (1u << 30) | (1024 >> 4);
 __device__ __forceinline__ u32 descriptor_k_major(u32 smem) { return (smem & 0x3FFFF) >> 4 | 1 << 16; }
 // Rows of 64 columns; `column_stride` bytes from one group of 64 columns to the next (leading byte offset).
@@ -27,27 +27,27 @@ template <class T, bool kNMajor, u32 kCount>
 __device__ __forceinline__ void wgmma_16(float (&d)[kCount], const u32* a, u32 b, bool accumulate);
 
 // N columns, I groups of four accumulators, then the eight placeholders behind them.
-#define JITGEN_WGMMA16(T, NAME, MAJOR, N, I, P0, P1, P2, P3, P4, P5, P6, P7)                                            \
-    template <>                                                                                                       \
-    __device__ __forceinline__ void wgmma_16<T, MAJOR, N / 2>(float (&d)[N / 2], u32 a, u32 b, bool accumulate) {     \
+#define JITGEN_WGMMA16(T, NAME, MAJOR, N, I, P0, P1, P2, P3, P4, P5, P6, P7)                                           \
+    template <>                                                                                                        \
+    __device__ __forceinline__ void wgmma_16<T, MAJOR, N / 2>(float (&d)[N / 2], u32 a, u32 b, bool accumulate) {      \
         asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %" #P2 ", 0;\n"                                \
-                     "mov.b64 a, {%" #P0 ", %" #P4 "};\nmov.b64 b, {%" #P1 ", %" #P4 "};\n"                             \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" JITGEN_A##I "}, a, b, p, 1" \
-                     ", 1, 0, %" #P3 ";\n}"                                                                             \
-                     : JITGEN_O##I                                                                                    \
-                     : "r"(a), "r"(b), "r"(u32(accumulate)), "n"(u32(MAJOR)), "n"(kDescriptorHigh));                  \
-    }                                                                                                                 \
-    template <>                                                                                                       \
-    __device__ __forceinline__ void wgmma_16<T, MAJOR, N / 2>(float (&d)[N / 2], const u32* a, u32 b,                 \
-                                                              bool accumulate) {                                      \
+                     "mov.b64 a, {%" #P0 ", %" #P4 "};\nmov.b64 b, {%" #P1 ", %" #P4 "};\n"                            \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" JITGEN_A##I "}, a, b, p, 1"  \
+                     ", 1, 0, %" #P3 ";\n}"                                                                            \
+                     : JITGEN_O##I                                                                                     \
+                     : "r"(a), "r"(b), "r"(u32(accumulate)), "n"(u32(MAJOR)), "n"(kDescriptorHigh));                   \
+    }                                                                                                                  \
+    template <>                                                                                                        \
+    __device__ __forceinline__ void wgmma_16<T, MAJOR, N / 2>(float (&d)[N / 2], const u32* a, u32 b,                  \
+                                                              bool accumulate) {                                       \
         asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, %" #P5 ", 0;\nmov.b64 b, {%" #P4 ", %" #P7 "};\n" \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" JITGEN_A##I "}, {%" #P0     \
-                     ", %" #P1 ", %" #P2 ", %" #P3 "}, b, p, 1, 1, %" #P6 ";\n}"                                      \
-                     : JITGEN_O##I                                                                                    \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(u32(accumulate)), "n"(u32(MAJOR)),     \
-                       "n"(kDescriptorHigh));                                                                         \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" JITGEN_A##I "}, {%" #P0      \
+                     ", %" #P1 ", %" #P2 ", %" #P3 "}, b, p, 1, 1, %" #P6 ";\n}"                                       \
+                     : JITGEN_O##I                                                                                     \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(u32(accumulate)), "n"(u32(MAJOR)),      \
+                       "n"(kDescriptorHigh));                                                                          \
     }
-#define JITGEN_WGMMA16_SHAPES(T, NAME)                                               \
+#define JITGEN_WGMMA16_SHAPES(T, NAME)                                                   \
     JITGEN_WGMMA16(T, NAME, false, 64, 8, 32, 33, 34, 35, 36, 37, 38, 39)                \
     JITGEN_WGMMA16(T, NAME, true, 128, 16, 64, 65, 66, 67, 68, 69, 70, 71)               \
     JITGEN_WGMMA16(T, NAME, true, 256, 32, 128, 129, 130, 131, 132, 133, 134, 135)

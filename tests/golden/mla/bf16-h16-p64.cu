@@ -47,16 +47,18 @@ constexpr u32 kHalfV = kDimV / 2;
 constexpr u32 kPieces = kBlockKeys / kPieceRows, kOwnPieces = kPieces / kCluster;  // of a block of keys, TMA boxes
 constexpr u32 kGroups = ceil_div(kChunks, kGroupChunks);    // of chunks that arrive together
 constexpr u32 kStageBarriers = kGroups + 2;                 // full, one a group; empty, one a half
+constexpr u32 kSmemQueryBarriers = kSmemBarriers + 8 * kStageBarriers * kNumStages;
 constexpr u32 kMathThreads = 256, kNumThreads = 384;        // two math warpgroups, and one for the producer
 
 static_assert(kTileRows == 64 && kBlockKeys == 64, "a warpgroup's wgmma scores 64 rows for 64 keys");
-static_assert(kHalfChunks % kGroupChunks == 0 && kDimQk % 64 == 0 && kDimQk >= kDimV, "the warpgroups share whole chunks of V");
+static_assert(kHalfChunks % kGroupChunks == 0 && kDimQk % 64 == 0, "the warpgroups share whole chunks of V");
 static_assert(kRegisterChunks >= 1, "the second P lies over the chunk of Q that is read from registers");
 static_assert(kTiles % kCluster == 0, "a cluster's blocks work on tiles of one sequence");
 static_assert(kSmemBytes <= 232448, "sm_90 allows 227 KiB of shared memory a block");
 
 using Walker = SegmentWalker<kBlockKeys, kOverhead>;
-using Workspace = Partials<kTiles, kDimV>;
+using MlaPartials = Partials<kTiles, kDimV>;
+using MlaResults = Results<T, kHeads, kQueries, kDimV>;
 
 // Named barriers of the math threads: results of one warpgroup that the other waits for, then those they both wait at.
 constexpr u32 kFirstReady = 1, kSecondReady = 2, kBoth = 3, kWarpgroupBarrier = 4;
@@ -195,9 +197,9 @@ template <u32 kHalf> struct Math {
         for (u32 i = 0; i < kHalfV / 2; ++i) out[i] = 0.0f;
         auto stage = [&](u32 i) { return Stage(smem_base, index + i); };
         float factors[2];
-        // The first warpgroup's block goes ahead. With kScoreAhead the second one scores its own as soon as it is there,
-        // and attends to the first's while it softens; without, it attends to the first's, whose stage is then filled
-        // again while the second's is scored.
+        // The first warpgroup's block goes ahead. With kScoreAhead the second one scores its own as soon as it is
+        // there, and attends to the first's while it softens; without, it attends to the first's, whose stage is then
+        // filled again while the second's is scored.
         if (kHalf < (kScoreAhead ? count : min(count, 1))) score(stage(kHalf));
 #pragma unroll 1
         for (u32 i = 0; i < count; i += 2) {
@@ -261,15 +263,15 @@ template <u32 kHalf> struct Math {
     }
 
     // The rows of a sequence that one part has whole.
-    __device__ __forceinline__ void store_whole(T* o, float* lse, u32 sequence, u32 tile) {
+    __device__ __forceinline__ void store_whole(const MlaResults& results, u32 sequence, u32 tile) {
         const u32 lane = opaque(this->lane);
         float factors[2];
 #pragma unroll
         for (u32 row = 0; row < 2; ++row) {
-            factors[row] = state.sum[row] == 0.0f ? 0.0f : 1.0f / state.sum[row];
+            factors[row] = results.factor(state.sum[row]);
             if (kHalf == 0 && lane % 4 == 0)
-                store_lse(lse, sequence, tile * kTileRows + warp_row + lane / 4 + row * 8, state.max[row],
-                          state.sum[row]);
+                results.store_lse(sequence, tile * kTileRows + warp_row + lane / 4 + row * 8, state.max[row],
+                                  state.sum[row]);
         }
         // By way of shared memory: 16 rows x 32 columns a warp.
         const u32 staging = smem_base + kSmemP + (kHalf * 4 + warp_row / 16) * 1024;
@@ -279,9 +281,11 @@ template <u32 kHalf> struct Math {
 #pragma unroll
             for (u32 k = 0; k < 2; ++k) {
                 const float* v = &out[column / 2 + 8 * k];
-                stmatrix_x4(at(lane % 16, 2 * k + lane / 16), pack<T>(v[0] * factors[0], v[1] * factors[0]),
-                            pack<T>(v[2] * factors[1], v[3] * factors[1]), pack<T>(v[4] * factors[0], v[5] * factors[0]),
-                            pack<T>(v[6] * factors[1], v[7] * factors[1]));
+                u32 packed[4];
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i)
+                    packed[i] = pack<T>(v[2 * i] * factors[i % 2], v[2 * i + 1] * factors[i % 2]);
+                stmatrix_x4(at(lane % 16, 2 * k + lane / 16), packed[0], packed[1], packed[2], packed[3]);
             }
             __syncwarp();
 #pragma unroll
@@ -289,21 +293,15 @@ template <u32 kHalf> struct Math {
                 const u32 row = tile * kTileRows + warp_row + lane / 4 + i * 8;
                 const uint4 v = ld_shared_u4(at(lane / 4 + i * 8, lane % 4));
                 if (row < kRows)
-                    *reinterpret_cast<uint4*>(o + (u64(sequence) * kRows + row) * kDimV + kHalf * kHalfV + column +
-                                              lane % 4 * 8) = v;
+                    *reinterpret_cast<uint4*>(results.at(sequence, row, kHalf * kHalfV + column + lane % 4 * 8)) = v;
             }
             __syncwarp();
         }
     }
 
-    static __device__ __forceinline__ void store_lse(float* lse, u32 sequence, u32 row, float max, float sum) {
-        if (row >= kRows) return;
-        const u64 at = (u64(sequence) * kHeads + row % kHeads) * kQueries + row / kHeads;
-        lse[at] = sum == 0.0f ? infinity() : (max + log2f(sum)) * 0.693147181f;
-    }
-
     // This part's share of a sequence, for the merge.
-    __device__ __forceinline__ void store_part(const Workspace& partials, const Segment& segment, u32 part, u32 tile) {
+    __device__ __forceinline__ void store_part(const MlaPartials& partials, const Segment& segment, u32 part,
+                                               u32 tile) {
         const u32 lane = opaque(this->lane);
         const u64 at = partials.tile(part, segment.begin == 0, tile);
         if (tile * kTileRows + warp_row < kRows) {
@@ -322,85 +320,17 @@ template <u32 kHalf> struct Math {
     }
 };
 
-// Merged outputs of a unit, where it lies in O.
-__device__ __forceinline__ void store_unit(T* o, u32 sequence, u32 tile, u32 unit, float4 v, float first_sum,
-                                           float second_sum) {
-    constexpr u32 kStrip = Workspace::kStripUnits;
-    const u32 row = tile * kTileRows + unit / kStrip * 16 + unit % 32 / 4;
-    const u32 column = unit / (kStrip / 2) % 2 * kHalfV + unit / 32 % (kHalfV / 8) * 8 + unit % 4 * 2;
-    T* to = o + (u64(sequence) * kRows + row) * kDimV + column;
-    const float first = first_sum == 0.0f ? 0.0f : 1.0f / first_sum;
-    const float second = second_sum == 0.0f ? 0.0f : 1.0f / second_sum;
-    if (row < kRows) *reinterpret_cast<u32*>(to) = pack<T>(v.x * first, v.y * first);
-    if (row + 8 < kRows) *reinterpret_cast<u32*>(to + 8 * kDimV) = pack<T>(v.z * second, v.w * second);
-}
-
-// Merges this part's share of the outputs of a sequence that it shares. By both math warpgroups.
-__device__ __forceinline__ void merge(const Workspace& partials, const Segment& segment, u32 part, u32 tile, T* o,
-                                      float* lse, u32 smem) {
-    u32* counter = partials.counter(segment, tile);
-    if (threadIdx.x == 0) wait_at_least(counter, segment.num_parts);
-    named_barrier_sync<kMathThreads>(kBoth);
-    const u32 count = segment.num_parts, index = part - segment.first_part;
-    const MergeWeights<kTiles, kDimV> weights{smem + kMathThreads * 16, count};
-    weights.prepare(partials, segment, tile, kBoth);
-    named_barrier_sync<kMathThreads>(kBoth);
-    if (index == 0 && threadIdx.x < kTileRows)
-        Math<0>::store_lse(lse, segment.sequence, tile * kTileRows + threadIdx.x, ld_shared(weights.max(threadIdx.x)),
-                           ld_shared(weights.sum(threadIdx.x)));
-    // The share, in units of four outputs, whole 32-byte sectors of O.
-    const u32 num_units = ceil_div(min(kTileRows, kRows - tile * kTileRows), 16) * Workspace::kStripUnits;
-    const u32 share = round_up(ceil_div(num_units, count), 8);
-    const u32 first = index * share, last = min(first + share, num_units);
-    auto store = [&](u32 unit, float4 v) {
-        const u32 row = unit / Workspace::kStripUnits * 16 + unit % 32 / 4;
-        store_unit(o, segment.sequence, tile, unit, v, ld_shared(weights.sum(row)), ld_shared(weights.sum(row + 8)));
-    };
-    if (share > kMathThreads / 2) {
-        // Few splits: every thread adds up all splits of four units at a time.
-        constexpr u32 kUnits = 4;
-#pragma unroll 1
-        for (u32 unit = first + threadIdx.x; unit < last; unit += kUnits * kMathThreads) {
-            float4 out[kUnits];
-            weights.add_up<kUnits>(out, partials, segment, tile, unit, kMathThreads, last, 0, 1);
-#pragma unroll
-            for (u32 k = 0; k < kUnits; ++k)
-                if (unit + k * kMathThreads < last) store(unit + k * kMathThreads, out[k]);
-        }
-    } else if (first < last) {
-        // Many splits: groups of threads share those of one unit.
-        u32 width = kMathThreads / 2;
-        while (width / 2 >= share) width /= 2;
-        const u32 unit = first + threadIdx.x % width, mine = smem + threadIdx.x * 16;
-        float4 out[1];
-        weights.add_up<1>(out, partials, segment, tile, unit, 0, last, threadIdx.x / width, kMathThreads / width);
-        st_shared(mine, out[0]);
-        named_barrier_sync<kMathThreads>(kBoth);
-        if (threadIdx.x < width && unit < last) {
-            float4 total = {};
-            for (u32 i = 0; i < kMathThreads; i += width) {
-                const float4 v = ld_shared_v4(mine + i * 16);
-                total = {total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w};
-            }
-            store(unit, total);
-        }
-    }
-    // The last to have seen the counter puts it back to zero.
-    if (threadIdx.x == 0 && atomic_add_release(counter, 1) == 2 * count - 1) *counter = 0;
-    named_barrier_sync<kMathThreads>(kBoth);  // before shared memory is another merge's
-}
-
 // The arguments that the math warpgroups need.
 struct Outputs {
-    T* o;
-    float* lse;
-    Workspace partials;
+    MlaResults results;
+    MlaPartials partials;
     u32 part, tile;
 };
 
 template <u32 kHalf>
-__device__ __forceinline__ void compute(u32 smem_base, const Announcement& announced, const Outputs& outputs, float scale) {
-    const u32 lane = lane_index(), q_full = smem_base + kSmemBarriers + 8 * kStageBarriers * kNumStages, q_empty = q_full + 8;
+__device__ __forceinline__ void compute(u32 smem_base, const Announcement& announced, const Outputs& outputs,
+                                        float scale) {
+    const u32 lane = lane_index(), q_full = smem_base + kSmemQueryBarriers, q_empty = q_full + 8;
     Math<kHalf> math{smem_base, lane, threadIdx.x % 128 / 32 * 16, scale};
     u32 index = 0;
     for (u32 q_phase = 0;; q_phase ^= 1) {
@@ -414,12 +344,12 @@ __device__ __forceinline__ void compute(u32 smem_base, const Announcement& annou
         const Segment segment = announced.segment;
         __syncwarp();
         if (lane == 0) mbarrier_arrive(q_empty);
-        if (segment.num_parts == 1) math.store_whole(outputs.o, outputs.lse, segment.sequence, outputs.tile);
+        if (segment.num_parts == 1) math.store_whole(outputs.results, segment.sequence, outputs.tile);
         else math.store_part(outputs.partials, segment, outputs.part, outputs.tile);
     }
     for (u32 i = 0; i < announced.num_shared; ++i)
-        merge(outputs.partials, announced.shared[i], outputs.part, outputs.tile, outputs.o, outputs.lse,
-              smem_base + kSmemKeys);  // all keys have been read
+        merge(outputs.partials, outputs.results, announced.shared[i], outputs.part, outputs.tile,
+              smem_base + kSmemKeys, kBoth);  // all keys have been read
 }
 
 extern "C" __global__ __launch_bounds__(kNumThreads, 1)
@@ -441,7 +371,7 @@ void mla_decode_bf16_h16_q1_d576x512_p64_c1_s2_f0_o3(
     extern __shared__ __align__(1024) u8 smem[];
     const u32 smem_base = smem_address(smem);
     const u32 warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-    const u32 q_full = smem_base + kSmemBarriers + 8 * kStageBarriers * kNumStages, q_empty = q_full + 8;
+    const u32 q_full = smem_base + kSmemQueryBarriers, q_empty = q_full + 8;
     const u32 part = blockIdx.x / kTiles, tile = blockIdx.x % kTiles;
     if (warp == kMathThreads / 32 && elect_one()) {
         tma_prefetch_descriptor(map_q);
@@ -463,9 +393,9 @@ void mla_decode_bf16_h16_q1_d576x512_p64_c1_s2_f0_o3(
     if (warp < kMathThreads / 32) {
         // ---- compute ---------------------------------------------------------------------------------------------
         setmaxnreg_inc<kMathRegisters>();
-        const Outputs outputs{reinterpret_cast<T*>(o), lse,
-                              {reinterpret_cast<float4*>(partial_out), reinterpret_cast<float2*>(partial_states), counters},
-                              part, tile};
+        const MlaPartials partials{reinterpret_cast<float4*>(partial_out), reinterpret_cast<float2*>(partial_states),
+                                   counters};
+        const Outputs outputs{{o, lse}, partials, part, tile};
         const float scale = __uint_as_float(scale_log2);
         if (warp < 4) compute<0>(smem_base, announced, outputs, scale);
         else compute<1>(smem_base, announced, outputs, scale);
