@@ -5,6 +5,7 @@ What tensors need is in `calls`, the only module of the compiler that imports to
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from types import NoneType
@@ -17,9 +18,12 @@ from .calls import find_call
 from .dtypes import array_dtype
 from .errors import ProblemError, ScheduleError
 from .expr import Bound, Expr, acc, as_expr
+from .groups import expected_rows, find_fault, num_values
 from .interpret import interpret
+from .layouts import GroupLayout, check_layout
 from .lower import lower
 from .numerics import AMAX_FLOOR, E4M3_MAX, check_block, quantize_blocks
+from .problem import GroupedGemm
 from .schedule import Schedule
 from .tuning.select import select
 
@@ -69,15 +73,54 @@ def gemm(
     JitForbiddenError : it is not in the store, and `configure` forbids to compile
     """
     bound = _check_options(scales, epilogue, schedule)
-    if isinstance(a, np.ndarray):
-        arrays = name_arrays(a, b, scales, bound, out)
-        return _bind_numpy(arrays, out_dtype, bound, schedule, batch_invariant)()
-    call, addresses = find_call(a, b, scales, bound, out, out_dtype, schedule, batch_invariant)
-    if out is None:
-        out = call.empty()
-        addresses = (*addresses, out.data_ptr())
-    call.launch(addresses)
-    return out
+    return _run(a, b, scales, bound, out, out_dtype, schedule, batch_invariant, None)
+
+
+def grouped_gemm(
+    a: Any,
+    b: Any,
+    scales: tuple[Any, Any],
+    *,
+    layout: GroupLayout,
+    out: Any = None,
+    out_dtype: object = None,
+    epilogue: Expr | Bound = acc,
+    schedule: Schedule | None = None,
+    batch_invariant: bool = False,
+    debug: bool = False,
+) -> Any:
+    """For the rows of each group g: D = epilogue((A * sfa) @ (B[g] * sfb[g])^T), in one launch.
+
+    Which rows are whose is read on the device when the kernel runs: no synchronization, and a CUDA
+    graph replays with what the layout's tensor holds then. Rows of no group are neither read into a
+    result nor written: in `out` they stay as they were, in a new array they hold anything.
+
+    Parameters
+    ----------
+    a : float8_e4m3fn [m, k] or, with Masked, [num_groups, max_m, k], row-major; k % 16 == 0
+    b : float8_e4m3fn [num_groups, n, k], row-major; n % 8 == 0, 1 to 512 groups
+    scales : the pair of sfa float32 [m, ceil(k/128)] or [num_groups, max_m, ceil(k/128)], with any
+        strides, and sfb float32 [num_groups, ceil(n/128), ceil(k/128)], row-major
+    layout : Ragged(offsets), Contiguous(group_of_row or group_ends) or Masked(rows): int32 arrays
+        of the same kind as a. Faulty ones are clamped: no row is in two groups, or beyond the end
+    out : where to put D; a new array if None
+    out_dtype, epilogue, schedule, batch_invariant : as for `gemm`. Vectors of the epilogue are
+        [num_groups, n], one a group; its matrices have the rows of D
+    debug : raise ProblemError if the layout's tensor is faulty; copies it to the host and waits
+
+    Returns
+    -------
+    bfloat16 or float32 [m, n] or, with Masked, [num_groups, max_m, n]; `out` if it was given
+
+    Raises
+    ------
+    As `gemm`
+    """
+    bound = _check_options(scales, epilogue, schedule)
+    check_layout(layout)
+    if debug:
+        _check_values(a, b, layout)
+    return _run(a, b, scales, bound, out, out_dtype, schedule, batch_invariant, layout)
 
 
 def bind(
@@ -89,6 +132,7 @@ def bind(
     epilogue: Expr | Bound = acc,
     schedule: Schedule | None = None,
     batch_invariant: bool = False,
+    layout: GroupLayout | None = None,
 ) -> Callable[[], Any]:
     """`gemm` on these very arrays, checked and prepared once, to be called many times.
 
@@ -102,6 +146,7 @@ def bind(
         resize a tensor or to give it other storage does not reach it
     out : where to put D: bfloat16 or float32 [m, n], rows a multiple of 16 bytes apart
     schedule, batch_invariant : as for `gemm`
+    layout : makes it a `grouped_gemm`, of arrays as that takes them
 
     Returns
     -------
@@ -114,10 +159,12 @@ def bind(
     bound = _check_options(scales, epilogue, schedule)
     if out is None:
         raise ProblemError("out is None: give the array that every call writes D to")
-    arrays = name_arrays(a, b, scales, bound, out)
+    if layout is not None:
+        check_layout(layout)
+    arrays = name_arrays(a, b, scales, bound, out, layout)
     if isinstance(a, np.ndarray):
-        return _bind_numpy(arrays, None, bound, schedule, batch_invariant)
-    call, addresses = find_call(a, b, scales, bound, out, None, schedule, batch_invariant)
+        return _bind_numpy(arrays, None, bound, schedule, batch_invariant, layout)
+    call, addresses = find_call(a, b, scales, bound, out, None, schedule, batch_invariant, layout)
     return call.bind(addresses, arrays)
 
 
@@ -175,12 +222,38 @@ def _check_options(scales: object, epilogue: Any, schedule: object) -> Bound:
     return PLAIN if epilogue is acc else Bound(as_expr(epilogue), {})
 
 
+def _run(
+    a: Any,
+    b: Any,
+    scales: tuple[Any, Any],
+    bound: Bound,
+    out: Any,
+    out_dtype: object,
+    schedule: Schedule | None,
+    batch_invariant: bool,
+    layout: GroupLayout | None,
+) -> Any:
+    """Interpret or launch, once."""
+    if isinstance(a, np.ndarray):
+        arrays = name_arrays(a, b, scales, bound, out, layout)
+        return _bind_numpy(arrays, out_dtype, bound, schedule, batch_invariant, layout)()
+    call, addresses = find_call(
+        a, b, scales, bound, out, out_dtype, schedule, batch_invariant, layout
+    )
+    if out is None:
+        out = call.empty()
+        addresses = (*addresses, out.data_ptr())
+    call.launch(addresses)
+    return out
+
+
 def _bind_numpy(
     arrays: dict[str, Any],
     out_dtype: object,
     bound: Bound,
     schedule: Schedule | None,
     batch_invariant: bool,
+    layout: GroupLayout | None,
 ) -> Callable[[], np.ndarray[Any, Any]]:
     """Check everything; what comes back interprets the call."""
     views = {
@@ -193,14 +266,26 @@ def _bind_numpy(
         for name, array in arrays.items()
     }
     out = arrays.pop("d", None)
-    problem, m = check_gemm(views, out_dtype, bound)
-    kernel = lower(problem, schedule or select(problem, m, batch_invariant=batch_invariant))
+    problem, m = check_gemm(views, out_dtype, bound, layout)
+    rows = expected_rows(problem, m, layout.expected_rows if layout else None)
+    kernel = lower(problem, schedule or select(problem, rows, batch_invariant=batch_invariant))
+    return functools.partial(interpret, kernel, arrays, out=out)
 
-    def call() -> np.ndarray[Any, Any]:
-        d = interpret(kernel, arrays)
-        if out is None:
-            return d
-        out[...] = d
-        return out  # type: ignore[no-any-return]
 
-    return call
+def _check_values(a: Any, b: Any, layout: GroupLayout) -> None:
+    """Raise ProblemError if the layout's tensor is faulty; a GPU's is copied, which waits for it.
+
+    What has not even the right shape is left to the rules that hold without `debug`.
+    """
+    values = layout.tensor
+    if not isinstance(values, np.ndarray):
+        values = values.cpu().numpy()
+    if a.ndim < 2 or b.ndim != 3:
+        return
+    num_groups, n, k = b.shape
+    problem = GroupedGemm(
+        n, k, num_groups=num_groups, layout=layout.kind, alignment=layout.alignment
+    )
+    m = a.shape[-2]
+    if values.shape == (num_values(problem, m),) and (fault := find_fault(problem, values, m)):
+        raise ProblemError(fault)

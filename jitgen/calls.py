@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .arrays import ADDRESS_UNIT, ArrayView, check_gemm, name_arrays
+from .arrays import ADDRESS_UNIT, ArrayView, check_gemm, name_arrays, output_shape
 from .control import build_for_call
 from .dtypes import array_dtype, dtype_of
 from .errors import DeviceError
 from .expr import Bound
+from .groups import expected_rows
 from .ir import (
     ExtentParameter,
     Kernel,
@@ -25,6 +26,7 @@ from .ir import (
     StrideParameter,
     TensorMapParameter,
 )
+from .layouts import GroupLayout
 from .problem import Gemm
 from .runtime import driver
 from .runtime.launch import Argument, Launch, LaunchPool, Pointer, TensorMap, UInt32
@@ -94,6 +96,7 @@ def find_call(
     out_dtype: object,
     schedule: Schedule | None,
     batch_invariant: bool = False,
+    layout: GroupLayout | None = None,
 ) -> tuple[Call, Addresses]:
     """The prepared call of these tensors' signature, and their addresses.
 
@@ -124,23 +127,29 @@ def find_call(
             at_sfa % ADDRESS_UNIT,
             at_sfb % ADDRESS_UNIT,
         )
+        if layout is not None:
+            t = layout.tensor
+            addresses += (t.data_ptr(),)
+            view = (t.dtype, t.shape, t.is_contiguous() or t.stride(), t.get_device())
+            signature += (layout.kind, layout.alignment, layout.expected_rows, view)
+            signature += (addresses[-1] % ADDRESS_UNIT,)
         for name, t in bound.tensors.items():
             addresses += (t.data_ptr(),)
-            layout = (t.dtype, t.shape, t.is_contiguous() or t.stride(), t.get_device())
-            signature += (name, layout, addresses[-1] % ADDRESS_UNIT)
+            view = (t.dtype, t.shape, t.is_contiguous() or t.stride(), t.get_device())
+            signature += (name, view, addresses[-1] % ADDRESS_UNIT)
         if out is not None:
             addresses += (out.data_ptr(),)
-            layout = (out.dtype, out.shape, out.is_contiguous() or out.stride(), out.get_device())
-            signature += (layout, addresses[-1] % ADDRESS_UNIT)
+            view = (out.dtype, out.shape, out.is_contiguous() or out.stride(), out.get_device())
+            signature += (view, addresses[-1] % ADDRESS_UNIT)
         call = _calls.get(signature)
     except (AttributeError, TypeError):
-        name_arrays(a, b, scales, bound, out)  # something is no tensor
+        name_arrays(a, b, scales, bound, out, layout)  # something is no tensor
         if out_dtype is not None:
             dtype_of(out_dtype)  # or neither a dtype nor hashable
         raise
     if call is None:
-        arrays = name_arrays(a, b, scales, bound, out)
-        call = _prepare(arrays, out_dtype, bound, schedule, batch_invariant)
+        arrays = name_arrays(a, b, scales, bound, out, layout)
+        call = _prepare(arrays, out_dtype, bound, schedule, batch_invariant, layout)
         _keep(signature, call)
     return call, addresses
 
@@ -163,6 +172,7 @@ def _prepare(
     bound: Bound,
     schedule: Schedule | None,
     batch_invariant: bool,
+    layout: GroupLayout | None,
 ) -> Call:
     """Check everything, then build, load and lay out the launches of one signature."""
     device = arrays["a"].device
@@ -179,11 +189,14 @@ def _prepare(
         )
         for name, t in arrays.items()
     }
-    problem, m = check_gemm(views, out_dtype, bound)
-    views.setdefault("d", ArrayView("d", problem.d_dtype, (m, problem.n), (problem.n, 1)))
+    problem, m = check_gemm(views, out_dtype, bound, layout)
+    shape = output_shape(problem, m)
+    strides = (m * problem.n, problem.n, 1)[-len(shape) :]
+    views.setdefault("d", ArrayView("d", problem.d_dtype, shape, strides))
     if m == 0:
         return Call(device, views["d"], None)
-    schedule = schedule or select(problem, m, found.gpu, batch_invariant=batch_invariant)
+    rows = expected_rows(problem, m, layout.expected_rows if layout else None)
+    schedule = schedule or select(problem, rows, found.gpu, batch_invariant=batch_invariant)
     kernel, loaded = _load(problem, schedule, device.index)
     launches = LaunchPool(
         loaded,
@@ -230,13 +243,16 @@ def _argument(parameter: Parameter, views: Mapping[str, ArrayView], m: int) -> A
         case PointerParameter():
             return Pointer(list(views).index(parameter.tensor.name))
         case StrideParameter():
-            return UInt32(views[parameter.tensor.name].strides[parameter.dim])
+            view, dim = views[parameter.tensor.name], parameter.dim
+            if len(view.shape) == 3 and dim == 1 and view.shape[1] == 1:
+                dim = 0  # what is one row further is in the next group's matrix
+            return UInt32(view.strides[dim])
         case TensorMapParameter():
-            view = views[parameter.tensor.name]
+            view = views[parameter.tensor.name].flat
             size = view.dtype.size_bytes
             box_rows, box_columns = parameter.box
-            if parameter.tensor.dims[0].extent is None:
-                box_rows = min(box_rows, m)
+            if parameter.tensor.dims[-2].extent is None:
+                box_rows = min(box_rows, view.shape[0])
             spec = TensorMapSpec(
                 element_bytes=size,
                 rows=view.shape[0],

@@ -8,7 +8,7 @@ when D is stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .dtypes import F32, DType
 from .errors import ProblemError
 from .expr import Accumulator, Apply, Cast, Constant, Expr, Operand
+from .groups import Rows, rows_of_groups
 from .ir import (
     Axis,
     Evaluate,
@@ -30,10 +31,12 @@ from .ir import (
     Stmt,
     Store,
     Tensor,
+    Tile,
     Window,
     Zero,
 )
 from .numerics import NAN_F32, fma_f32, round_to, wgmma_e4m3
+from .problem import Gemm, GroupedGemm
 from .schedule import BLOCK_K
 
 Array = NDArray[Any]
@@ -45,7 +48,8 @@ def interpret(
     tensors: Mapping[str, Array],
     *,
     numerics: Numerics = "hopper",
-    tiles: Iterable[tuple[int, int]] | None = None,
+    tiles: Iterable[tuple[int, int] | Tile] | None = None,
+    out: Array | None = None,
 ) -> Array:
     """D [m, n] in the problem's dtype, computed tile by tile as the kernel says.
 
@@ -53,37 +57,64 @@ def interpret(
     ----------
     tensors : the kernel's tensors by name, d left out: a float8_e4m3fn [m, k],
         b float8_e4m3fn [n, k], sfa float32 [m, ceil(k/128)],
-        sfb float32 [ceil(n/128), ceil(k/128)], and the epilogue's operands
+        sfb float32 [ceil(n/128), ceil(k/128)], and the epilogue's operands; those of a grouped
+        problem as `GroupedGemm` says, and groups int32
     numerics : "hopper" or "exact", see above
-    tiles : origins (row, column) of the tiles to compute, the rest of D is NaN; None for all
+    tiles : the tiles to compute, or their origins (row, column); None for all of `tiles_of`
+    out : where to put D; by default a new array, NaN where no tile is
 
     Raises
     ------
     ProblemError : a tensor is missing, or has another dtype or shape than the kernel's
     """
     m = _check_tensors(kernel, tensors)
+    problem = kernel.problem
     if numerics not in ("hopper", "exact"):
         raise ProblemError(f'numerics must be "hopper" or "exact", got {numerics!r}')
-    n = kernel.problem.n
-    d = np.full((m, n), np.nan, kernel.problem.d_dtype.numpy)
-    if tiles is None:
-        tiles = kernel.body.traversal.tiles(m, n)
-    for row, column in tiles:
+    if out is None:
+        shape = (*tensors["a"].shape[:-1], problem.n)
+        out = np.full(shape, np.nan, problem.d_dtype.numpy)
+    # The part of each tensor that a tile of a group sees.
+    parts = {t.name for t in kernel.tensors if t.dims and t.dims[0].axis == "g"}
+    for tile in tiles_of(kernel, tensors) if tiles is None else tiles:
+        row, column, group, end = Tile(*tile)
         origin: dict[Axis, int] = {"m": row, "n": column, "k": 0}
-        machine = _Machine(tensors, d, origin, numerics == "exact", kernel.problem.k)
+        seen = {name: t[group] if name in parts else t for name, t in tensors.items()}
+        d = out[group] if "d" in parts else out
+        named = seen["groups"] == group if _names_rows(problem) else None
+        end = m if end is None else end
+        machine = _Machine(seen, d, origin, numerics == "exact", problem.k, end, named)
         machine.run(kernel.body.body)
-    return d
+    return out
+
+
+def tiles_of(kernel: Kernel, tensors: Mapping[str, Array]) -> Iterator[Tile]:
+    """The tiles of D in the order of the traversal, those outside D included."""
+    m, n, problem = tensors["a"].shape[-2], kernel.problem.n, kernel.problem
+    rows = [Rows(0, m)]
+    if isinstance(problem, GroupedGemm):
+        rows = rows_of_groups(problem, tensors["groups"], m)
+    return kernel.body.tiles(n, rows)
+
+
+def _names_rows(problem: Gemm) -> bool:
+    return isinstance(problem, GroupedGemm) and problem.layout == "group_of_row"
 
 
 @dataclass
 class _Machine:
-    """One thread block at work on one tile: its buffers, and the tile's origin in each axis."""
+    """One thread block at work on one tile: its buffers, and the tile's origin in each axis.
+
+    Rows of the tile end at `end_m`; if `named` is given, those are written that it is true for.
+    """
 
     tensors: Mapping[str, Array]
     d: Array
     origin: dict[Axis, int]
     exact: bool
     k_end: int  # of the step of the loop at hand
+    end_m: int
+    named: Array | None
     buffers: dict[str, Array] = field(default_factory=dict)
     loaded_k: dict[str, int] = field(default_factory=dict)
 
@@ -117,9 +148,7 @@ class _Machine:
                     value = np.broadcast_to(self.rounded(value, stmt.dst.dtype), stmt.dst.shape)
                     self.buffers[stmt.dst.name] = value
                 case Store():
-                    target = self.clipped(stmt.dst, stmt.windows, self.d.shape)
-                    rows, columns = (s.stop - s.start for s in target)
-                    self.d[target] = self.buffers[stmt.src.name][:rows, :columns]
+                    self.store(stmt)
 
     @property
     def real(self) -> np.dtype[Any]:
@@ -140,12 +169,23 @@ class _Machine:
         self.buffers[op.dst.name] = tile
         self.loaded_k[op.dst.name] = self.origin["k"]
 
+    def store(self, op: Store) -> None:
+        rows, columns = self.clipped(op.dst, op.windows, self.d.shape)
+        value = self.buffers[op.src.name][: rows.stop - rows.start, : columns.stop - columns.start]
+        if op.by_row and self.named is not None:
+            named = self.named[rows]
+            self.d[rows, columns][named] = value[named]
+        else:
+            self.d[rows, columns] = value
+
     def clipped(
         self, tensor: Tensor, windows: tuple[Window, ...], shape: tuple[int, ...]
     ) -> tuple[slice, ...]:
-        """The slices of `tensor` that the windows cover."""
+        """The slices of `tensor` that the windows cover, up to its end and that of the rows."""
         slices = []
         for window, extent in zip(windows, shape, strict=True):
+            if window.axis == "m":
+                extent = min(extent, -(-self.end_m // window.block))
             start = self.origin[window.axis] // window.block
             stop = (self.origin[window.axis] + window.size - 1) // window.block + 1
             slices.append(slice(min(start, extent), min(stop, extent)))
@@ -265,7 +305,8 @@ def _check_tensors(kernel: Kernel, tensors: Mapping[str, Array]) -> int:
     expected = {tensor.name: tensor for tensor in kernel.tensors if tensor.name != "d"}
     if set(tensors) != set(expected):
         raise ProblemError(f"kernel takes tensors {', '.join(expected)}; got {', '.join(tensors)}")
-    m = tensors["a"].shape[0]
+    a = tensors["a"]
+    m = a.shape[-2] if a.ndim >= 2 else 0
     for name, tensor in expected.items():
         array = tensors[name]
         shape = tuple(

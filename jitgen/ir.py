@@ -1,7 +1,7 @@
 """The tile IR: the program of one thread block, which is interpreted, rendered and verified.
 
     kernel ::= Kernel(name, problem, schedule, tensors, smem, body)
-    body   ::= ForTiles(traversal, stmt*)
+    body   ::= ForTiles(traversal, stmt*, groups)
     stmt   ::= ForK(extent, step, stmt*, num_blocks) | op
     op     ::= Zero(dst)                     dst = 0
              | Load(dst, src, windows, ...)  dst = src[windows], 0 beyond the tensor's end
@@ -9,26 +9,30 @@
              | Promote(acc, part, scales)    acc = fma(rn(scales[0] * scales[1]), part, acc)
              | Reduce(dst, src, ...)         dst = src in the first part of k, then rn(dst + src)
              | Evaluate(dst, src, expr)      dst = expr(src), rounded to dst's dtype
-             | Store(dst, src, windows)      dst[windows] = src, clipped at the tensor's end
+             | Store(dst, src, windows)      dst[windows] = src, clipped at the end of its rows
 
 A Window says which elements of one tensor dimension belong to the current tile: those that scale or
 hold the tile's `size` positions along `axis`, one element for every `block` positions. Promote
 takes the scales of the K block at hand.
+
+With `groups` a tile is of one group: of tensors that have a `g` axis, the first, it sees that
+group's part, and it neither reads nor writes rows that are not the group's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .dtypes import DType
 from .expr import Expr
-from .problem import Gemm
+from .groups import Rows, max_tile_rows
+from .problem import Gemm, GroupedGemm
 from .schedule import WARPGROUP_THREADS, Schedule, SmemPlan
 from .target import Target
 
-Axis = Literal["m", "n", "k"]
+Axis = Literal["g", "m", "n", "k"]
 
 
 @dataclass(frozen=True)
@@ -194,16 +198,23 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Store:
-    """dst[windows] = src; `box` is the part of the tile that one TMA store writes."""
+    """dst[windows] = src; `box` is the part of the tile that one TMA store writes.
+
+    `by_row`: where rows of the box are another group's, or none's, those of the tile's group are
+    written one by one instead.
+    """
 
     dst: Tensor
     src: Buffer
     windows: tuple[Window, ...]
     box: tuple[int, int]
+    by_row: bool = False
 
     def __str__(self) -> str:
+        note = ", at a group's end by row" if self.by_row else ""
         return (
             f"store {self.dst.name}[{', '.join(map(str, self.windows))}] = {self.src.name} via tma"
+            f"{note}"
         )
 
 
@@ -257,10 +268,31 @@ class Traversal:
                 yield row * self.block_m, column * self.block_n
 
 
+class Tile(NamedTuple):
+    """A block's tile: its origin in D; its group, and where that one's rows end (by default D's).
+
+    If D has a matrix for each group, it is the origin in the group's.
+    """
+
+    row: int
+    column: int
+    group: int = 0
+    end: int | None = None
+
+
 @dataclass(frozen=True)
 class ForTiles:
+    """`body` for every tile of D or, with the tensor `groups`, of every group's rows in turn."""
+
     traversal: Traversal
     body: tuple[Stmt, ...]
+    groups: Tensor | None = None
+
+    def tiles(self, n: int, groups: Sequence[Rows]) -> Iterator[Tile]:
+        """The tiles in order, group by group, so that those of one B are walked together."""
+        for group, (begin, end) in enumerate(groups):
+            for row, column in self.traversal.tiles(end - begin, n):
+                yield Tile(begin + row, column, group, end)
 
 
 Stmt = Zero | Load | Mma | Promote | Reduce | Evaluate | Store | ForK
@@ -269,6 +301,8 @@ Stmt = Zero | Load | Mma | Promote | Reduce | Evaluate | Store | ForK
 @dataclass(frozen=True)
 class TensorMapParameter:
     """A TMA descriptor of `tensor`: `box` rows x columns, swizzled over `swizzle_bytes`.
+
+    The matrices of all groups are one, one below the other.
 
     If the tensor's rows are known at run time only, a box has at most as many: rows beyond the end
     would take time to fill.
@@ -289,6 +323,7 @@ class PointerParameter:
 
     tensor: Tensor
     name: str
+    is_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -327,9 +362,11 @@ class Kernel:
         """Blocks of a launch for `m` rows of D, at least one, on a GPU with `num_sms` SMs.
 
         Persistent clusters walk the tiles; where blocks share the k of a tile, a cluster has one.
+        What the device alone knows of groups does not matter: there may be blocks without a tile.
         """
-        rows, columns = self.body.traversal.grid(m, self.problem.n)
-        size = self.schedule.cluster_size
+        traversal, size = self.body.traversal, self.schedule.cluster_size
+        rows = max_tile_rows(self.problem, traversal.block_m * traversal.cluster_m, m)
+        columns = traversal.grid(m, self.problem.n)[1]
         if self.schedule.split_k > 1:
             return rows * columns * size
         return min(rows * columns, num_sms // size) * size
@@ -341,10 +378,16 @@ class Kernel:
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """The kernel's arguments, in order: TMA maps, scales with strides, extents, operands."""
+        """The kernel's arguments, in order: TMA maps, scales with strides, extents, operands.
+
+        Behind the extents, if there are groups: their tensor, and D to write rows one by one.
+        """
         maps: list[Parameter] = []
         scales: list[Parameter] = []
+        groups: list[Parameter] = []
         epilogue: list[Parameter] = []
+        if self.body.groups:
+            groups.append(PointerParameter(self.body.groups, "groups"))
         for stmt in walk(self.body.body):
             if isinstance(stmt, Load) and stmt.via == "tma":
                 maps.append(TensorMapParameter(stmt.src, stmt.box, stmt.dst.swizzle_bytes))
@@ -358,13 +401,23 @@ class Kernel:
                     ]
             elif isinstance(stmt, Store):
                 maps.append(TensorMapParameter(stmt.dst, stmt.box, stmt.src.swizzle_bytes))
+                if stmt.by_row:
+                    groups.append(PointerParameter(stmt.dst, "d", is_output=True))
+                    groups.append(StrideParameter(stmt.dst, len(stmt.dst.dims) - 2, "d_stride"))
             elif isinstance(stmt, Evaluate):
                 for tensor in stmt.operands:
                     name = operand_parameter(tensor.name)
                     epilogue.append(PointerParameter(tensor, name))
-                    if len(tensor.dims) == 2:
-                        epilogue.append(StrideParameter(tensor, 0, f"{name}_stride"))
-        return (*maps, *scales, ExtentParameter("m"), *epilogue)
+                    axes = [dim.axis for dim in tensor.dims]
+                    if axes[-2:] == ["m", "n"]:
+                        stride = StrideParameter(tensor, len(axes) - 2, f"{name}_stride")
+                        epilogue.append(stride)
+        return (*maps, *scales, ExtentParameter("m"), *groups, *epilogue)
+
+    def _of_groups(self) -> str:
+        if not isinstance(self.problem, GroupedGemm):
+            return ""
+        return f", of each of {self.problem.num_groups} groups"
 
     def __str__(self) -> str:
         lines = [f"kernel {self.name}({', '.join(map(str, self.tensors))})"]
@@ -372,7 +425,7 @@ class Kernel:
         t = self.body.traversal
         lines.append(
             f"  for tile m:{t.block_m} n:{t.block_n} cluster {t.cluster_m}x{t.cluster_n}"
-            f" in groups of {t.group} rows:"
+            f" in groups of {t.group} rows{self._of_groups()}:"
         )
         lines += _format(self.body.body, 4)
         return "\n".join(lines)

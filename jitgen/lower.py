@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from .dtypes import F32
+from .dtypes import F32, I32
 from .expr import Operand, acc, operands
+from .groups import num_values
 from .ir import (
     Buffer,
     Dim,
@@ -24,7 +25,7 @@ from .ir import (
     Window,
     Zero,
 )
-from .problem import Gemm, check_problem
+from .problem import Gemm, GroupedGemm, check_problem, is_masked
 from .schedule import (
     BLOCK_K,
     SCALE_BLOCKS,
@@ -47,38 +48,29 @@ def lower(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> Kernel:
     """
     check_problem(problem)
     check_schedule(problem, schedule, target)
-    m, n, k = Dim("m", None), Dim("n", problem.n), Dim("k", problem.k)
-    a = Tensor("a", problem.a_dtype, (m, k))
-    b = Tensor("b", problem.b_dtype, (n, k))
-    sfa = Tensor(
-        "sfa", F32, (Dim("m", None, problem.a_scale.rows), Dim("k", problem.k, problem.a_scale.k))
-    )
-    sfb = Tensor(
-        "sfb",
-        F32,
-        (Dim("n", problem.n, problem.b_scale.rows), Dim("k", problem.k, problem.b_scale.k)),
-    )
-    d = Tensor("d", problem.d_dtype, (m, n))
-    extra = tuple(
-        _operand_tensor(operand, {"m": m, "n": n}) for operand in operands(problem.epilogue)
-    )
+    tensors, groups = _tensors(problem), _groups_tensor(problem)
+    extra = tuple(_operand_tensor(problem, operand) for operand in operands(problem.epilogue))
     return Kernel(
         name=kernel_name(problem, schedule),
         family="gemm",
         problem=problem,
         schedule=schedule,
         target=target,
-        tensors=(a, b, sfa, sfb, d, *extra),
+        tensors=(*tensors, *([groups] if groups else []), *extra),
         smem=smem_plan(problem, schedule),
-        body=_gemm_body(problem, schedule, (a, b, sfa, sfb, d), extra),
+        body=_gemm_body(problem, schedule, tensors, extra, groups),
     )
 
 
 def kernel_name(problem: Gemm, schedule: Schedule) -> str:
     """The kernel's `extern "C"` name: stable, and telling in a profiler."""
     s = schedule
+    family = "gemm"
+    if isinstance(problem, GroupedGemm):
+        aligned = f"_{problem.alignment}" if problem.layout == "group_ends" else ""
+        family = f"grouped_gemm_{problem.layout}{aligned}_g{problem.num_groups}"
     name = (
-        f"gemm_{problem.a_dtype}_{problem.d_dtype}_n{problem.n}_k{problem.k}"
+        f"{family}_{problem.a_dtype}_{problem.d_dtype}_n{problem.n}_k{problem.k}"
         f"_{s.block_m}x{s.block_n}x{BLOCK_K}_s{s.num_stages}_w{s.num_math_warpgroups}"
         f"_c{s.cluster_m}x{s.cluster_n}_g{s.raster_group}_k{s.split_k}_{s.promotion}"
     )
@@ -91,12 +83,48 @@ def store_span_bytes(schedule: Schedule, element_bytes: int) -> int:
     return next(span for span in (128, 64, 32) if columns * element_bytes % span == 0)
 
 
-def _operand_tensor(operand: Operand, dims: dict[str, Dim]) -> Tensor:
-    return Tensor(operand.name, operand.dtype, tuple(dims[axis] for axis in operand.axes))
+def _tensors(problem: Gemm) -> tuple[Tensor, ...]:
+    """a, b, sfa, sfb and d."""
+    m, n, k = Dim("m", None), Dim("n", problem.n), Dim("k", problem.k)
+    sfa = Dim("m", None, problem.a_scale.rows), Dim("k", problem.k, problem.a_scale.k)
+    sfb = Dim("n", problem.n, problem.b_scale.rows), Dim("k", problem.k, problem.b_scale.k)
+    return (
+        Tensor("a", problem.a_dtype, _of_groups(problem, (m, k))),
+        Tensor("b", problem.b_dtype, _of_groups(problem, (n, k))),
+        Tensor("sfa", F32, _of_groups(problem, sfa)),
+        Tensor("sfb", F32, _of_groups(problem, sfb)),
+        Tensor("d", problem.d_dtype, _of_groups(problem, (m, n))),
+    )
+
+
+def _groups_tensor(problem: Gemm) -> Tensor | None:
+    if not isinstance(problem, GroupedGemm):
+        return None
+    if problem.layout == "group_of_row":
+        return Tensor("groups", I32, (Dim("m", None),))
+    return Tensor("groups", I32, (Dim("g", num_values(problem, 0)),))
+
+
+def _operand_tensor(problem: Gemm, operand: Operand) -> Tensor:
+    dims: dict[str, Dim] = {"m": Dim("m", None), "n": Dim("n", problem.n)}
+    axes = tuple(dims[axis] for axis in operand.axes)
+    return Tensor(operand.name, operand.dtype, _of_groups(problem, axes))
+
+
+def _of_groups(problem: Gemm, dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """`dims`, once for every group if the tensor does not span the rows that groups share."""
+    if not isinstance(problem, GroupedGemm) or not dims:
+        return dims
+    shared = dims[0].axis == "m" and not is_masked(problem)
+    return dims if shared else (Dim("g", problem.num_groups), *dims)
 
 
 def _gemm_body(
-    problem: Gemm, schedule: Schedule, tensors: tuple[Tensor, ...], extra: tuple[Tensor, ...]
+    problem: Gemm,
+    schedule: Schedule,
+    tensors: tuple[Tensor, ...],
+    extra: tuple[Tensor, ...],
+    groups: Tensor | None,
 ) -> ForTiles:
     d = tensors[-1]
     rows, columns = schedule.block_m, schedule.block_n
@@ -124,8 +152,15 @@ def _gemm_body(
         (
             *k_loop,
             Evaluate(smem_d, sums, problem.epilogue, extra),
-            Store(d, smem_d, (Window("m", rows), Window("n", columns)), store_box),
+            Store(
+                d,
+                smem_d,
+                (Window("m", rows), Window("n", columns)),
+                store_box,
+                by_row=groups is not None,
+            ),
         ),
+        groups,
     )
 
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 from .dtypes import BF16, E4M3, F32, DType
 from .errors import ProblemError
 from .expr import Expr, acc, check_expr, operands
 
 MAX_EXTENT = 2**31 - 1  # coordinates of a TMA box are int32
-TENSOR_NAMES = ("a", "b", "sfa", "sfb", "d")  # of a GEMM: not for an epilogue's operands
+MAX_GROUPS = 512
+TENSOR_NAMES = ("a", "b", "sfa", "sfb", "d", "groups")  # not for an epilogue's operands
+
+# How the groups' rows lie in A and D, and what the int32 tensor `groups` says of them:
+#   ragged        A [m, k]; rows groups[g] .. groups[g + 1] are group g's
+#   group_ends    A [m, k]; group g begins at the first multiple of `alignment` from groups[g - 1]
+#                 on and ends at groups[g]
+#   group_of_row  A [m, k]; row r is group groups[r]'s, or none's if that is -1
+#   masked        A [num_groups, m, k]; the first groups[g] rows of A[g] are group g's
+Layout = Literal["ragged", "group_ends", "group_of_row", "masked"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,31 @@ class Gemm:
             f" -> {self.d_dtype}[m, {self.n}]"
         )
         return text if self.epilogue == acc else f"{text}, {self.epilogue}"
+
+
+@dataclass(frozen=True)
+class GroupedGemm(Gemm):
+    """A Gemm for each group of rows, with a B of its own: B [num_groups, n, k], sfb accordingly.
+
+    The rows of each group are known on the device only; `Layout` says how. Rows of no group are
+    neither read into a result nor written. An epilogue's vectors are [num_groups, n]; its matrices
+    have the rows of D.
+
+    alignment : of group_ends, a multiple of which each group begins at; 1 for other layouts
+    """
+
+    num_groups: int = field(default=1, kw_only=True)
+    layout: Layout = field(default="ragged", kw_only=True)
+    alignment: int = field(default=1, kw_only=True)
+
+    def __str__(self) -> str:
+        how = f"{self.layout} to {self.alignment}" if self.alignment > 1 else self.layout
+        return f"{self.num_groups} groups, {how}, of {super().__str__()}"
+
+
+def is_masked(problem: Gemm) -> bool:
+    """Whether A and D are a matrix for each group; else all groups share their m rows."""
+    return isinstance(problem, GroupedGemm) and problem.layout == "masked"
 
 
 @dataclass(frozen=True)
@@ -91,6 +126,8 @@ def check_problem(problem: Gemm) -> None:
             raise ProblemError(f"{name} has one scale a {block} block, must be {legal}")
     check_expr(problem.epilogue)
     check_operand_names(operand.name for operand in operands(problem.epilogue))
+    if isinstance(problem, GroupedGemm):
+        _check_groups(problem)
 
 
 def check_operand_names(names: Iterable[str]) -> None:
@@ -98,6 +135,21 @@ def check_operand_names(names: Iterable[str]) -> None:
     for name in names:
         if name in TENSOR_NAMES:
             raise ProblemError(f"epilogue operand {name}: the GEMM's own tensors have that name")
+
+
+def _check_groups(problem: GroupedGemm) -> None:
+    groups, alignment = problem.num_groups, problem.alignment
+    if type(groups) is not int or not 1 <= groups <= MAX_GROUPS:
+        raise ProblemError(f"num_groups = {groups!r} must be an int in 1..{MAX_GROUPS}")
+    if groups * problem.n > MAX_EXTENT:
+        raise ProblemError(
+            f"num_groups * n = {groups * problem.n} rows of B must be {MAX_EXTENT} at most"
+        )
+    if problem.layout not in get_args(Layout):
+        raise ProblemError(f"layout {problem.layout!r} must be one of {get_args(Layout)}")
+    legal = (1, 64, 128) if problem.layout == "group_ends" else (1,)
+    if alignment not in legal:
+        raise ProblemError(f"alignment = {alignment!r} of {problem.layout} must be one of {legal}")
 
 
 def check_rows(m: int) -> None:

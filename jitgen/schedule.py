@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from .dtypes import F32
 from .errors import ScheduleError
-from .problem import Gemm
+from .problem import Gemm, GroupedGemm
 from .target import SM90A, Target
 
 BLOCK_K = 128  # bytes of an SW128 row of E4M3, and elements between two promotions
@@ -94,6 +94,7 @@ class SmemPlan:
     d: int
     inbox: int
     scales: int
+    groups: int
     barriers: int
     total_bytes: int
 
@@ -120,15 +121,21 @@ def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
         "d": schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes,
         "inbox": (schedule.split_k - 1) * schedule.block_m * slice_columns(schedule) * 4,
         "scales": num_scale_stages(schedule) * _scale_stage_bytes(problem, schedule),
+        "groups": group_table_bytes(problem),
         "barriers": 8 * num_barriers(schedule),
     }
     offset, offsets = 0, {}
     for name, size in sizes.items():
-        alignment = 16 if name in ("scales", "barriers") else SWIZZLE_ATOM_BYTES
+        alignment = 16 if name in ("scales", "groups", "barriers") else SWIZZLE_ATOM_BYTES
         offset = -(-offset // alignment) * alignment
         offsets[name] = offset
         offset += size
     return SmemPlan(**offsets, total_bytes=offset)
+
+
+def group_table_bytes(problem: Gemm) -> int:
+    """Where each group's rows begin and end, their runs, and the tile rows before: 4 bytes each."""
+    return 4 * (4 * problem.num_groups + 1) if isinstance(problem, GroupedGemm) else 0
 
 
 def num_barriers(schedule: Schedule) -> int:
@@ -264,6 +271,11 @@ def _check_split(problem: Gemm, schedule: Schedule) -> None:
         raise ScheduleError(
             f"split_k = {schedule.split_k} takes the whole cluster: cluster_m ="
             f" {schedule.cluster_m} and cluster_n = {schedule.cluster_n} must be 1"
+        )
+    if schedule.split_k > 1 and isinstance(problem, GroupedGemm):
+        raise ScheduleError(
+            f"split_k = {schedule.split_k} gives every tile a cluster, but the tiles of groups are"
+            " counted on the device: it must be 1"
         )
     used = -(-num_k_blocks(problem) // split_blocks(problem, schedule))
     if used < schedule.split_k:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from .dtypes import E4M3, F32
+from .dtypes import E4M3, F32, I32
 from .errors import ProblemError, ScheduleError, VerifyError
 from .expr import operands
 from .ir import (
@@ -44,7 +44,7 @@ from .ir import (
     Zero,
 )
 from .limits import check_registers, check_smem, check_tma, require
-from .problem import Gemm, check_problem
+from .problem import Gemm, GroupedGemm, check_problem, is_masked
 from .schedule import (
     BLOCK_K,
     EPILOGUE_COLUMNS,
@@ -75,6 +75,8 @@ def verify(kernel: Kernel) -> None:
     tensors = _tensors(kernel.problem)
     arguments = tuple(tensors.values())
     require(kernel.tensors == arguments, kernel.name, f"takes {kernel.tensors}, not {arguments}")
+    groups = kernel.body.groups
+    require(groups == tensors.get("groups"), kernel.name, f"walks the groups of {groups}")
     _check_traversal(kernel.body.traversal, kernel.schedule)
     schedule = kernel.schedule
     tile: dict[Axis, int] = {"m": schedule.block_m, "n": schedule.block_n, "k": kernel.problem.k}
@@ -96,16 +98,28 @@ def _tensors(problem: Gemm) -> dict[str, Tensor]:
     """The tensors of `problem` by name."""
     m, n = Dim("m", None), Dim("n", problem.n)
     a_scale, b_scale = problem.a_scale, problem.b_scale
+    of_group: tuple[Dim, ...] = ()  # of what each group has; and of A and D, which may be shared
+    of_rows: tuple[Dim, ...] = ()
+    groups = []
+    if isinstance(problem, GroupedGemm):
+        of_group = (Dim("g", problem.num_groups),)
+        of_rows = of_group if is_masked(problem) else ()
+        count = Dim("g", problem.num_groups + (problem.layout == "ragged"))
+        groups = [Tensor("groups", I32, (m if problem.layout == "group_of_row" else count,))]
+    sfa = replace(m, block=a_scale.rows), Dim("k", problem.k, a_scale.k)
+    sfb = replace(n, block=b_scale.rows), Dim("k", problem.k, b_scale.k)
     tensors = [
-        Tensor("a", problem.a_dtype, (m, Dim("k", problem.k))),
-        Tensor("b", problem.b_dtype, (n, Dim("k", problem.k))),
-        Tensor("sfa", F32, (replace(m, block=a_scale.rows), Dim("k", problem.k, a_scale.k))),
-        Tensor("sfb", F32, (replace(n, block=b_scale.rows), Dim("k", problem.k, b_scale.k))),
-        Tensor("d", problem.d_dtype, (m, n)),
+        Tensor("a", problem.a_dtype, (*of_rows, m, Dim("k", problem.k))),
+        Tensor("b", problem.b_dtype, (*of_group, n, Dim("k", problem.k))),
+        Tensor("sfa", F32, (*of_rows, *sfa)),
+        Tensor("sfb", F32, (*of_group, *sfb)),
+        Tensor("d", problem.d_dtype, (*of_rows, m, n)),
+        *groups,
     ]
     for operand in operands(problem.epilogue):
         dims = tuple(m if axis == "m" else n for axis in operand.axes)
-        tensors.append(Tensor(operand.name, operand.dtype, dims))
+        outer = of_rows if m in dims else of_group if dims else ()
+        tensors.append(Tensor(operand.name, operand.dtype, (*outer, *dims)))
     return {tensor.name: tensor for tensor in tensors}
 
 
@@ -243,8 +257,9 @@ class _Block:
         self.tile["k"], self.depth = around, self.depth - 1
 
     def windows(self, tensor: Tensor) -> tuple[Window, ...]:
-        """Those of the tile and K block at hand."""
-        return tuple(Window(dim.axis, self.tile[dim.axis], dim.block) for dim in tensor.dims)
+        """Those of the tile and K block at hand, in the part of the tensor that is its group's."""
+        dims = (dim for dim in tensor.dims if dim.axis != "g")
+        return tuple(Window(dim.axis, self.tile[dim.axis], dim.block) for dim in dims)
 
     def accumulator(self, buffer: Buffer) -> Buffer:
         """What an accumulator called like `buffer` must be."""
@@ -266,7 +281,7 @@ class _Block:
         shares = sharing if is_tile else 1
         require(op.multicast == shares, op, f"must be multicast {shares}")
         require(op.any_strides == (name == "sfa"), op, "only sfa has any strides")
-        shape = tuple(map(_num_elements, windows, op.src.dims))
+        shape = tuple(map(_num_elements, windows, op.src.dims[-2:]))
         swizzle_bytes = SWIZZLE_BYTES if is_tile else 0
         expected = Buffer(op.dst.name, op.src.dtype, shape, "smem", True, swizzle_bytes)
         self.write(op, f"tile of {name}", op.dst, expected)
@@ -308,7 +323,7 @@ class _Block:
         windows = (self.windows(sfa)[0], self.windows(sfb)[0])
         require(op.windows == windows, op, f"scales by {', '.join(map(str, windows))}")
         require(
-            self.tile["k"] == sfa.dims[1].block == sfb.dims[1].block == BLOCK_K,
+            self.tile["k"] == sfa.dims[-1].block == sfb.dims[-1].block == BLOCK_K,
             op,
             f"takes one scale for {self.tile['k']} of k",
         )
@@ -345,6 +360,8 @@ class _Block:
             f"boxes of {columns} columns do not tile {self.tile['n']}",
         )
         check_tma(op, op.dst, op.src, op.box)
+        grouped = "groups" in self.tensors
+        require(op.by_row == grouped, op, "must write by row at a group's end, and there only")
 
 
 def _num_elements(window: Window, dim: Dim) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..expr import acc
+from ..groups import typical_rows
 from ..ir import Traversal
 from ..problem import MAX_EXTENT, Gemm
 from ..schedule import (
@@ -54,7 +55,10 @@ def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.n
     """Predicted kernel time in microseconds."""
     s = schedule
     tiles = Traversal(s.block_m, s.block_n, s.cluster_m, s.cluster_n, s.raster_group)
-    rows, columns = tiles.grid(m, problem.n)
+    # Of groups as large as each other.
+    groups, of_group = typical_rows(problem, m)
+    rows, columns = tiles.grid(of_group, problem.n)
+    rows *= groups
     clusters = max_clusters(s.cluster_size, num_sms)
     rounds = -(-rows * columns // clusters) if clusters else math.inf
     load_clocks = (min(m, s.block_m) + s.block_n) * BLOCK_K / LOAD_BYTES_PER_CLOCK
@@ -64,7 +68,7 @@ def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.n
         sent = (s.split_k - 1) * min(m, s.block_m) * slice_columns(s) * 4
         tile += SPLIT_CLOCKS + sent / EXCHANGE_BYTES_PER_CLOCK
     compute_us = rounds * tile / CLOCKS_PER_US
-    bytes_moved = (m + problem.n) * problem.k + m * problem.n * problem.d_dtype.size_bytes
+    bytes_moved = (m + groups * problem.n) * problem.k + m * problem.n * problem.d_dtype.size_bytes
     return FIXED_US + _soft_max(compute_us, bytes_moved / HBM_BYTES_PER_US)
 
 

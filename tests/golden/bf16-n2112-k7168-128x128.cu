@@ -6,12 +6,14 @@
 #include "jitgen/scales.cuh"
 #include "jitgen/scheduler.cuh"
 #include "jitgen/split.cuh"
+#include "jitgen/store.cuh"
 #include "jitgen/tma.cuh"
 #include "jitgen/wgmma.cuh"
 
 using namespace jitgen;
 
 // ---- problem and schedule ----------------------------------------------------------------------------------------
+constexpr u32 kNumMatrices = 1;
 constexpr u32 kN = 2112;
 constexpr u32 kK = 7168;
 constexpr u32 kBlockM = 128;
@@ -74,8 +76,9 @@ static_assert(kSmemBytes <= 232448, "sm_90 allows 227 KiB of shared memory a blo
 struct EpilogueOperands {
 };
 
-// Columns `column` and `column + 1` of row `row`, which lie within D.
-__device__ __forceinline__ float2 evaluate(float2 acc, const EpilogueOperands& operands, u32 row, u32 column) {
+// Columns `column` and `column + 1` of row `row`, which lie within D and are of group `group`.
+__device__ __forceinline__ float2 evaluate(float2 acc, const EpilogueOperands& operands, u32 row, u32 column,
+                                           u32 group) {
     return acc;
 }
 
@@ -90,11 +93,12 @@ __device__ __forceinline__ u32 peer_rank(u32 i) {
     return i < kClusterM ? rank / kClusterM * kClusterM + i : (rank + (i - kClusterM + 1) * kClusterM) % kTileBlocks;
 }
 
-// Origin of this block's tile in a cluster tile.
-__device__ __forceinline__ TileCoordinates tile_origin(TileCoordinates cluster_tile) {
+// This block's tile of a cluster tile, its origin in rows and columns of D.
+__device__ __forceinline__ Tile tile_of_block(Tile tile) {
     const u32 rank = block_rank();
-    return {(cluster_tile.m * kClusterM + rank % kClusterM) * kBlockM,
-            (cluster_tile.n * kClusterN + rank / kClusterM) * kBlockN};
+    tile.m = tile.begin_m + (tile.m * kClusterM + rank % kClusterM) * kBlockM;
+    tile.n = (tile.n * kClusterN + rank / kClusterM) * kBlockN;
+    return tile;
 }
 
 // What a math warpgroup carries along the K loop.
@@ -213,7 +217,7 @@ void gemm_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_overlapped(
         smem_base + kSmemInbox, empty_scales + 8 * kNumScaleStages, part_index()};
     const u32 warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
     const u32 warpgroup = warp / 4;
-    const Traversal<kRasterGroup, kNumClusterRowsN> traversal{ceil_div(m, kBlockM * kClusterM)};
+    const Traversal<kRasterGroup, kNumClusterRowsN> traversal{ceil_div(m, kBlockM * kClusterM), m};
     const u32 first_tile = blockIdx.x / kClusterSize, tile_step = gridDim.x / kClusterSize;
 
     const EpilogueOperands operands{};
@@ -230,7 +234,7 @@ void gemm_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_overlapped(
             mbarrier_init(full_scales + 8 * stage, kNumScaleThreads);
             mbarrier_init(empty_scales + 8 * stage, kNumMathThreads / 32);
         }
-        if constexpr (kSplitK > 1) inbox.expect(min(kBlockM, m - tile_origin(traversal.tile(first_tile)).m));
+        if constexpr (kSplitK > 1) inbox.expect(min(kBlockM, m - tile_of_block(traversal.tile(first_tile)).m));
         fence_mbarrier_init();
     }
     __syncwarp();
@@ -258,8 +262,7 @@ void gemm_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_overlapped(
         math.num_k_blocks = num_part_blocks();
 
         for (u32 index = first_tile; index < traversal.size(); index += tile_step) {
-            const TileCoordinates origin = tile_origin(traversal.tile(index));
-            math.sfb_boundary = kScaleN - origin.n % kScaleN;
+            math.sfb_boundary = kScaleN - tile_of_block(traversal.tile(index)).n % kScaleN;
             float acc[kNumWaves][kBlockN / 2] = {};
 
             u32 k_block = 0;
@@ -275,9 +278,10 @@ void gemm_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_overlapped(
             }
 
             // ---- finish: epilogue, then out through swizzled shared memory -----------------------------------------
+            const Tile tile = tile_of_block(traversal.tile(index));  // of a group: found again, or it would spill
             if constexpr (kSplitK > 1) {
                 cluster_wait();  // the inboxes are ready
-                inbox.send(acc, m - origin.m);
+                inbox.send(acc, m - tile.m);
                 inbox.wait();
             }
             if (is_store_thread) tma_store_wait_read();  // the previous tile has left smem_d
@@ -288,7 +292,7 @@ void gemm_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_overlapped(
             const u32 warpgroup_d = smem_d + warpgroup * kWarpgroupM * kBlockN * sizeof(DType);
 #pragma unroll
             for (u32 wave = 0; wave < kNumWaves; ++wave) {
-                const u32 row = origin.m + first_row + wave * kWaveM;
+                const u32 row = tile.m + first_row + wave * kWaveM;
                 const u32 warp_row = warp % 4 * 16 + wave * kWaveM;
 #pragma unroll
                 for (u32 j = 0; j < kBlockN / 16; ++j) {
@@ -299,38 +303,26 @@ void gemm_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_overlapped(
 #pragma unroll
                     for (u32 i = 0; i < 4; ++i) {
                         const float* value = sums + 2 * i;
-                        const u32 column = origin.n + 16 * j + i / 2 * 8 + lane % 4 * 2, element_row = row + i % 2 * 8;
+                        const u32 column = tile.n + 16 * j + i / 2 * 8 + lane % 4 * 2, element_row = row + i % 2 * 8;
                         // The branch also keeps ptxas from interleaving the evaluations, and so from spilling.
                         out[i / 2][i % 2] = {value[0], value[1]};
-                        if (!kPlainEpilogue && element_row < m && column < kN)
-                            out[i / 2][i % 2] = evaluate(out[i / 2][i % 2], operands, element_row, column);
+                        if (!kPlainEpilogue && element_row < tile.end_m && column < kN)
+                            out[i / 2][i % 2] = evaluate(out[i / 2][i % 2], operands, element_row, column, tile.group);
                     }
                     if constexpr (!kPlainEpilogue) __syncwarp();  // stmatrix is a warp's
-                    const u32 box = 16 * j / kStoreColumns, box_column = 16 * j % kStoreColumns;
-                    const u32 box_base = warpgroup_d + box * kWarpgroupM * kStoreSpan;
-                    if constexpr (sizeof(DType) == 2) {
-                        const u32 offset = (warp_row + lane % 16) * kStoreSpan + (box_column + lane / 16 * 8) * 2;
-                        stmatrix_x4(box_base + swizzle<kStoreSpan>(offset), pack_bf16(out[0][0].x, out[0][0].y),
-                                    pack_bf16(out[0][1].x, out[0][1].y), pack_bf16(out[1][0].x, out[1][0].y),
-                                    pack_bf16(out[1][1].x, out[1][1].y));
-                    } else {
-#pragma unroll
-                        for (u32 i = 0; i < 4; ++i) {
-                            const u32 offset = (warp_row + lane / 4 + i % 2 * 8) * kStoreSpan +
-                                               (box_column + i / 2 * 8 + lane % 4 * 2) * 4;
-                            st_shared(box_base + swizzle<kStoreSpan>(offset), out[i / 2][i % 2]);
-                        }
-                    }
+                    const u32 box = warpgroup_d + 16 * j / kStoreColumns * kWarpgroupM * kStoreSpan;
+                    write_fragment<kStoreSpan, DType>(box, warp_row, 16 * j % kStoreColumns, lane, out);
                 }
             }
             fence_proxy_async();
             named_barrier_sync<128>(warpgroup_barrier);
+            const u32 store_row = tile.m + warpgroup * kWarpgroupM;
             if (is_store_thread) {
 #pragma unroll
                 for (u32 box = 0; box < kBlockN / kStoreColumns; ++box)
                     if (inbox.owns(box * kStoreColumns / 16))
-                        tma_store(map_d, warpgroup_d + box * kWarpgroupM * kStoreSpan, origin.n + box * kStoreColumns,
-                                  origin.m + warpgroup * kWarpgroupM);
+                        tma_store(map_d, warpgroup_d + box * kWarpgroupM * kStoreSpan, tile.n + box * kStoreColumns,
+                                  store_row);
                 tma_store_commit();
             }
         }
@@ -344,38 +336,40 @@ void gemm_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_overlapped(
             const u32 rank_m = block_rank() % kClusterM, rank_n = block_rank() / kClusterM;
             const u32 k_begin = part_index() * kPartBlocks, k_end = k_begin + num_part_blocks();
             // The host cuts the boxes of A to m rows; the rows beyond it hold whatever was there, and are not stored.
-            const u32 stage_bytes = min(kLoadRowsA, m) * kClusterN * kBlockK + kStageBytesB;
-            // B must not displace what others wrote if all tile rows that read it walk together.
-            const bool is_b_read_once = traversal.rows <= kRasterGroup;
+            const u32 stage_bytes = min(kLoadRowsA, m * kNumMatrices) * kClusterN * kBlockK + kStageBytesB;
             const u16 mask_a = u16(((1u << kTileBlocks) - 1) / ((1u << kClusterM) - 1) << rank_m);
             const u16 mask_b = u16(((1u << kClusterM) - 1) << (rank_n * kClusterM));
             for (u32 index = first_tile; index < traversal.size(); index += tile_step) {
-                const TileCoordinates origin = tile_origin(traversal.tile(index));
+                const Tile tile = tile_of_block(traversal.tile(index));
+                // B must not displace what others wrote if all tile rows that read it walk together.
+                const bool is_b_read_once = tile.num_rows <= kRasterGroup;
                 for (u32 k_block = k_begin; k_block < k_end; ++k_block, pipeline.advance()) {
                     const u32 full = full_barriers + 8 * pipeline.stage;
                     mbarrier_wait(empty_barriers + 8 * pipeline.stage, pipeline.phase ^ 1);
                     mbarrier_arrive_expect_tx(full, stage_bytes);
                     tma_load<(kClusterN > 1)>(
                         smem_a + pipeline.stage * kStageBytesA + rank_n * kLoadRowsA * kBlockK, map_a, full,
-                        k_block * kBlockK, origin.m + rank_n * kLoadRowsA, mask_a);
+                        k_block * kBlockK, tile.m + rank_n * kLoadRowsA, mask_a);
                     tma_load<(kClusterM > 1)>(
                         smem_b + pipeline.stage * kStageBytesB + rank_m * kLoadRowsB * kBlockK, map_b, full,
-                        k_block * kBlockK, origin.n + rank_m * kLoadRowsB, mask_b, is_b_read_once);
+                        k_block * kBlockK, tile.group * kN + tile.n + rank_m * kLoadRowsB, mask_b, is_b_read_once);
                 }
             }
         }
     } else {
         // ---- load scales -----------------------------------------------------------------------------------------
         setmaxnreg_dec<kProducerRegisters>();
-        const ScaleLoader<kBlockM, kNumSfbRows, kScaleBlocks, kNumScaleThreads> loader{
-            sfa, sfb, sfa_stride_m, sfa_stride_k, m, ceil_div(kN, kScaleN), kNumKBlocks,
-            threadIdx.x - kNumMathThreads - 32};
         PipelineState<kNumScaleStages> pipeline;
         const u32 k_begin = part_index() * kPartBlocks, num_chunks = ceil_div(num_part_blocks(), kScaleBlocks);
         for (u32 index = first_tile; index < traversal.size(); index += tile_step) {
-            const TileCoordinates origin = tile_origin(traversal.tile(index));
+            const Tile tile = tile_of_block(traversal.tile(index));
+            constexpr u32 kSfbRows = ceil_div(kN, kScaleN);
+            const ScaleLoader<kBlockM, kNumSfbRows, kScaleBlocks, kNumScaleThreads> loader{
+                sfa,
+                sfb + u64(tile.group) * (kSfbRows * kNumKBlocks), sfa_stride_m, sfa_stride_k, tile.end_m, kSfbRows,
+                kNumKBlocks, threadIdx.x - kNumMathThreads - 32};
             for (u32 chunk = 0; chunk < num_chunks; ++chunk, pipeline.advance()) {
-                loader.load(smem_scales + pipeline.stage * kScaleStageBytes, origin.m, origin.n / kScaleN,
+                loader.load(smem_scales + pipeline.stage * kScaleStageBytes, tile.m, tile.n / kScaleN,
                             k_begin + chunk * kScaleBlocks, empty_scales + 8 * pipeline.stage, pipeline.phase ^ 1);
                 mbarrier_arrive(full_scales + 8 * pipeline.stage);
             }

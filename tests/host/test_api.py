@@ -508,7 +508,7 @@ def test_gemm_problem_rejects_rows_beyond_tma_coordinates() -> None:
         ArrayView("sfb", F32, (1, 1), (1, 1)),
     )
     with pytest.raises(ProblemError, match=rf"\bm\b.*{m}"):
-        gemm_problem(*views, BF16, acc)
+        gemm_problem({view.name: view for view in views}, BF16, acc, None)
 
 
 # --- arguments of a launch ----------------------------------------------------------------------

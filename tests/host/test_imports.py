@@ -19,6 +19,8 @@ FOUNDATION = ("errors", "dtypes", "target")
 COMPILER = (
     ("expr",),  # epilogue expressions
     ("problem",),  # what is computed: fixed by the user
+    ("groups",),  # which rows are whose
+    ("layouts",),  # as users say it
     ("schedule",),  # how it is mapped to the GPU: what may be tuned
     ("ir",),  # the tile program that both become
     ("numerics",),  # arithmetic of the tensor core, in NumPy

@@ -13,7 +13,7 @@ __device__ __forceinline__ u32 scale_position(u32 row, u32 k) { return k ^ row /
 template <u32 kRows, u32 kSfbRows, u32 kBlocks, u32 kNumThreads> struct ScaleLoader {
     const float *sfa, *sfb;
     u32 stride_m, stride_k;                  // of sfa; sfb is row-major
-    u32 m, num_sfb_rows, num_k_blocks;       // ends of the tensors
+    u32 end_m, num_sfb_rows, num_k_blocks;   // of the tensors, or of their rows that the tile may have
     u32 thread;
 
     // The chunk at K block `k_base` for the tile whose rows begin at `row_m` and at `row_n` of sfb, into `smem` as soon
@@ -29,7 +29,7 @@ template <u32 kRows, u32 kSfbRows, u32 kBlocks, u32 kNumThreads> struct ScaleLoa
 #pragma unroll 1
         for (u32 row = thread; row < round_up(kRows, kNumThreads); row += kNumThreads) {
             const float* source = sfa + u64(row_m + row) * stride_m + u64(k_base) * stride_k;
-            const bool valid = row < kRows && row_m + row < m;
+            const bool valid = row < kRows && row_m + row < end_m;
             float4 scale_a[kBlocks / 4] = {};
             if (valid && vectorized) {
 #pragma unroll
