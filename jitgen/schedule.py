@@ -34,6 +34,8 @@ ACCUMULATOR_REGISTERS = {1: 192, 2: 192, 3: 100}
 TWO_WAVES_TWO_ROWS_ACCUMULATOR_REGISTERS = 152
 F32_TWO_WAVES_ACCUMULATOR_REGISTERS = 128
 F32_TWO_ROWS_ACCUMULATOR_REGISTERS = 136
+# With groups, 128 rows a warpgroup and two stages, whose addresses are kept.
+GROUPED_TWO_STAGES_ACCUMULATOR_REGISTERS = 176
 
 Promotion = Literal["overlapped", "serial"]
 
@@ -180,6 +182,8 @@ def accumulator_registers(problem: Gemm, schedule: Schedule) -> int:
         limits.append(F32_TWO_WAVES_ACCUMULATOR_REGISTERS)
     if problem.d_dtype == F32 and two_rows:
         limits.append(F32_TWO_ROWS_ACCUMULATOR_REGISTERS)
+    if isinstance(problem, GroupedGemm) and two_waves and schedule.num_stages == 2:
+        limits.append(GROUPED_TWO_STAGES_ACCUMULATOR_REGISTERS)
     return min(limits)
 
 
