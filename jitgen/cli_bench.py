@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,15 @@ from .problem_list import Grid
 if TYPE_CHECKING:
     from .tuning.bench import Shape
     from .tuning.report import Result
+
+
+class Layout(str, Enum):
+    """How the rows of a grouped GEMM lie, of those that are measured."""
+
+    group_of_row = "group_of_row"
+    ragged = "ragged"
+    masked = "masked"
+
 
 bench_app = typer.Typer(help="Measure on this machine's GPU.", no_args_is_help=True)
 
@@ -60,6 +70,44 @@ def bench_gemm(
     if markdown:
         _write_report(markdown, result)
     report.print_result(make_console(), result)
+
+
+@bench_app.command("grouped")
+def bench_grouped(
+    layout: Annotated[
+        list[Layout] | None, typer.Option(help="Only these layouts; repeatable.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="N = 4096, K = 2048 only.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here, after each shape.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write a report here, after each shape.")
+    ] = None,
+) -> None:
+    """Kernel times of the grouped FP8 GEMM beside DeepGEMM (from a file)."""
+    from . import __version__
+    from .tuning import bench, bench_grouped, report, report_grouped
+
+    shapes = [
+        shape
+        for shape in bench_grouped.grid_grouped()
+        if (not layout or shape.layout in [chosen.value for chosen in layout])
+        and (not quick or (shape.n, shape.k) == (4096, 2048))
+    ]
+    device = bench.check_machine()
+    meta = report.collect_meta(device, version=__version__, arguments=sys.argv[1:])
+    live = bench_grouped.live_over_baseline(device)
+    result = report_grouped.GroupedResult(meta, (), live)
+    console = make_console(stderr=True)
+    for row in bench_grouped.bench_grouped(shapes, device):
+        result = replace(result, rows=(*result.rows, row))
+        if json_file:
+            write_text(json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+        if markdown:
+            write_text(markdown, report_grouped.render_markdown(result))
+        console.print(f"{row.shape}: {row.jitgen.kernel_us:.2f} us", highlight=False)
+    report_grouped.print_result(make_console(), result)
 
 
 @bench_app.command("report")

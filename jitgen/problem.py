@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
 from .dtypes import BF16, E4M3, F32, DType
@@ -78,6 +78,11 @@ class GroupedGemm(Gemm):
     def __str__(self) -> str:
         how = f"{self.layout} to {self.alignment}" if self.alignment > 1 else self.layout
         return f"{self.num_groups} groups, {how}, of {super().__str__()}"
+
+    @property
+    def of_one_group(self) -> Gemm:
+        """What is computed for the rows of each group."""
+        return Gemm(**{field.name: getattr(self, field.name) for field in fields(Gemm)})
 
 
 def is_masked(problem: Gemm) -> bool:

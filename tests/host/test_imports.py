@@ -43,6 +43,8 @@ ALLOWED |= {
     "runtime": set(FOUNDATION),  # NVRTC, kernel store, driver: knows no problem and no kernel
     "tuning": _before | {"runtime"},  # candidates, cost model, measured records
     "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
+    "tuning.bench_grouped": _before | {"runtime", "tuning", "tuning.bench", "api"},
+    "tuning.report_grouped": {"tuning.bench", "tuning.bench_grouped", "tuning.report"},
     "tuning.measure": _before | {"api"},  # checks, and times, what may be recorded
     "tuning.timing": {"errors"},  # of any call
     "tuning.peers": _before | {"tuning", "api"},  # what it is timed beside
@@ -67,7 +69,7 @@ ALLOWED |= {
     "models": _before | {"files"},  # what a model computes
     "schedule_text": _before | {"tuning"},  # schedules as users spell them
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
-    | {"tuning.report", "tuning.plot"},
+    | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
     "cli_explain": _before | {"runtime", "build", "control", "schedule_text", "tuning"},
     "cli_prebuild": _before
@@ -83,7 +85,15 @@ ALLOWED |= {
 
 # Libraries that most users lack or wait for: who may import them, and only inside functions.
 LAZY: dict[str, set[str]] = {
-    "torch": {"calls", "demo", "tuning.bench", "tuning.host", "tuning.peers", "tuning.report"}
+    "torch": {
+        "calls",
+        "demo",
+        "tuning.bench",
+        "tuning.bench_grouped",
+        "tuning.host",
+        "tuning.peers",
+        "tuning.report",
+    }
     | {"tuning.measure", "tuning.timing"},
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
