@@ -13,7 +13,7 @@ from .errors import (
     StoreError,
     VerifyError,
 )
-from .expr import acc, cast, gelu, matrix, maximum, relu, scalar, silu, vector
+from .expr import acc, cast, gate, gelu, matrix, maximum, per_row, relu, scalar, silu, up, vector
 from .layouts import Contiguous, Masked, Ragged
 from .plans import Plan, plan
 from .problem import Gemm, GroupedGemm, ScaleBlock, supports
@@ -48,11 +48,13 @@ __all__ = [
     "bind",
     "cast",
     "configure",
+    "gate",
     "gelu",
     "gemm",
     "grouped_gemm",
     "matrix",
     "maximum",
+    "per_row",
     "plan",
     "quantize",
     "relu",
@@ -60,5 +62,6 @@ __all__ = [
     "silu",
     "stats",
     "supports",
+    "up",
     "vector",
 ]

@@ -38,6 +38,7 @@ def gemm(
     out: Any = None,
     out_dtype: object = None,
     epilogue: Expr | Bound = acc,
+    ue8m0: bool = False,
     schedule: Schedule | None = None,
     batch_invariant: bool = False,
 ) -> Any:
@@ -50,8 +51,11 @@ def gemm(
     scales : the pair of sfa float32 [m, ceil(k/128)], with any strides,
         and sfb float32 [ceil(n/128), ceil(k/128)], row-major
     out : where to put D, rows a multiple of 16 bytes apart; a new array if None
-    out_dtype : bfloat16 or float32; default that of `out`, or bfloat16
-    epilogue : expression of `jitgen.acc`, bound to the operands it has: `expr.bind(bias=bias)`
+    out_dtype : bfloat16, float32 or float8_e4m3fn; default that of `out`, or bfloat16
+    epilogue : expression of `jitgen.acc`, bound to the operands it has: `expr.bind(bias=bias)`; or
+        of `jitgen.gate` and `jitgen.up`, the two halves of the rows of b: D has n / 2 columns then,
+        n % 256 == 0
+    ue8m0 : the scales of a float8_e4m3fn D are powers of two
     schedule : pins the schedule; None lets jitgen choose, by m
     batch_invariant : the choice does not depend on m, so that the bits of a row of D depend on
         that row of A only, not on the rows beside it; costs time where m is far from the middle
@@ -62,7 +66,8 @@ def gemm(
 
     Returns
     -------
-    bfloat16 or float32 [m, n], of the kind of the inputs; `out` if it was given
+    bfloat16 or float32 [m, n], of the kind of the inputs; `out` if it was given. With float8_e4m3fn
+    the pair of D and its scales, float32 [m, n/128], as `out` is a pair: columns % 128 == 0
 
     Raises
     ------
@@ -73,7 +78,7 @@ def gemm(
     JitForbiddenError : it is not in the store, and `configure` forbids to compile
     """
     bound = _check_options(scales, epilogue, schedule)
-    return _run(a, b, scales, bound, out, out_dtype, schedule, batch_invariant, None)
+    return _run(a, b, scales, bound, out, out_dtype, schedule, batch_invariant, None, ue8m0)
 
 
 def grouped_gemm(
@@ -85,6 +90,7 @@ def grouped_gemm(
     out: Any = None,
     out_dtype: object = None,
     epilogue: Expr | Bound = acc,
+    ue8m0: bool = False,
     schedule: Schedule | None = None,
     batch_invariant: bool = False,
     debug: bool = False,
@@ -104,13 +110,14 @@ def grouped_gemm(
     layout : Ragged(offsets), Contiguous(group_of_row or group_ends) or Masked(rows): int32 arrays
         of the same kind as a. Faulty ones are clamped: no row is in two groups, or beyond the end
     out : where to put D; a new array if None
-    out_dtype, epilogue, schedule, batch_invariant : as for `gemm`. Vectors of the epilogue are
-        [num_groups, n], one a group; its matrices have the rows of D
+    out_dtype, epilogue, ue8m0, schedule, batch_invariant : as for `gemm`. Vectors of the epilogue
+        are [num_groups, n], one a group; its matrices have the rows of D
     debug : raise ProblemError if the layout's tensor is faulty; copies it to the host and waits
 
     Returns
     -------
-    bfloat16 or float32 [m, n] or, with Masked, [num_groups, max_m, n]; `out` if it was given
+    bfloat16 or float32 [m, n] or, with Masked, [num_groups, max_m, n]; `out` if it was given. With
+    float8_e4m3fn the pair of D and its scales, as `gemm`
 
     Raises
     ------
@@ -120,7 +127,7 @@ def grouped_gemm(
     check_layout(layout)
     if debug:
         _check_values(a, b, layout)
-    return _run(a, b, scales, bound, out, out_dtype, schedule, batch_invariant, layout)
+    return _run(a, b, scales, bound, out, out_dtype, schedule, batch_invariant, layout, ue8m0)
 
 
 def bind(
@@ -130,6 +137,7 @@ def bind(
     *,
     out: Any,
     epilogue: Expr | Bound = acc,
+    ue8m0: bool = False,
     schedule: Schedule | None = None,
     batch_invariant: bool = False,
     layout: GroupLayout | None = None,
@@ -144,8 +152,9 @@ def bind(
     ----------
     a, b, scales, epilogue : as for `gemm`; kept alive by the callable. It knows their memory: to
         resize a tensor or to give it other storage does not reach it
-    out : where to put D: bfloat16 or float32 [m, n], rows a multiple of 16 bytes apart
-    schedule, batch_invariant : as for `gemm`
+    out : where to put D: bfloat16 or float32 [m, n], rows a multiple of 16 bytes apart; or the pair
+        of D, float8_e4m3fn, and its scales
+    ue8m0, schedule, batch_invariant : as for `gemm`
     layout : makes it a `grouped_gemm`, of arrays as that takes them
 
     Returns
@@ -163,8 +172,10 @@ def bind(
         check_layout(layout)
     arrays = name_arrays(a, b, scales, bound, out, layout)
     if isinstance(a, np.ndarray):
-        return _bind_numpy(arrays, None, bound, schedule, batch_invariant, layout)
-    call, addresses = find_call(a, b, scales, bound, out, None, schedule, batch_invariant, layout)
+        return _bind_numpy(arrays, None, bound, schedule, batch_invariant, layout, ue8m0)
+    call, addresses = find_call(
+        a, b, scales, bound, out, None, schedule, batch_invariant, layout, ue8m0
+    )
     return call.bind(addresses, arrays)
 
 
@@ -232,17 +243,19 @@ def _run(
     schedule: Schedule | None,
     batch_invariant: bool,
     layout: GroupLayout | None,
+    ue8m0: bool,
 ) -> Any:
     """Interpret or launch, once."""
     if isinstance(a, np.ndarray):
         arrays = name_arrays(a, b, scales, bound, out, layout)
-        return _bind_numpy(arrays, out_dtype, bound, schedule, batch_invariant, layout)()
+        return _bind_numpy(arrays, out_dtype, bound, schedule, batch_invariant, layout, ue8m0)()
     call, addresses = find_call(
-        a, b, scales, bound, out, out_dtype, schedule, batch_invariant, layout
+        a, b, scales, bound, out, out_dtype, schedule, batch_invariant, layout, ue8m0
     )
     if out is None:
-        out = call.empty()
-        addresses = (*addresses, out.data_ptr())
+        outputs = call.empty()
+        addresses += tuple(tensor.data_ptr() for tensor in outputs)
+        out = outputs if len(outputs) > 1 else outputs[0]
     call.launch(addresses)
     return out
 
@@ -254,7 +267,8 @@ def _bind_numpy(
     schedule: Schedule | None,
     batch_invariant: bool,
     layout: GroupLayout | None,
-) -> Callable[[], np.ndarray[Any, Any]]:
+    ue8m0: bool,
+) -> Callable[[], Any]:
     """Check everything; what comes back interprets the call."""
     views = {
         name: ArrayView(
@@ -266,7 +280,9 @@ def _bind_numpy(
         for name, array in arrays.items()
     }
     out = arrays.pop("d", None)
-    problem, m = check_gemm(views, out_dtype, bound, layout)
+    if "sfd" in arrays:
+        out = out, arrays.pop("sfd")
+    problem, m = check_gemm(views, out_dtype, bound, layout, ue8m0)
     rows = expected_rows(problem, m, layout.expected_rows if layout else None)
     kernel = lower(problem, schedule or select(problem, rows, batch_invariant=batch_invariant))
     return functools.partial(interpret, kernel, arrays, out=out)

@@ -15,6 +15,7 @@ from .expr import Bound, Expr, operands
 from .groups import num_values
 from .layouts import GroupLayout
 from .problem import (
+    D_SCALE,
     MAX_EXTENT,
     Gemm,
     GroupedGemm,
@@ -77,8 +78,8 @@ def name_arrays(
     out: Any,
     layout: GroupLayout | None = None,
 ) -> dict[str, Any]:
-    """The arrays of a call by name: a, b, sfa, sfb, groups if there is a layout, operands, and d
-    last if there is `out`.
+    """The arrays of a call by name: a, b, sfa, sfb, groups if there is a layout, operands, and last
+    d if there is `out`, or d and sfd if that is a pair.
 
     Raises
     ------
@@ -91,7 +92,7 @@ def name_arrays(
         arrays["groups"] = layout.tensor
     arrays |= bound.tensors
     if out is not None:
-        arrays["d"] = out
+        arrays |= zip(("d", "sfd"), out if isinstance(out, tuple) else (out,), strict=False)
     torch = sys.modules.get("torch")
     in_numpy = [name for name, array in arrays.items() if isinstance(array, np.ndarray)]
     in_torch = [name for name, array in arrays.items() if torch and isinstance(array, torch.Tensor)]
@@ -110,6 +111,7 @@ def check_gemm(
     out_dtype: object,
     bound: Bound,
     layout: GroupLayout | None = None,
+    ue8m0: bool = False,
 ) -> tuple[Gemm, int]:
     """The problem that named arrays pose, and its m: rows of A, or of A[g] if A has 3 dimensions.
 
@@ -122,15 +124,24 @@ def check_gemm(
         d = dtype_of(out_dtype)
     elif "d" in views:
         d = views["d"].dtype
-    problem, m = gemm_problem(views, d, bound.expr, layout)
+    problem, m = gemm_problem(views, d, bound.expr, layout, ue8m0)
     if "d" in views:
         check_output(views["d"], problem, m)
+        if problem.is_quantized != ("sfd" in views):
+            must = "(d, sfd)" if problem.is_quantized else "one array"
+            raise ProblemError(f"out of D in {problem.d_dtype.name} must be {must}")
+    if "sfd" in views:
+        _check_output_scales(views["sfd"], problem, m)
     check_operands({name: views[name] for name in bound.tensors}, problem, m)
     return problem, m
 
 
 def gemm_problem(
-    views: Mapping[str, ArrayView], d_dtype: DType, epilogue: Expr, layout: GroupLayout | None
+    views: Mapping[str, ArrayView],
+    d_dtype: DType,
+    epilogue: Expr,
+    layout: GroupLayout | None,
+    ue8m0: bool = False,
 ) -> tuple[Gemm, int]:
     """The problem that the arrays pose, and its m.
 
@@ -147,10 +158,11 @@ def gemm_problem(
     if a.shape[-1] != b.shape[-1]:
         raise ProblemError(f"{a}; {b}: must agree in k, the last dimension of both")
     m, (n, k) = a.shape[-2], b.shape[-2:]
-    problem = Gemm(n, k, d_dtype, epilogue, a.dtype, b.dtype)
+    problem = Gemm(n, k, d_dtype, epilogue, a.dtype, b.dtype, ue8m0=ue8m0)
     if layout is not None:
         problem = GroupedGemm(
             *(n, k, d_dtype, epilogue, a.dtype, b.dtype),
+            ue8m0=ue8m0,
             num_groups=b.shape[0],
             layout=layout.kind,
             alignment=layout.alignment,
@@ -164,19 +176,40 @@ def gemm_problem(
     k_blocks = -(-k // problem.a_scale.k)
     _check_scales(sfa, problem.a_scale, (*a.shape[:-2], -(-m // problem.a_scale.rows), k_blocks))
     _check_scales(sfb, problem.b_scale, (*b.shape[:-2], -(-n // problem.b_scale.rows), k_blocks))
-    rows = sfb.flat
-    if rows.row_stride != rows.shape[1] or (rows.shape[1] > 1 and rows.strides[1] != 1):
-        raise ProblemError(f"{sfb}: must be contiguous, row-major")
+    _check_contiguous(sfb)
     if isinstance(problem, GroupedGemm):
         _check_groups(views["groups"], problem, m)
     return problem, m
 
 
+def _check_contiguous(view: ArrayView) -> None:
+    rows = view.flat
+    if 0 in rows.shape:
+        return
+    if rows.row_stride != rows.shape[1] or (rows.shape[1] > 1 and rows.strides[1] != 1):
+        raise ProblemError(f"{view}: must be contiguous, row-major")
+
+
 def output_shape(problem: Gemm, m: int) -> tuple[int, ...]:
     """The shape of D."""
     if isinstance(problem, GroupedGemm) and is_masked(problem):
-        return problem.num_groups, m, problem.n
-    return m, problem.n
+        return problem.num_groups, m, problem.columns
+    return m, problem.columns
+
+
+def output_scale_shape(problem: Gemm, m: int) -> tuple[int, ...]:
+    """The shape of the scales of D, if it has them."""
+    *rows, columns = output_shape(problem, m)
+    return *rows, columns // D_SCALE.k
+
+
+def _check_output_scales(view: ArrayView, problem: Gemm, m: int) -> None:
+    shape = output_scale_shape(problem, m)
+    if view.shape != shape or view.dtype != F32:
+        raise ProblemError(f"{view}: must be {F32.name}{list(shape)}")
+    _check_contiguous(view)
+    if view.address % 4:
+        raise ProblemError(f"{view}: starts at an address that is not a multiple of 4 B")
 
 
 def _check_groups(view: ArrayView, problem: GroupedGemm, m: int) -> None:
@@ -218,7 +251,7 @@ def check_operands(views: Mapping[str, ArrayView], problem: Gemm, m: int) -> Non
             f"the epilogue {problem.epilogue} needs operands [{', '.join(declared)}], got"
             f" [{', '.join(views)}]: give them with epilogue.bind(name=tensor)"
         )
-    n = problem.n
+    n = problem.columns
     extents = {"m": m, "n": n}
     for name, operand in declared.items():
         view = views[name]
@@ -235,10 +268,15 @@ def check_operands(views: Mapping[str, ArrayView], problem: Gemm, m: int) -> Non
         if shape and view.strides[-1] != 1 and view.shape[-1] > 1:
             raise ProblemError(f"{view}: its last stride must be 1")
         # The epilogue reads pairs of adjacent columns.
-        if view.address % (2 * view.dtype.size_bytes if shape else view.dtype.size_bytes):
+        pairs = "n" in operand.axes
+        if view.address % (2 * view.dtype.size_bytes if pairs else view.dtype.size_bytes):
             raise ProblemError(
                 f"{view}: starts at an address that is not a multiple of two elements"
             )
+        if operand.axes == ("m",):
+            if len(shape) == 2 and view.row_stride != m:
+                raise ProblemError(f"{view}: must be contiguous")
+            continue
         if len(shape) == 2 and view.row_stride % 2:
             raise ProblemError(f"{view}: its row stride must be even")
         if operand.axes == ("n",) and len(shape) == 2 and view.row_stride != n:

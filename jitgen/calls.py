@@ -12,9 +12,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .arrays import ADDRESS_UNIT, ArrayView, check_gemm, name_arrays, output_shape
+from .arrays import (
+    ADDRESS_UNIT,
+    ArrayView,
+    check_gemm,
+    name_arrays,
+    output_scale_shape,
+    output_shape,
+)
 from .control import build_for_call
-from .dtypes import array_dtype, dtype_of
+from .dtypes import F32, array_dtype, dtype_of
 from .errors import DeviceError
 from .expr import Bound
 from .groups import expected_rows
@@ -40,13 +47,15 @@ if TYPE_CHECKING:
 
 MAX_CALLS = 4096  # signatures that stay prepared
 
-Addresses = tuple[int, ...]  # of a, b, sfa, sfb, the operands as bound, d
+Addresses = tuple[int, ...]  # of a, b, sfa, sfb, groups, the operands as bound, d, sfd
 
 
 class Call:
     """A signature, checked and prepared; safe in threads."""
 
-    def __init__(self, device: torch.device, d: ArrayView, launches: LaunchPool | None) -> None:
+    def __init__(
+        self, device: torch.device, outputs: list[ArrayView], launches: LaunchPool | None
+    ) -> None:
         import torch
 
         self.launches = launches  # None if D is empty
@@ -54,9 +63,16 @@ class Call:
         self._current_device = torch._C._cuda_getDevice
         self._current_stream = torch._C._cuda_getCurrentRawStream
         self._as_current = torch.cuda.device
-        self.empty = functools.partial(
-            torch.empty, d.shape, dtype=getattr(torch, d.dtype.name), device=device
-        )
+        self._make_outputs = [
+            functools.partial(
+                torch.empty, out.shape, dtype=getattr(torch, out.dtype.name), device=device
+            )
+            for out in outputs
+        ]
+
+    def empty(self) -> tuple[torch.Tensor, ...]:
+        """New tensors for d and, if it has scales, sfd."""
+        return tuple(make() for make in self._make_outputs)
 
     def launch(self, addresses: Addresses) -> None:
         """Run on the tensors at `addresses`; DeviceError if the driver refuses."""
@@ -65,16 +81,16 @@ class Call:
             self._run(launch)
             self.launches.give_back(launch)
 
-    def bind(
-        self, addresses: Addresses, arrays: Mapping[str, torch.Tensor]
-    ) -> Callable[[], torch.Tensor]:
-        """What runs on `arrays`, which are at `addresses`, keeps them alive and returns d."""
+    def bind(self, addresses: Addresses, arrays: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
+        """What runs on `arrays`, which are at `addresses`, keeps them alive and returns d, or d and
+        sfd."""
+        result = (arrays["d"], arrays["sfd"]) if "sfd" in arrays else arrays["d"]
         launch = self.launches.make(addresses) if self.launches is not None else None
 
-        def call() -> torch.Tensor:
+        def call(kept: Mapping[str, torch.Tensor] = arrays) -> Any:
             if launch is not None:
                 self._run(launch)
-            return arrays["d"]
+            return result
 
         return call
 
@@ -97,6 +113,7 @@ def find_call(
     schedule: Schedule | None,
     batch_invariant: bool = False,
     layout: GroupLayout | None = None,
+    ue8m0: bool = False,
 ) -> tuple[Call, Addresses]:
     """The prepared call of these tensors' signature, and their addresses.
 
@@ -118,6 +135,7 @@ def find_call(
             schedule,
             batch_invariant,
             out_dtype,
+            ue8m0,
             (a.dtype, a.shape, a.is_contiguous() or a.stride(), a.get_device()),
             (b.dtype, b.shape, b.is_contiguous() or b.stride(), b.get_device()),
             (sfa.dtype, sfa.shape, sfa.is_contiguous() or sfa.stride(), sfa.get_device()),
@@ -138,9 +156,10 @@ def find_call(
             view = (t.dtype, t.shape, t.is_contiguous() or t.stride(), t.get_device())
             signature += (name, view, addresses[-1] % ADDRESS_UNIT)
         if out is not None:
-            addresses += (out.data_ptr(),)
-            view = (out.dtype, out.shape, out.is_contiguous() or out.stride(), out.get_device())
-            signature += (view, addresses[-1] % ADDRESS_UNIT)
+            for t in out if isinstance(out, tuple) else (out,):
+                addresses += (t.data_ptr(),)
+                view = (t.dtype, t.shape, t.is_contiguous() or t.stride(), t.get_device())
+                signature += (view, addresses[-1] % ADDRESS_UNIT)
         call = _calls.get(signature)
     except (AttributeError, TypeError):
         name_arrays(a, b, scales, bound, out, layout)  # something is no tensor
@@ -149,7 +168,7 @@ def find_call(
         raise
     if call is None:
         arrays = name_arrays(a, b, scales, bound, out, layout)
-        call = _prepare(arrays, out_dtype, bound, schedule, batch_invariant, layout)
+        call = _prepare(arrays, out_dtype, bound, schedule, batch_invariant, layout, ue8m0)
         _keep(signature, call)
     return call, addresses
 
@@ -173,6 +192,7 @@ def _prepare(
     schedule: Schedule | None,
     batch_invariant: bool,
     layout: GroupLayout | None,
+    ue8m0: bool,
 ) -> Call:
     """Check everything, then build, load and lay out the launches of one signature."""
     device = arrays["a"].device
@@ -189,12 +209,12 @@ def _prepare(
         )
         for name, t in arrays.items()
     }
-    problem, m = check_gemm(views, out_dtype, bound, layout)
-    shape = output_shape(problem, m)
-    strides = (m * problem.n, problem.n, 1)[-len(shape) :]
-    views.setdefault("d", ArrayView("d", problem.d_dtype, shape, strides))
+    problem, m = check_gemm(views, out_dtype, bound, layout, ue8m0)
+    outputs = _outputs(problem, m)
+    for view in outputs:
+        views.setdefault(view.name, view)
     if m == 0:
-        return Call(device, views["d"], None)
+        return Call(device, outputs, None)
     rows = expected_rows(problem, m, layout.expected_rows if layout else None)
     schedule = schedule or select(problem, rows, found.gpu, batch_invariant=batch_invariant)
     kernel, loaded = _load(problem, schedule, device.index)
@@ -204,7 +224,18 @@ def _prepare(
         grid=kernel.num_blocks(m, found.num_sms),
         num_threads=kernel.num_threads,
     )
-    return Call(device, views["d"], launches)
+    return Call(device, outputs, launches)
+
+
+def _outputs(problem: Gemm, m: int) -> list[ArrayView]:
+    """d and, if it has scales, sfd, as new arrays are."""
+    shapes = {"d": (problem.d_dtype, output_shape(problem, m))}
+    if problem.is_quantized:
+        shapes["sfd"] = F32, output_scale_shape(problem, m)
+    return [
+        ArrayView(name, dtype, shape, (m * shape[-1], shape[-1], 1)[-len(shape) :])
+        for name, (dtype, shape) in shapes.items()
+    ]
 
 
 def _check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from .expr import Accumulator, Apply, Cast, Constant, Expr, Operand, acc
+from .expr import Accumulator, Apply, Cast, Constant, Expr, Half, Operand, acc
 from .ir import (
     Evaluate,
     ExtentParameter,
@@ -46,7 +46,7 @@ def render(kernel: Kernel) -> str:
     template = _environment().get_template(f"{kernel.family}.cu.j2")
     return template.render(
         kernel=kernel,
-        d_type=evaluate.dst.dtype.cuda,
+        d_type=kernel.problem.d_dtype.cuda,
         constants=constants(kernel),
         parameters=[declaration(p) for p in kernel.parameters],
         operand_parameters=[declaration(p) for p in operand_parameters],
@@ -54,6 +54,7 @@ def render(kernel: Kernel) -> str:
         epilogue=render_expr(evaluate.expr, is_grouped),
         is_grouped=is_grouped,
         is_masked=is_masked(kernel.problem),
+        is_quantized=kernel.problem.is_quantized,
     )
 
 
@@ -92,20 +93,24 @@ def constants(kernel: Kernel) -> dict[str, int]:
     promote = next(stmt for stmt in blocks.body if isinstance(stmt, Promote))
     store = next(stmt for stmt in walk(kernel.body.body) if isinstance(stmt, Store))
     producer_registers, math_registers = REGISTER_SPLIT[schedule.num_math_warpgroups]
-    groups = {"kNumMatrices": 1}  # of A and D
+    special = {"kNumMatrices": 1}  # of A and D
     if isinstance(problem, GroupedGemm):
-        groups = {
+        special = {
             "kNumMatrices": problem.num_groups if is_masked(problem) else 1,
             "kNumGroups": problem.num_groups,
             "kGroupLayout": get_args(Layout).index(problem.layout),
             "kAlignment": problem.alignment,
             "kSmemGroups": kernel.smem.groups,
         }
-    return groups | {
-        "kN": kernel.problem.n,
+    if problem.is_quantized:
+        special["kUe8m0"] = int(problem.ue8m0)
+    return special | {
+        "kN": problem.columns,
         "kK": kernel.problem.k,
         "kBlockM": traversal.block_m,
-        "kBlockN": traversal.block_n,
+        "kBlockN": schedule.block_n,
+        "kHalves": problem.num_halves,
+        "kOutN": traversal.block_n,
         "kBlockK": blocks.step,
         "kNumStages": schedule.num_stages,
         "kNumMathWarpgroups": schedule.num_math_warpgroups,
@@ -120,6 +125,7 @@ def constants(kernel: Kernel) -> dict[str, int]:
         "kSliceColumns": slice_columns(schedule),
         "kRasterGroup": traversal.group,
         "kPlainEpilogue": int(_evaluate(kernel).expr == acc),
+        "kQuantize": int(problem.is_quantized),
         "kScaleN": promote.windows[1].block,
         "kNumSfbRows": loads["sfb"].dst.shape[0],
         "kScaleBlocks": loads["sfa"].dst.shape[1],
@@ -151,16 +157,20 @@ def declaration(parameter: Parameter) -> str:
 
 
 def render_expr(expr: Expr, is_grouped: bool = False) -> str:
-    """`expr` for a pair of adjacent columns, as C++ over acc, operands, row, column and group."""
+    """`expr` for a pair of adjacent columns, as C++ over acc, up, operands, row, column, group."""
     match expr:
         case Accumulator():
             return "acc"
+        case Half():
+            return "up" if expr.name == "up" else "acc"
         case Constant():
             return f"epilogue::constant({_float_literal(expr.value)})"
         case Operand():
             pointer = f"operands.{operand_parameter(expr.name)}"
             if not expr.axes:
                 return f"epilogue::load_scalar({pointer})"
+            if expr.axes == ("m",):
+                return f"epilogue::load_scalar({pointer} + row)"
             index = f"u64(row) * {pointer}_stride + column"
             if expr.axes == ("n",):
                 index = "group * kN + column" if is_grouped else "column"

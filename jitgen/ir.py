@@ -9,14 +9,16 @@
              | Promote(acc, part, scales)    acc = fma(rn(scales[0] * scales[1]), part, acc)
              | Reduce(dst, src, ...)         dst = src in the first part of k, then rn(dst + src)
              | Evaluate(dst, src, expr)      dst = expr(src), rounded to dst's dtype
+             | Quantize(dst, scales, src)    dst, scales = src as E4M3 with a scale a 1x128 block
              | Store(dst, src, windows)      dst[windows] = src, clipped at the end of its rows
 
 A Window says which elements of one tensor dimension belong to the current tile: those that scale or
 hold the tile's `size` positions along `axis`, one element for every `block` positions. Promote
 takes the scales of the K block at hand.
 
-With `groups` a tile is of one group: of tensors that have a `g` axis, the first, it sees that
-group's part, and it neither reads nor writes rows that are not the group's.
+A tensor with an `h` axis, of two halves, takes part with the same window of each, one below the
+other; see jitgen.expr.Half. With `groups` a tile is of one group: of tensors that have a `g` axis,
+the first, it sees that group's part, and it neither reads nor writes rows that are not the group's.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from .problem import Gemm, GroupedGemm
 from .schedule import WARPGROUP_THREADS, Schedule, SmemPlan
 from .target import Target
 
-Axis = Literal["g", "m", "n", "k"]
+Axis = Literal["g", "h", "m", "n", "k"]
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ class Load:
 
     @property
     def box(self) -> tuple[int, ...]:
-        """The part of the tile that one block of the cluster loads."""
-        return (self.dst.shape[0] // self.multicast, *self.dst.shape[1:])
+        """The part of the tile that one copy loads: a block's share, of one half at a time."""
+        parts = max(self.multicast, 2) if _has_halves(self.src) else self.multicast
+        return (self.dst.shape[0] // parts, *self.dst.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,26 @@ class Evaluate:
 
     def __str__(self) -> str:
         return f"{self.dst.name} = cast({self.expr}, {self.dst.dtype}) where acc = {self.src.name}"
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """dst = src * rn(448 / amax) as E4M3, and scales[windows] = rn(amax / 448), for every block.
+
+    amax is that of the block, 448 * 2^-63 at least. `power_of_two`: scales are rounded up to one,
+    and dst = src / scale.
+    """
+
+    dst: Buffer
+    scales: Tensor
+    src: Buffer
+    windows: tuple[Window, ...]
+    power_of_two: bool
+
+    def __str__(self) -> str:
+        where = f"{self.scales.name}[{', '.join(map(str, self.windows))}]"
+        note = " to powers of two" if self.power_of_two else ""
+        return f"{self.dst.name}, {where} = quantize({self.src.name}){note}"
 
 
 @dataclass(frozen=True)
@@ -295,7 +318,7 @@ class ForTiles:
                 yield Tile(begin + row, column, group, end)
 
 
-Stmt = Zero | Load | Mma | Promote | Reduce | Evaluate | Store | ForK
+Stmt = Zero | Load | Mma | Promote | Reduce | Evaluate | Quantize | Store | ForK
 
 
 @dataclass(frozen=True)
@@ -366,7 +389,7 @@ class Kernel:
         """
         traversal, size = self.body.traversal, self.schedule.cluster_size
         rows = max_tile_rows(self.problem, traversal.block_m * traversal.cluster_m, m)
-        columns = traversal.grid(m, self.problem.n)[1]
+        columns = traversal.grid(m, self.problem.columns)[1]
         if self.schedule.split_k > 1:
             return rows * columns * size
         return min(rows * columns, num_sms // size) * size
@@ -404,6 +427,8 @@ class Kernel:
                 if stmt.by_row:
                     groups.append(PointerParameter(stmt.dst, "d", is_output=True))
                     groups.append(StrideParameter(stmt.dst, len(stmt.dst.dims) - 2, "d_stride"))
+            elif isinstance(stmt, Quantize):
+                groups.append(PointerParameter(stmt.scales, "sfd", is_output=True))
             elif isinstance(stmt, Evaluate):
                 for tensor in stmt.operands:
                     name = operand_parameter(tensor.name)
@@ -446,6 +471,10 @@ def walk(stmts: tuple[Stmt, ...]) -> Iterator[Stmt]:
         yield stmt
         if isinstance(stmt, ForK):
             yield from walk(stmt.body)
+
+
+def _has_halves(tensor: Tensor) -> bool:
+    return any(dim.axis == "h" for dim in tensor.dims)
 
 
 def _format(stmts: tuple[Stmt, ...], indent: int) -> list[str]:

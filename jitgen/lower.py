@@ -17,6 +17,7 @@ from .ir import (
     Load,
     Mma,
     Promote,
+    Quantize,
     Reduce,
     Stmt,
     Store,
@@ -25,7 +26,7 @@ from .ir import (
     Window,
     Zero,
 )
-from .problem import Gemm, GroupedGemm, check_problem, is_masked
+from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_masked
 from .schedule import (
     BLOCK_K,
     SCALE_BLOCKS,
@@ -35,6 +36,7 @@ from .schedule import (
     slice_columns,
     smem_plan,
     split_blocks,
+    tile_columns,
 )
 from .target import SM90A, Target
 
@@ -56,7 +58,7 @@ def lower(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> Kernel:
         problem=problem,
         schedule=schedule,
         target=target,
-        tensors=(*tensors, *([groups] if groups else []), *extra),
+        tensors=(*tensors, *_scales_of_d(problem), *([groups] if groups else []), *extra),
         smem=smem_plan(problem, schedule),
         body=_gemm_body(problem, schedule, tensors, extra, groups),
     )
@@ -74,27 +76,38 @@ def kernel_name(problem: Gemm, schedule: Schedule) -> str:
         f"_{s.block_m}x{s.block_n}x{BLOCK_K}_s{s.num_stages}_w{s.num_math_warpgroups}"
         f"_c{s.cluster_m}x{s.cluster_n}_g{s.raster_group}_k{s.split_k}_{s.promotion}"
     )
+    name += "_ue8m0" * problem.ue8m0 + "_gated" * (problem.num_halves > 1)
     return name if problem.epilogue == acc else f"{name}_epilogue"
 
 
-def store_span_bytes(schedule: Schedule, element_bytes: int) -> int:
+def store_span_bytes(problem: Gemm, schedule: Schedule) -> int:
     """Bytes of a row of a TMA store box: the widest swizzle span that divides a block's columns."""
-    columns = math.gcd(schedule.block_n, slice_columns(schedule))
+    columns = math.gcd(tile_columns(problem, schedule), slice_columns(schedule))
+    element_bytes = problem.d_dtype.size_bytes
     return next(span for span in (128, 64, 32) if columns * element_bytes % span == 0)
 
 
 def _tensors(problem: Gemm) -> tuple[Tensor, ...]:
     """a, b, sfa, sfb and d."""
-    m, n, k = Dim("m", None), Dim("n", problem.n), Dim("k", problem.k)
+    m, n, k = Dim("m", None), Dim("n", problem.columns), Dim("k", problem.k)
     sfa = Dim("m", None, problem.a_scale.rows), Dim("k", problem.k, problem.a_scale.k)
-    sfb = Dim("n", problem.n, problem.b_scale.rows), Dim("k", problem.k, problem.b_scale.k)
+    sfb = Dim("n", problem.columns, problem.b_scale.rows), Dim("k", problem.k, problem.b_scale.k)
+    halves = (Dim("h", problem.num_halves),) if problem.num_halves > 1 else ()
     return (
         Tensor("a", problem.a_dtype, _of_groups(problem, (m, k))),
-        Tensor("b", problem.b_dtype, _of_groups(problem, (n, k))),
+        Tensor("b", problem.b_dtype, _of_groups(problem, (*halves, n, k))),
         Tensor("sfa", F32, _of_groups(problem, sfa)),
-        Tensor("sfb", F32, _of_groups(problem, sfb)),
+        Tensor("sfb", F32, _of_groups(problem, (*halves, *sfb))),
         Tensor("d", problem.d_dtype, _of_groups(problem, (m, n))),
     )
+
+
+def _scales_of_d(problem: Gemm) -> tuple[Tensor, ...]:
+    """sfd, if D has scales."""
+    if not problem.is_quantized:
+        return ()
+    dims = Dim("m", None, D_SCALE.rows), Dim("n", problem.columns, D_SCALE.k)
+    return (Tensor("sfd", F32, _of_groups(problem, dims)),)
 
 
 def _groups_tensor(problem: Gemm) -> Tensor | None:
@@ -106,7 +119,7 @@ def _groups_tensor(problem: Gemm) -> Tensor | None:
 
 
 def _operand_tensor(problem: Gemm, operand: Operand) -> Tensor:
-    dims: dict[str, Dim] = {"m": Dim("m", None), "n": Dim("n", problem.n)}
+    dims: dict[str, Dim] = {"m": Dim("m", None), "n": Dim("n", problem.columns)}
     axes = tuple(dims[axis] for axis in operand.axes)
     return Tensor(operand.name, operand.dtype, _of_groups(problem, axes))
 
@@ -127,11 +140,11 @@ def _gemm_body(
     groups: Tensor | None,
 ) -> ForTiles:
     d = tensors[-1]
-    rows, columns = schedule.block_m, schedule.block_n
-    span = store_span_bytes(schedule, problem.d_dtype.size_bytes)
+    rows, columns = schedule.block_m, tile_columns(problem, schedule)
+    span = store_span_bytes(problem, schedule)
     store_box = (rows // schedule.num_math_warpgroups, span // problem.d_dtype.size_bytes)
     smem_d = Buffer("smem_d", d.dtype, (rows, columns), "smem", swizzle_bytes=span)
-    sums = Buffer("acc", F32, (rows, columns), "registers")
+    sums = Buffer("acc", F32, (rows, schedule.block_n), "registers")
     k_loop = _k_loop(problem, schedule, tensors, sums)
     if schedule.split_k > 1:
         part_sums = sums
@@ -147,11 +160,19 @@ def _gemm_body(
                 num_blocks=schedule.split_k,
             ),
         )
+    finish: tuple[Stmt, ...] = (Evaluate(smem_d, sums, problem.epilogue, extra),)
+    for sfd in _scales_of_d(problem):
+        value = Buffer("value", F32, (rows, columns), "registers")
+        windows = Window("m", rows, D_SCALE.rows), Window("n", columns, D_SCALE.k)
+        finish = (
+            Evaluate(value, sums, problem.epilogue, extra),
+            Quantize(smem_d, sfd, value, windows, problem.ue8m0),
+        )
     return ForTiles(
         Traversal(rows, columns, schedule.cluster_m, schedule.cluster_n, schedule.raster_group),
         (
             *k_loop,
-            Evaluate(smem_d, sums, problem.epilogue, extra),
+            *finish,
             Store(
                 d,
                 smem_d,
@@ -178,9 +199,10 @@ def _k_loop(
     sfb_shape = (num_sfb_rows(problem, columns), SCALE_BLOCKS)
     smem_sfb = Buffer("smem_sfb", F32, sfb_shape, "smem", pipelined=True)
     part = Buffer("part", F32, (rows, columns), "registers")
-    over_m, over_n, over_k = Window("m", rows), Window("n", columns), Window("k", BLOCK_K)
+    of_d = tile_columns(problem, schedule)
+    over_m, over_n, over_k = Window("m", rows), Window("n", of_d), Window("k", BLOCK_K)
     scale_m = Window("m", rows, problem.a_scale.rows)
-    scale_n = Window("n", columns, problem.b_scale.rows)
+    scale_n = Window("n", of_d, problem.b_scale.rows)
     scale_k = Window("k", BLOCK_K * SCALE_BLOCKS, problem.a_scale.k)
     block_loop = ForK(
         scale_k.size,

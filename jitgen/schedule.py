@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from .dtypes import F32
 from .errors import ScheduleError
-from .problem import Gemm, GroupedGemm
+from .problem import D_SCALE, Gemm, GroupedGemm
 from .target import SM90A, Target
 
 BLOCK_K = 128  # bytes of an SW128 row of E4M3, and elements between two promotions
@@ -104,10 +104,17 @@ class SmemPlan:
 def num_sfb_rows(problem: Gemm, block_n: int) -> int:
     """Most rows of sfb that a tile of `block_n` columns touches."""
     rows = problem.b_scale.rows
+    if problem.num_halves > 1:
+        return problem.num_halves
     starts = range(0, min(problem.n, math.lcm(rows, block_n)), block_n)  # the pattern repeats there
     return max(
         (min(start + block_n, problem.n) - 1) // rows - start // rows + 1 for start in starts
     )
+
+
+def tile_columns(problem: Gemm, schedule: Schedule) -> int:
+    """Columns of D that a tile of `block_n` rows of B makes."""
+    return schedule.block_n // problem.num_halves
 
 
 def num_scale_stages(schedule: Schedule) -> int:
@@ -120,7 +127,7 @@ def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
     sizes = {
         "a": schedule.num_stages * schedule.block_m * BLOCK_K * problem.a_dtype.size_bytes,
         "b": schedule.num_stages * schedule.block_n * BLOCK_K * problem.b_dtype.size_bytes,
-        "d": schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes,
+        "d": schedule.block_m * tile_columns(problem, schedule) * problem.d_dtype.size_bytes,
         "inbox": (schedule.split_k - 1) * schedule.block_m * slice_columns(schedule) * 4,
         "scales": num_scale_stages(schedule) * _scale_stage_bytes(problem, schedule),
         "groups": group_table_bytes(problem),
@@ -213,6 +220,7 @@ def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) ->
     _check_rows(schedule)
     _check_clusters(schedule)
     _check_split(problem, schedule)
+    _check_columns(problem, schedule)
     rows = num_sfb_rows(problem, schedule.block_n)
     if rows > 2:
         raise ScheduleError(
@@ -267,6 +275,25 @@ def _check_registers(problem: Gemm, schedule: Schedule) -> None:
             f"the sums of a {schedule.num_waves * WGMMA_M}x{schedule.block_n} tile a warpgroup"
             f" leave no registers for {num_parts(schedule)} partial accumulators: lower block_n"
             f" ({schedule.block_n}) or raise num_math_warpgroups ({schedule.num_math_warpgroups})"
+        )
+
+
+def _check_columns(problem: Gemm, schedule: Schedule) -> None:
+    columns = tile_columns(problem, schedule)
+    if problem.num_halves > 1 and (schedule.block_n not in (32, 64, 128, 256)):
+        raise ScheduleError(
+            f"block_n = {schedule.block_n} is half gate, half up, each in one row of sfb: it must"
+            " be 32, 64, 128 or 256"
+        )
+    if problem.num_halves > 1 and schedule.split_k > 1:
+        raise ScheduleError(
+            f"split_k = {schedule.split_k} gives gate and up to different blocks: it must be 1"
+        )
+    if problem.is_quantized and (columns % D_SCALE.k or schedule.split_k > 1):
+        raise ScheduleError(
+            f"a tile of {columns} columns, split_k = {schedule.split_k}: D is quantized in blocks"
+            f" of {D_SCALE.k} columns, which one tile must have all of: raise block_n"
+            f" ({schedule.block_n}) to a multiple of {D_SCALE.k * problem.num_halves}, split_k = 1"
         )
 
 

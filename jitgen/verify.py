@@ -10,7 +10,8 @@ still of the tile or K block at hand:
     Zero      -> zeros                    before the K loops
     Promote   -> sums                     zeros, product, tile of sfa, tile of sfb
     Reduce    -> sums                     partial sums, where blocks share the k of a tile
-    Evaluate  -> result                   sums, after the K loops
+    Evaluate  -> result                   sums, after the K loops; values, if D has scales
+    Quantize  -> result                   values
     Store                                 result
 
 It trusts no field that it can derive. What a problem and a schedule must be is left to
@@ -35,6 +36,7 @@ from .ir import (
     Load,
     Mma,
     Promote,
+    Quantize,
     Reduce,
     Stmt,
     Store,
@@ -44,7 +46,7 @@ from .ir import (
     Zero,
 )
 from .limits import check_registers, check_smem, check_tma, require
-from .problem import Gemm, GroupedGemm, check_problem, is_masked
+from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_masked
 from .schedule import (
     BLOCK_K,
     EPILOGUE_COLUMNS,
@@ -54,6 +56,7 @@ from .schedule import (
     part_columns,
     slice_columns,
     split_blocks,
+    tile_columns,
 )
 
 SWIZZLE_BYTES = 128  # of the tiles that wgmma reads, whose descriptors say so
@@ -77,9 +80,10 @@ def verify(kernel: Kernel) -> None:
     require(kernel.tensors == arguments, kernel.name, f"takes {kernel.tensors}, not {arguments}")
     groups = kernel.body.groups
     require(groups == tensors.get("groups"), kernel.name, f"walks the groups of {groups}")
-    _check_traversal(kernel.body.traversal, kernel.schedule)
     schedule = kernel.schedule
-    tile: dict[Axis, int] = {"m": schedule.block_m, "n": schedule.block_n, "k": kernel.problem.k}
+    columns = tile_columns(kernel.problem, schedule)
+    _check_traversal(kernel.body.traversal, schedule, columns)
+    tile: dict[Axis, int] = {"m": schedule.block_m, "n": columns, "k": kernel.problem.k}
     block = _Block(kernel, tensors, tile)
     block.run(kernel.body.body)
     block.end(kernel.name)
@@ -96,7 +100,7 @@ def _require_same(got: Buffer | Tensor, expected: Buffer | Tensor, op: object) -
 
 def _tensors(problem: Gemm) -> dict[str, Tensor]:
     """The tensors of `problem` by name."""
-    m, n = Dim("m", None), Dim("n", problem.n)
+    m, n = Dim("m", None), Dim("n", problem.columns)
     a_scale, b_scale = problem.a_scale, problem.b_scale
     of_group: tuple[Dim, ...] = ()  # of what each group has; and of A and D, which may be shared
     of_rows: tuple[Dim, ...] = ()
@@ -108,12 +112,16 @@ def _tensors(problem: Gemm) -> dict[str, Tensor]:
         groups = [Tensor("groups", I32, (m if problem.layout == "group_of_row" else count,))]
     sfa = replace(m, block=a_scale.rows), Dim("k", problem.k, a_scale.k)
     sfb = replace(n, block=b_scale.rows), Dim("k", problem.k, b_scale.k)
+    halves = (Dim("h", 2),) if problem.num_halves == 2 else ()
+    sfd = replace(m, block=D_SCALE.rows), replace(n, block=D_SCALE.k)
+    scales = [Tensor("sfd", F32, (*of_rows, *sfd))] if problem.is_quantized else []
     tensors = [
         Tensor("a", problem.a_dtype, (*of_rows, m, Dim("k", problem.k))),
-        Tensor("b", problem.b_dtype, (*of_group, n, Dim("k", problem.k))),
+        Tensor("b", problem.b_dtype, (*of_group, *halves, n, Dim("k", problem.k))),
         Tensor("sfa", F32, (*of_rows, *sfa)),
-        Tensor("sfb", F32, (*of_group, *sfb)),
+        Tensor("sfb", F32, (*of_group, *halves, *sfb)),
         Tensor("d", problem.d_dtype, (*of_rows, m, n)),
+        *scales,
         *groups,
     ]
     for operand in operands(problem.epilogue):
@@ -123,11 +131,11 @@ def _tensors(problem: Gemm) -> dict[str, Tensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def _check_traversal(traversal: Traversal, schedule: Schedule) -> None:
+def _check_traversal(traversal: Traversal, schedule: Schedule, columns: int) -> None:
     """It walks the schedule's tiles, and visits each one of a few small and odd grids once."""
     t, s = traversal, schedule
     walked = (t.block_m, t.block_n, t.cluster_m, t.cluster_n, t.group)
-    planned = (s.block_m, s.block_n, s.cluster_m, s.cluster_n, s.raster_group)
+    planned = (s.block_m, columns, s.cluster_m, s.cluster_n, s.raster_group)
     require(walked == planned, traversal, f"is not that of the schedule {schedule}")
     # A group of 1024 rows is walked like one of 3, which takes less time to try.
     small = replace(traversal, group=min(t.group, 3))
@@ -191,6 +199,8 @@ class _Block:
                     self.reduce(stmt)
                 case Evaluate():
                     self.evaluate(stmt)
+                case Quantize():
+                    self.quantize(stmt)
                 case Store():
                     self.store(stmt)
 
@@ -258,12 +268,13 @@ class _Block:
 
     def windows(self, tensor: Tensor) -> tuple[Window, ...]:
         """Those of the tile and K block at hand, in the part of the tensor that is its group's."""
-        dims = (dim for dim in tensor.dims if dim.axis != "g")
+        dims = (dim for dim in tensor.dims if dim.axis not in ("g", "h"))
         return tuple(Window(dim.axis, self.tile[dim.axis], dim.block) for dim in dims)
 
     def accumulator(self, buffer: Buffer) -> Buffer:
         """What an accumulator called like `buffer` must be."""
-        return Buffer(buffer.name, F32, (self.tile["m"], self.tile["n"]), "registers")
+        columns = self.tile["n"] * self.kernel.problem.num_halves
+        return Buffer(buffer.name, F32, (self.tile["m"], columns), "registers")
 
     def load(self, op: Load) -> None:
         name = op.src.name
@@ -281,13 +292,15 @@ class _Block:
         shares = sharing if is_tile else 1
         require(op.multicast == shares, op, f"must be multicast {shares}")
         require(op.any_strides == (name == "sfa"), op, "only sfa has any strides")
-        shape = tuple(map(_num_elements, windows, op.src.dims[-2:]))
+        rows, width = map(_num_elements, windows, op.src.dims[-2:])
+        shape = rows * (2 if any(dim.axis == "h" for dim in op.src.dims) else 1), width
         swizzle_bytes = SWIZZLE_BYTES if is_tile else 0
         expected = Buffer(op.dst.name, op.src.dtype, shape, "smem", True, swizzle_bytes)
         self.write(op, f"tile of {name}", op.dst, expected)
         if is_tile:
             # A share of the tile must begin on a swizzle atom of 8 rows.
             require(shape[0] % (8 * op.multicast) == 0, op, f"{shape[0]} rows cannot be split")
+            require(op.box[0] % 8 == 0, op, f"boxes of {op.box[0]} rows split swizzle atoms")
             check_tma(op, op.src, op.dst, op.box)
         else:
             chunk = SCALE_BLOCKS * BLOCK_K
@@ -301,7 +314,7 @@ class _Block:
         require(
             self.tile["m"] % 64 == 0
             and columns in range(8, 257, 8)
-            and self.tile["n"] % columns == 0
+            and self.tile["n"] * self.kernel.problem.num_halves % columns == 0
             and self.tile["k"] % 32 == 0,
             op,
             f"no wgmma of {columns} columns computes this tile",
@@ -339,10 +352,29 @@ class _Block:
         require(op.expr == problem.epilogue, op, f"the epilogue is {problem.epilogue}")
         tensors = tuple(self.tensors[operand.name] for operand in operands(op.expr))
         require(op.operands == tensors, op, f"reads {', '.join(map(str, tensors)) or 'nothing'}")
-        span, shape = op.dst.swizzle_bytes, (self.tile["m"], self.tile["n"])
-        require(span in SWIZZLE_SPANS, op, f"swizzles {op.dst.name} over {span} bytes")
-        expected = Buffer(op.dst.name, problem.d_dtype, shape, "smem", swizzle_bytes=span)
-        self.write(op, "result", op.dst, expected)
+        shape = (self.tile["m"], self.tile["n"])
+        if problem.is_quantized:
+            self.write(op, "values", op.dst, Buffer(op.dst.name, F32, shape, "registers"))
+        else:
+            self.write_result(op, op.dst)
+
+    def quantize(self, op: Quantize) -> None:
+        problem = self.kernel.problem
+        require(problem.is_quantized, op, "D has no scales")
+        self.read(op, "values", op.src, 0)
+        _require_same(op.scales, self.tensors["sfd"], op)
+        windows = self.windows(op.scales)
+        require(op.windows == windows, op, f"the tile is [{', '.join(map(str, windows))}]")
+        require(self.tile["n"] % D_SCALE.k == 0, op, "a block of 128 columns is not of one tile")
+        require(op.power_of_two == problem.ue8m0, op, "rounds scales otherwise than the problem")
+        self.write_result(op, op.dst)
+
+    def write_result(self, op: Evaluate | Quantize, buffer: Buffer) -> None:
+        problem, shape = self.kernel.problem, (self.tile["m"], self.tile["n"])
+        span = buffer.swizzle_bytes
+        require(span in SWIZZLE_SPANS, op, f"swizzles {buffer.name} over {span} bytes")
+        expected = Buffer(buffer.name, problem.d_dtype, shape, "smem", swizzle_bytes=span)
+        self.write(op, "result", buffer, expected)
 
     def store(self, op: Store) -> None:
         require(self.depth == 0, op, "must come after the K loop")

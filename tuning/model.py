@@ -13,12 +13,10 @@ import bisect
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
-from ..expr import acc
 from ..groups import typical_rows
 from ..ir import Traversal
-from ..problem import MAX_EXTENT, Gemm
+from ..problem import MAX_EXTENT, Gemm, without_epilogue
 from ..schedule import (
     BLOCK_K,
     WGMMA_M,
@@ -102,7 +100,7 @@ def block_clocks(problem: Gemm, schedule: Schedule) -> float:
 
 def choose(problem: Gemm, m: int, num_sms: int = SM90A.num_sms, target: Target = SM90A) -> Schedule:
     """The schedule with the least predicted time for `m` rows; one for all m of a bucket."""
-    return _choose(replace(problem, epilogue=acc), m_bucket(m), num_sms, target)
+    return _choose(without_epilogue(problem), m_bucket(m), num_sms, target)
 
 
 def rank(problem: Gemm, m: int, num_sms: int = SM90A.num_sms) -> dict[Schedule, float]:
@@ -113,7 +111,7 @@ def rank(problem: Gemm, m: int, num_sms: int = SM90A.num_sms) -> dict[Schedule, 
 
 def choose_for_all(problem: Gemm, num_sms: int = SM90A.num_sms) -> Schedule:
     """One schedule for every m: it loses least to the choice of each bucket, in geometric mean."""
-    return _choose_for_all(replace(problem, epilogue=acc), num_sms)
+    return _choose_for_all(without_epilogue(problem), num_sms)
 
 
 def m_bucket(m: int) -> int:

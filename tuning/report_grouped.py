@@ -97,9 +97,9 @@ def render_markdown(result: GroupedResult) -> str:
         "",
         f"DeepGEMM {baseline['peers']['deepgemm']}: from a file, measured in the same way on an"
         f" {baseline['gpu']}, {baseline['measured']}, and shown for that GPU model only. Its"
-        " rows are padded to 128 a group, and computed; ours are so in `group_of_row`, where they are"
-        " skipped, and not in `ragged`. The counts of a group are drawn as the file's were, and add"
-        " up to the same."
+        " rows are padded to 128 a group, and computed; ours are so in `group_of_row`, where they"
+        " are skipped, and not in `ragged`. The counts of a group are drawn as the file's were, and"
+        " add up to the same."
         + (f" cuBLASLt takes {live:.2f} of its time in the file." if live is not None else ""),
         *section("Geometric means", SUMMARY_COLUMNS, summary_cells(result.rows)),
         *section("Every shape", COLUMNS, map(row_cells, result.rows)),

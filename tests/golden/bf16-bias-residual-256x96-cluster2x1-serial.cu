@@ -18,6 +18,8 @@ constexpr u32 kN = 576;
 constexpr u32 kK = 576;
 constexpr u32 kBlockM = 256;
 constexpr u32 kBlockN = 96;
+constexpr u32 kHalves = 1;
+constexpr u32 kOutN = 96;
 constexpr u32 kBlockK = 128;
 constexpr u32 kNumStages = 3;
 constexpr u32 kNumMathWarpgroups = 2;
@@ -32,6 +34,7 @@ constexpr u32 kPartBlocks = 5;
 constexpr u32 kSliceColumns = 96;
 constexpr u32 kRasterGroup = 8;
 constexpr u32 kPlainEpilogue = 0;
+constexpr u32 kQuantize = 0;
 constexpr u32 kScaleN = 128;
 constexpr u32 kNumSfbRows = 2;
 constexpr u32 kScaleBlocks = 8;
@@ -61,7 +64,9 @@ constexpr u32 kNumScaleThreads = 96;                                   // three 
 constexpr u32 kStageBytesA = kBlockM * kBlockK, kStageBytesB = kBlockN * kBlockK;  // FP8: one byte an element
 constexpr u32 kScaleStageBytes = kScaleBlocks * (kBlockM + kNumSfbRows) * 4;
 constexpr u32 kLoadRowsA = kBlockM / kClusterN, kLoadRowsB = kBlockN / kClusterM;  // this block's multicast share
-constexpr u32 kNumClusterRowsN = ceil_div(kN, kBlockN * kClusterN);
+constexpr u32 kBoxRowsB = kBlockN / (kClusterM > kHalves ? kClusterM : kHalves);   // of it, in one half of B
+constexpr u32 kNumClusterRowsN = ceil_div(kN, kOutN * kClusterN);
+constexpr u32 kSfbRows = ceil_div(kN, kScaleN);                        // of one half
 constexpr bool kShareTiles = kTileBlocks > 1;                          // blocks of a cluster; or they share k
 // A block writes into the stages of the blocks in its cluster row and column, so it waits for their consumers.
 constexpr u32 kNumPeers = kClusterM + kClusterN - 1;
@@ -70,7 +75,7 @@ static_assert(kBlockM == kWarpgroupM * kNumMathWarpgroups, "the math warpgroups 
 static_assert(kStageBytesA % 1024 == 0 && kStageBytesB % 1024 == 0, "SW128 tiles start on 1024-byte boundaries");
 static_assert(kLoadRowsA % 8 == 0 && kLoadRowsB % 8 == 0, "multicast shares are whole swizzle atoms");
 static_assert(4 % kUnroll == 0 && kScaleBlocks % 4 == 0, "the scales of an unrolled body are neighbours in one chunk");
-static_assert(kBlockN % 16 == 0, "stmatrix x4 stores 16 columns");
+static_assert(kOutN % 16 == 0 && kOutN * kHalves == kBlockN, "stmatrix x4 stores 16 columns of D");
 static_assert(kSmemBytes <= 232448, "sm_90 allows 227 KiB of shared memory a block");
 
 struct EpilogueOperands {
@@ -79,9 +84,9 @@ struct EpilogueOperands {
     u32 operand_residual_stride;
 };
 
-// Columns `column` and `column + 1` of row `row`, which lie within D and are of group `group`.
-__device__ __forceinline__ float2 evaluate(float2 acc, const EpilogueOperands& operands, u32 row, u32 column,
-                                           u32 group) {
+// Columns `column` and `column + 1` of row `row`, which lie within D and are of group `group`. `up` is of B's other half.
+__device__ __forceinline__ float2 evaluate(float2 acc, float2 up, const EpilogueOperands& operands, u32 row,
+                                           u32 column, u32 group) {
     return epilogue::add(epilogue::add(acc, epilogue::load_pair(operands.operand_bias, column)), epilogue::load_pair(operands.operand_residual, u64(row) * operands.operand_residual_stride + column));
 }
 
@@ -100,7 +105,7 @@ __device__ __forceinline__ u32 peer_rank(u32 i) {
 __device__ __forceinline__ Tile tile_of_block(Tile tile) {
     const u32 rank = block_rank();
     tile.m = tile.begin_m + (tile.m * kClusterM + rank % kClusterM) * kBlockM;
-    tile.n = (tile.n * kClusterN + rank / kClusterM) * kBlockN;
+    tile.n = (tile.n * kClusterN + rank / kClusterM) * kOutN;
     return tile;
 }
 
@@ -268,7 +273,7 @@ void gemm_e4m3_bf16_n576_k576_256x96x128_s3_w2_c2x1_g8_k1_serial_epilogue(
         math.num_k_blocks = num_part_blocks();
 
         for (u32 index = first_tile; index < traversal.size(); index += tile_step) {
-            math.sfb_boundary = kScaleN - tile_of_block(traversal.tile(index)).n % kScaleN;
+            math.sfb_boundary = kHalves > 1 ? kOutN : kScaleN - tile_of_block(traversal.tile(index)).n % kScaleN;
             float acc[kNumWaves][kBlockN / 2] = {};
 
             u32 k_block = 0;
@@ -295,27 +300,31 @@ void gemm_e4m3_bf16_n576_k576_256x96x128_s3_w2_c2x1_g8_k1_serial_epilogue(
             // Opaque, or the addresses that follow from them would be computed ahead of the K loop, and spill there.
             const u32 lane = opaque(math_lane), first_row = opaque(thread_row);
             // A box of smem_d holds kStoreColumns columns of all the warpgroup's rows.
-            const u32 warpgroup_d = smem_d + warpgroup * kWarpgroupM * kBlockN * sizeof(DType);
+            const u32 warpgroup_d = smem_d + warpgroup * kWarpgroupM * kOutN * sizeof(DType);
 #pragma unroll
             for (u32 wave = 0; wave < kNumWaves; ++wave) {
                 const u32 row = tile.m + first_row + wave * kWaveM;
                 const u32 warp_row = warp % 4 * 16 + wave * kWaveM;
 #pragma unroll
-                for (u32 j = 0; j < kBlockN / 16; ++j) {
+                for (u32 j = 0; j < kOutN / 16; ++j) {
                     if (!inbox.owns(j)) continue;
                     float* sums = &acc[wave][8 * j];
                     if constexpr (kSplitK > 1) inbox.add(sums, wave, j);
                     float2 out[2][2];  // [column group of 8][row, row + 8]
 #pragma unroll
                     for (u32 i = 0; i < 4; ++i) {
-                        const float* value = sums + 2 * i;
+                        float* value = sums + 2 * i;
+                        const float* up = value + (kHalves > 1 ? kOutN / 2 : 0);
                         const u32 column = tile.n + 16 * j + i / 2 * 8 + lane % 4 * 2, element_row = row + i % 2 * 8;
                         // The branch also keeps ptxas from interleaving the evaluations, and so from spilling.
                         out[i / 2][i % 2] = {value[0], value[1]};
                         if (!kPlainEpilogue && element_row < tile.end_m && column < kN)
-                            out[i / 2][i % 2] = evaluate(out[i / 2][i % 2], operands, element_row, column, tile.group);
+                            out[i / 2][i % 2] =
+                                evaluate(out[i / 2][i % 2], {up[0], up[1]}, operands, element_row, column, tile.group);
+                        if constexpr (kQuantize) value[0] = out[i / 2][i % 2].x, value[1] = out[i / 2][i % 2].y;
                     }
                     if constexpr (!kPlainEpilogue) __syncwarp();  // stmatrix is a warp's
+                    if constexpr (kQuantize) continue;  // when all of a row is known
                     const u32 box = warpgroup_d + 16 * j / kStoreColumns * kWarpgroupM * kStoreSpan;
                     write_fragment<kStoreSpan, DType>(box, warp_row, 16 * j % kStoreColumns, lane, out);
                 }
@@ -325,7 +334,7 @@ void gemm_e4m3_bf16_n576_k576_256x96x128_s3_w2_c2x1_g8_k1_serial_epilogue(
             const u32 store_row = tile.m + warpgroup * kWarpgroupM;
             if (is_store_thread) {
 #pragma unroll
-                for (u32 box = 0; box < kBlockN / kStoreColumns; ++box)
+                for (u32 box = 0; box < kOutN / kStoreColumns; ++box)
                     if (inbox.owns(box * kStoreColumns / 16))
                         tma_store(map_d, warpgroup_d + box * kWarpgroupM * kStoreSpan, tile.n + box * kStoreColumns,
                                   store_row);
@@ -356,9 +365,13 @@ void gemm_e4m3_bf16_n576_k576_256x96x128_s3_w2_c2x1_g8_k1_serial_epilogue(
                     tma_load<(kClusterN > 1)>(
                         smem_a + pipeline.stage * kStageBytesA + rank_n * kLoadRowsA * kBlockK, map_a, full,
                         k_block * kBlockK, tile.m + rank_n * kLoadRowsA, mask_a);
-                    tma_load<(kClusterM > 1)>(
-                        smem_b + pipeline.stage * kStageBytesB + rank_m * kLoadRowsB * kBlockK, map_b, full,
-                        k_block * kBlockK, tile.group * kN + tile.n + rank_m * kLoadRowsB, mask_b, is_b_read_once);
+#pragma unroll
+                    for (u32 i = 0; i < kLoadRowsB / kBoxRowsB; ++i) {
+                        const u32 row = rank_m * kLoadRowsB + i * kBoxRowsB;  // of the tile: one half below the other
+                        tma_load<(kClusterM > 1)>(
+                            smem_b + pipeline.stage * kStageBytesB + row * kBlockK, map_b, full, k_block * kBlockK,
+                            (tile.group * kHalves + row / kOutN) * kN + tile.n + row % kOutN, mask_b, is_b_read_once);
+                    }
                 }
             }
         }
@@ -369,11 +382,10 @@ void gemm_e4m3_bf16_n576_k576_256x96x128_s3_w2_c2x1_g8_k1_serial_epilogue(
         const u32 k_begin = part_index() * kPartBlocks, num_chunks = ceil_div(num_part_blocks(), kScaleBlocks);
         for (u32 index = first_tile; index < traversal.size(); index += tile_step) {
             const Tile tile = tile_of_block(traversal.tile(index));
-            constexpr u32 kSfbRows = ceil_div(kN, kScaleN);
             const ScaleLoader<kBlockM, kNumSfbRows, kScaleBlocks, kNumScaleThreads> loader{
                 sfa,
-                sfb + u64(tile.group) * (kSfbRows * kNumKBlocks), sfa_stride_m, sfa_stride_k, tile.end_m, kSfbRows,
-                kNumKBlocks, threadIdx.x - kNumMathThreads - 32};
+                sfb + u64(tile.group) * (kHalves * kSfbRows * kNumKBlocks), sfa_stride_m, sfa_stride_k, tile.end_m,
+                kHalves * kSfbRows, kNumKBlocks, kHalves > 1 ? kSfbRows : 1, threadIdx.x - kNumMathThreads - 32};
             for (u32 chunk = 0; chunk < num_chunks; ++chunk, pipeline.advance()) {
                 loader.load(smem_scales + pipeline.stage * kScaleStageBytes, tile.m, tile.n / kScaleN,
                             k_begin + chunk * kScaleBlocks, empty_scales + 8 * pipeline.stage, pipeline.phase ^ 1);

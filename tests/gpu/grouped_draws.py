@@ -11,17 +11,19 @@ import torch
 
 import jitgen
 from jitgen import Contiguous, GroupedGemm, Masked, Ragged, Schedule
-from jitgen.dtypes import BF16, F32
-from jitgen.expr import acc, matrix, relu, vector
+from jitgen.dtypes import BF16, E4M3, F32
+from jitgen.expr import acc, gate, matrix, operands, per_row, relu, up, vector
 from jitgen.groups import rows_of_groups
 from jitgen.interpret import interpret, tiles_of
 from jitgen.ir import Tile
 from jitgen.layouts import GroupLayout
 from jitgen.lower import lower
-from jitgen.schedule import max_stages
+from jitgen.schedule import max_stages, tile_columns
 from jitgen.tuning.space import candidates, is_legal
 
-from .draws import CANARY, SFA_LAYOUTS, bits, to_numpy
+from .draws import CANARY, SFA_LAYOUTS, to_numpy
+
+Array = np.ndarray[Any, Any]
 
 LAYOUTS = ("ragged", "masked", "group_of_row", "group_ends")
 COUNTS = ("mixed", "ones", "all-empty", "one-giant", "many", "single", "faulty")
@@ -30,6 +32,15 @@ EPILOGUES = {
     "bias": acc + vector("bias"),
     "bias-relu-residual": relu(acc + vector("bias", F32)) + matrix("residual"),
 }
+# Exact ones, of every kind of operand and result: dtype of D, epilogue, ue8m0.
+RESULTS = (
+    (E4M3, relu(gate) * up, False),
+    (E4M3, relu(gate) * up * per_row("weight"), True),
+    (E4M3, acc + vector("bias"), False),
+    (BF16, relu(gate) * up + vector("bias"), False),
+    (F32, gate - up * per_row("weight", BF16), False),
+    (BF16, acc * per_row("weight"), False),
+)
 MAX_WORK = 2 * 10**8  # multiply-adds that the interpreter does for one draw
 
 
@@ -46,6 +57,16 @@ class Draw:
 
     def __str__(self) -> str:
         return f"{self.problem}; {self.schedule}; {self.counts} {self.epilogue} {self.sfa_layout}"
+
+
+def draw_result(rng: random.Random, index: int, *, small: bool = False) -> Draw:
+    """The `index`-th random call whose D is gated or quantized, or weighted by row."""
+    base = draw(rng, index, small=small)
+    dtype, epilogue, ue8m0 = RESULTS[index % len(RESULTS)]
+    n = rng.choice((256,) if small or base.counts == "many" else (256, 512, 768))
+    problem = replace(base.problem, n=n, d_dtype=dtype, epilogue=epilogue, ue8m0=ue8m0)
+    schedule = rng.choice(list(candidates(problem)))
+    return replace(base, problem=problem, schedule=schedule, epilogue=str(epilogue))
 
 
 def draw(rng: random.Random, index: int, *, small: bool = False) -> Draw:
@@ -146,11 +167,10 @@ def make_inputs(d: Draw) -> dict[str, torch.Tensor]:
     }
     for b in tensors["b"]:  # one after the other: all in float32 would be large
         b.copy_(8 * normal(p.n, p.k))
-    if "bias" in d.epilogue:
-        bias = normal(p.num_groups, p.n)
-        tensors["bias"] = bias.bfloat16() if d.epilogue == "bias" else bias
-    if "residual" in d.epilogue:
-        tensors["residual"] = normal(*outer, p.n).bfloat16()
+    for operand in operands(p.epilogue):
+        rows = outer if "m" in operand.axes else (p.num_groups,)
+        value = normal(*rows, *((p.columns,) if "n" in operand.axes else ()))
+        tensors[operand.name] = value.to(getattr(torch, operand.dtype.name))
     tensors["owned"] = owned
     return tensors
 
@@ -178,15 +198,16 @@ def layout_of(d: Draw, groups: torch.Tensor) -> GroupLayout:
             return Contiguous(group_ends=groups, alignment=d.problem.alignment)
 
 
-def run(d: Draw, inputs: dict[str, torch.Tensor], out: torch.Tensor, **options: Any) -> None:
-    operands = {name: inputs[name] for name in ("bias", "residual") if name in inputs}
+def run(d: Draw, inputs: dict[str, torch.Tensor], out: Any, **options: Any) -> None:
+    bound = {operand.name: inputs[operand.name] for operand in operands(d.problem.epilogue)}
     result = jitgen.grouped_gemm(
         inputs["a"],
         inputs["b"],
         (inputs["sfa"], inputs["sfb"]),
         layout=layout_of(d, inputs["groups"]),
         out=out,
-        epilogue=d.problem.epilogue.bind(**operands),
+        epilogue=d.problem.epilogue.bind(**bound),
+        ue8m0=d.problem.ue8m0,
         **options,
     )
     assert result is out
@@ -195,35 +216,66 @@ def run(d: Draw, inputs: dict[str, torch.Tensor], out: torch.Tensor, **options: 
 def run_and_compare(d: Draw, *, num_runs: int = 3) -> None:
     """Run between canaries, several times; compare as many tiles as MAX_WORK allows."""
     inputs = make_inputs(d)
-    owned, n = inputs.pop("owned"), d.problem.n
+    owned, n = inputs.pop("owned"), d.problem.columns
     dtype = getattr(torch, d.problem.d_dtype.name)
-    memory = torch.full((owned.numel() + 4, n + 16), CANARY, dtype=dtype, device="cuda")
-    out = memory[2 : owned.numel() + 2, 8 : n + 8].unflatten(0, owned.shape)
-    first: torch.Tensor | None = None
+    # Two rows before and two behind, and where a result need not be contiguous some columns.
+    memories = [_canaries((owned.numel() + 4, n + 16 * (2 // dtype.itemsize + 1)), dtype)]
+    edge = 8 * (2 // dtype.itemsize + 1)
+    outs = [memories[0][2:-2, edge : n + edge].unflatten(0, owned.shape)]
+    if d.problem.is_quantized:
+        memories.append(_canaries((owned.numel() + 4, n // 128), torch.float32))
+        outs.append(memories[1][2:-2].unflatten(0, owned.shape))
+    first: list[torch.Tensor] = []
     for turn in range(num_runs):
-        out[owned] = float("nan")
-        run(d, inputs, out, schedule=d.schedule)
-        first = memory.clone() if first is None else first
-        assert torch.equal(bits(memory), bits(first)), f"run {turn} differs from the first: {d}"
-    assert not torch.isnan(out).any(), f"elements of D were not written: {d}"
-    compare(d, inputs, out)
-    out[owned] = CANARY
-    assert torch.all(bits(memory) == bits(memory.new_full((1,), CANARY))), f"canaries lost: {d}"
+        for out in outs:
+            _words(out)[owned] = _words(torch.full((1,), float("nan"), device="cuda").to(out.dtype))
+        run(d, inputs, tuple(outs) if len(outs) > 1 else outs[0], schedule=d.schedule)
+        first = first or [memory.clone() for memory in memories]
+        for memory, before in zip(memories, first, strict=True):
+            same = torch.equal(_words(memory), _words(before))
+            assert same, f"run {turn} differs from the first: {d}"
+    for out in outs:
+        assert not torch.isnan(out.float()).any(), f"elements of D were not written: {d}"
+    compare(d, inputs, *outs)
+    for memory, out in zip(memories, outs, strict=True):
+        untouched = _words(_canaries((1,), memory.dtype))
+        _words(out)[owned] = untouched
+        assert torch.all(_words(memory) == untouched), f"canaries lost: {d}"
 
 
-def compare(d: Draw, inputs: dict[str, torch.Tensor], out: torch.Tensor) -> None:
-    """Tiles of the result against the interpreter's, bit for bit."""
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize])
+
+
+def _canaries(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, 3.5 if dtype.itemsize == 1 else CANARY, device="cuda").to(dtype)
+
+
+def compare(d: Draw, inputs: dict[str, torch.Tensor], *outs: torch.Tensor) -> None:
+    """Tiles of the results against the interpreter's, bit for bit."""
     kernel, s = lower(d.problem, d.schedule), d.schedule
     host = {name: to_numpy(t) for name, t in inputs.items()}
-    got = to_numpy(out)
-    expected = got.copy()  # what no group owns is checked by the canaries
-    tiles = [t for t in tiles_of(kernel, host) if t.row < (t.end or 0) and t.column < d.problem.n]
+    results = [to_numpy(out) for out in outs]
+    expected = [got.copy() for got in results]  # what no group owns is checked by the canaries
+    columns = d.problem.columns
+    tiles = [t for t in tiles_of(kernel, host) if t.row < (t.end or 0) and t.column < columns]
     most = max(MAX_WORK // (s.block_m * s.block_n * d.problem.k), 2)
     tiles = random.Random(d.seed).sample(tiles, min(most, len(tiles)))
-    interpret(kernel, host, tiles=tiles, out=expected)
+    interpret(kernel, host, tiles=tiles, out=tuple(expected) if len(outs) > 1 else expected[0])
+    for got, want in zip(results, expected, strict=True):
+        _compare_tiles(d, tiles, got, want, columns // got.shape[-1])
+
+
+def _compare_tiles(
+    d: Draw,
+    tiles: list[Tile],
+    got: np.ndarray[Any, Any],
+    expected: np.ndarray[Any, Any],
+    block: int,
+) -> None:
     word = np.dtype(f"u{got.dtype.itemsize}")
     for tile in tiles:
-        where = _where(d, tile)
+        where = _where(d, tile, block)
         wrong = np.argwhere(got[where].view(word) != expected[where].view(word))
         if len(wrong):
             i = tuple(wrong[0])
@@ -233,7 +285,9 @@ def compare(d: Draw, inputs: dict[str, torch.Tensor], out: torch.Tensor) -> None
             )
 
 
-def _where(d: Draw, tile: Tile) -> tuple[Any, ...]:
+def _where(d: Draw, tile: Tile, block: int) -> tuple[Any, ...]:
+    """The tile's part of D, or of something that has an element for `block` columns of D."""
     rows = slice(tile.row, min(tile.row + d.schedule.block_m, tile.end or 0))
-    columns = slice(tile.column, tile.column + d.schedule.block_n)
+    end = tile.column + tile_columns(d.problem, d.schedule)
+    columns = slice(tile.column // block, -(-end // block))
     return (tile.group, rows, columns) if d.problem.layout == "masked" else (rows, columns)

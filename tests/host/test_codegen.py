@@ -19,6 +19,7 @@ import pytest
 
 from jitgen import (
     BF16,
+    E4M3,
     F32,
     Gemm,
     GroupedGemm,
@@ -26,12 +27,15 @@ from jitgen import (
     acc,
     cast,
     codegen,
+    gate,
     gelu,
     matrix,
     maximum,
+    per_row,
     relu,
     scalar,
     silu,
+    up,
     vector,
 )
 from jitgen.codegen import constants, headers, render, render_expr
@@ -52,9 +56,9 @@ EVERYTHING = (
     - silu(relu(matrix("residual")))
     + matrix("wide", F32)
 )
-# The plain bf16 kernel, the smallest f32 one, a cluster along m without overlap, one along n, two
-# of groups, and one that shares k: parts of 19, 19 and 18 K blocks, slices of 48, 48 and 32
-# columns.
+# The plain bf16 kernel, the smallest f32 one, a cluster along m without overlap, one along n,
+# three of groups, the last with D in E4M3, and one that shares k: parts of 19, 19 and 18 K blocks,
+# slices of 48, 48 and 32 columns.
 GOLDEN_KERNELS = {
     "bf16-n2112-k7168-128x128": (Gemm(2112, 7168), Schedule(128, 128, 5, 2)),
     "f32-n8-k16-64x16": (Gemm(8, 16, F32), Schedule(64, 16, 2, 1)),
@@ -77,6 +81,14 @@ GOLDEN_KERNELS = {
             layout="masked",
         ),
         Schedule(64, 96, 4, 1, 1, 2),
+    ),
+    "e4m3-ue8m0-swiglu-ragged-g8-n4096-k7168-128x256": (
+        GroupedGemm(
+            *(4096, 7168, E4M3, silu(gate) * up * per_row("weight")),
+            ue8m0=True,
+            num_groups=8,
+        ),
+        Schedule(128, 256, 3, 2, promotion="serial"),
     ),
     "bf16-bias-n2112-k7168-64x128-split3": (
         Gemm(2112, 7168, BF16, acc + vector("bias")),
@@ -259,7 +271,7 @@ def test_render_leaves_no_template_marks_paths_or_dates(problem: Gemm) -> None:
 def test_render_is_short_and_ends_with_a_newline(problem: Gemm) -> None:
     for kernel in kernels_of(problem):
         source = render(kernel)
-        assert len(source.splitlines()) <= 415
+        assert len(source.splitlines()) <= 440
         assert source.endswith("}\n")
         assert not source.endswith("\n\n")
         assert not re.search(r"[ \t]+$", source, re.MULTILINE)
