@@ -26,24 +26,35 @@ from .schedule import Schedule
 JIT_MODES = ("allow", "warn", "forbid")
 
 _configured: str | None = None
+pdl_enabled = False  # whether kernels are launched under programmatic dependent launch
 
 
-def configure(*, jit: str) -> None:
-    """What `gemm` and `bind` do, from now on in this process, about a kernel not in the store.
+def configure(*, jit: str | None = None, pdl: bool | None = None) -> None:
+    """How `gemm` and `bind` compile and launch, from now on in this process.
 
     Parameters
     ----------
-    jit : "allow" compiles it, "warn" compiles it with a RuntimeWarning, "forbid" raises
-        JitForbiddenError, which says how to make it. Default: $JITGEN_JIT or else "allow".
+    jit : what they do about a kernel not in the store: "allow" compiles it, "warn" compiles it with
+        a RuntimeWarning, "forbid" raises JitForbiddenError, which says how to make it. Default:
+        $JITGEN_JIT or else "allow".
+    pdl : launch under programmatic dependent launch, in CUDA graphs too: a kernel is set up while
+        the one before it on the stream ends, and waits for its results. It pays where small kernels
+        follow one another in a graph; a launch without a graph costs the host more. Default: False.
 
-    `prebuild` and `Plan.prebuild` compile in every mode, and a call that is prepared already runs.
+    What is None stays as it was. `prebuild` and `Plan.prebuild` compile in every mode, and a call
+    that is prepared already runs.
 
     Raises
     ------
-    JitgenError : `jit` is none of these
+    JitgenError : `jit` is none of these, or `pdl` is no bool
     """
-    global _configured
-    _configured = _check_mode(jit, "jit")
+    global _configured, pdl_enabled
+    if pdl is not None and not isinstance(pdl, bool):
+        raise JitgenError(f"pdl is {pdl!r:.80}, must be True or False")
+    if jit is not None:
+        _configured = _check_mode(jit, "jit")
+    if pdl is not None:
+        pdl_enabled = pdl
 
 
 def jit_mode() -> str:

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import jitgen
 from jitgen import JitForbiddenError, JitgenError, Schedule, acc, build, calls, cli, control, vector
-from jitgen.errors import CompileError
+from jitgen.errors import CaptureError, CompileError
 from jitgen.lower import kernel_name, lower
 from jitgen.problem import Gemm
 from jitgen.runtime import driver
@@ -75,8 +75,9 @@ def serve(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> Callable
     scales = torch.ones(7, 2), torch.ones(1, 2)
     out = torch.empty(7, 72, dtype=torch.bfloat16)
 
-    def call(function: Any = jitgen.gemm) -> int:
+    def call(function: Any = jitgen.gemm, *, is_capturing: bool = False) -> int:
         """The number of launches so far."""
+        gpu.is_capturing = is_capturing
         result = function(a, b, scales, out=out, schedule=SCHEDULE)
         if function is jitgen.bind:
             result()
@@ -104,12 +105,25 @@ def test_jit_mode_is_what_configure_says_or_else_the_environment(
     assert control.jit_mode() == "warn"
 
 
-@pytest.mark.parametrize("mode", ["Forbid", "", "no", None, 1, []], ids=str)
+@pytest.mark.parametrize("mode", ["Forbid", "", "no", 1, []], ids=str)
 def test_configure_rejects(mode: Any) -> None:
     jitgen.configure(jit="warn")
     with pytest.raises(JitgenError, match=r"^jit is .*, must be one of allow, warn, forbid$"):
         jitgen.configure(jit=mode)
     assert control.jit_mode() == "warn"
+
+
+def test_configure_leaves_what_it_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "pdl_enabled", False)
+    jitgen.configure(jit="warn")
+    jitgen.configure(pdl=True)
+    assert (control.jit_mode(), control.pdl_enabled) == ("warn", True)
+    jitgen.configure()
+    jitgen.configure(jit="allow")
+    assert (control.jit_mode(), control.pdl_enabled) == ("allow", True)
+    with pytest.raises(JitgenError, match=r"^pdl is 1, must be True or False$"):
+        jitgen.configure(jit="forbid", pdl=1)  # type: ignore[arg-type]
+    assert (control.jit_mode(), control.pdl_enabled) == ("allow", True)
 
 
 def test_gemm_rejects_a_mode_of_the_environment(
@@ -255,6 +269,18 @@ def test_prebuild_command_pins_a_schedule(tmp_path: Path, store: Path) -> None:
     assert [entry.name for entry in KernelStore(store).entries()] == [NAME]
     refused = CliRunner().invoke(cli.app, [*arguments, "64x48 stage=3"])
     assert "use stages=" in refused.stderr
+
+
+@pytest.mark.parametrize("function", [jitgen.gemm, jitgen.bind])
+def test_call_under_capture_loads_no_kernel(serve: Callable[..., Any], function: Any) -> None:
+    before = jitgen.stats()
+    with pytest.raises(
+        CaptureError, match=r"kernel for gemm .*make the call once before"
+    ):
+        serve(function, is_capturing=True)
+    assert jitgen.stats() == before
+    assert serve(function) == 1
+    assert serve(function, is_capturing=True) == 2
 
 
 # --- counters -------------------------------------------------------------------------------------
