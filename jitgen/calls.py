@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .arrays import ADDRESS_UNIT, ArrayView, check_gemm, name_arrays
-from .control import build_for_call
+from .control import build_for_call, count_load
 from .dtypes import array_dtype, dtype_of
 from .errors import DeviceError
 from .expr import Bound
@@ -28,7 +28,7 @@ from .ir import (
 from .problem import Gemm
 from .runtime import driver
 from .runtime.launch import Argument, Launch, LaunchPool, Pointer, TensorMap, UInt32
-from .runtime.stats import PROCESS, log
+from .runtime.stats import log
 from .runtime.tensor_map import TensorMapSpec
 from .schedule import Schedule
 from .tuning.select import select
@@ -216,7 +216,7 @@ def _load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driv
         entry.cubin, kernel.name, smem_bytes=kernel.smem.total_bytes, ordinal=ordinal
     )
     seconds = time.perf_counter() - started
-    PROCESS.add(loads=1)
+    count_load()
     fields = {"kernel": kernel.name, "key": entry.key.digest, "seconds": seconds, "gpu": ordinal}
     log.info("loaded %s onto GPU %d in %.4f s", kernel.name, ordinal, seconds, extra=fields)
     return kernel, loaded

@@ -12,7 +12,7 @@ import os
 import shlex
 import warnings
 
-from .build import build, default_store, key_of
+from .build import build, configure_store, default_store, key_of
 from .errors import JitForbiddenError, JitgenError
 from .expr import acc
 from .ir import Kernel
@@ -21,29 +21,65 @@ from .problem import Gemm
 from .runtime.entry import Entry
 from .runtime.key import KernelKey
 from .runtime.stats import PROCESS, Stats
+from .runtime.tiers import Tiers
 from .schedule import Schedule
 
 JIT_MODES = ("allow", "warn", "forbid")
 
 _configured: str | None = None
+_places: dict[str, str] = {}  # of the store, that `configure` was given
 
 
-def configure(*, jit: str) -> None:
-    """What `gemm` and `bind` do, from now on in this process, about a kernel not in the store.
+def configure(
+    *,
+    jit: str | None = None,
+    cache_dir: str | None = None,
+    cache_lower: str | None = None,
+    cache_shared: str | None = None,
+    cache_remote: str | None = None,
+    cache_remote_write: str | None = None,
+    cache_remote_timeout: str | None = None,
+) -> None:
+    """What `gemm` and `bind` do about a kernel that they need, from now on in this process.
+
+    Each parameter stands for the environment variable of its name, JITGEN_JIT and so on, and is
+    spelled as that; one that is None stays as it was.
 
     Parameters
     ----------
-    jit : "allow" compiles it, "warn" compiles it with a RuntimeWarning, "forbid" raises
-        JitForbiddenError, which says how to make it. Default: $JITGEN_JIT or else "allow".
+    jit : about a kernel that is not in the store: "allow", the default, compiles it, "warn"
+        compiles it with a RuntimeWarning, "forbid" raises JitForbiddenError, which says how to
+        make it
+    cache_dir : the user's own folder of compiled kernels
+    cache_lower : folders that are only read, with ":" between them
+    cache_shared : folder that other machines read and write too
+    cache_remote : URL that fsspec knows, such as "s3://bucket/jitgen"
+    cache_remote_write : "1" to publish there what is compiled here, "0", the default, not to
+    cache_remote_timeout : seconds to wait for its answer, 5 by default
 
     `prebuild` and `Plan.prebuild` compile in every mode, and a call that is prepared already runs.
+    Kernels come from other places than before only if a cache parameter is given.
 
     Raises
     ------
-    JitgenError : `jit` is none of these
+    JitgenError : `jit` is no mode
+    StoreError : a cache parameter is not understood
     """
     global _configured
-    _configured = _check_mode(jit, "jit")
+    mode = _configured if jit is None else _check_mode(jit, "jit")
+    places = {
+        "cache_dir": cache_dir,
+        "cache_lower": cache_lower,
+        "cache_shared": cache_shared,
+        "cache_remote": cache_remote,
+        "cache_remote_write": cache_remote_write,
+        "cache_remote_timeout": cache_remote_timeout,
+    }
+    given = _places | {name: text for name, text in places.items() if text is not None}
+    if given != _places:
+        configure_store(Tiers.of(**given))
+        _places.update(given)
+    _configured = mode
 
 
 def jit_mode() -> str:
@@ -63,6 +99,11 @@ def stats() -> Stats:
     counts of their own.
     """
     return PROCESS.stats
+
+
+def count_load() -> None:
+    """Count a kernel that was loaded onto a GPU."""
+    default_store().count_load()
 
 
 def build_for_call(problem: Gemm, schedule: Schedule) -> tuple[Kernel, Entry]:

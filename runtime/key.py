@@ -26,8 +26,7 @@ class KernelKey:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of all fields, in hex: the kernel's place in the store."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
-        return sha256_hex(text.encode())
+        return json_sha256(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; `from_json` reads them back."""
@@ -131,6 +130,11 @@ def make_key(
 def sha256_hex(data: bytes) -> str:
     """SHA-256 of `data` in hex."""
     return hashlib.sha256(data).hexdigest()
+
+
+def json_sha256(value: object) -> str:
+    """SHA-256 of the canonical JSON of `value`, in hex."""
+    return sha256_hex(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _are_texts(values: Sequence[object]) -> bool:

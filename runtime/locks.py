@@ -1,4 +1,4 @@
-"""Lock files: one process at a time makes a kernel, and those who wait learn which."""
+"""Single flight: one thread of one process makes a kernel, and those who wait learn which."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import errno
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
@@ -18,6 +19,63 @@ from .stats import Counters, log
 
 # What a file system without working locks answers.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+
+
+class SingleFlight:
+    """The locks of a store, one a kernel, between threads and, with lock files, processes.
+
+    Parameters
+    ----------
+    timeout_s : longest wait for whoever holds a lock
+    counters : for waits
+    on_unwritable : told why, where lock files cannot be written; the work goes on without
+    """
+
+    def __init__(
+        self, *, timeout_s: float, counters: Counters, on_unwritable: Callable[[str], None]
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._counters = counters
+        self._on_unwritable = on_unwritable
+        self._mutex = threading.Lock()  # guards the locks between threads
+        self._locks: dict[str, threading.Lock] = {}
+
+    @contextlib.contextmanager
+    def hold(self, digest: str, name: str, root: Path | None) -> Iterator[None]:
+        """Hold the locks of one kernel.
+
+        Parameters
+        ----------
+        digest : of its key
+        name : of the kernel, for people
+        root : folder of the store, for the lock file; None for none
+
+        Raises
+        ------
+        StoreError : a lock was not released in time, or the file system has no locks
+        """
+        deadline = time.monotonic() + self._timeout_s
+        with self._mutex:
+            lock = self._locks.setdefault(digest, threading.Lock())
+        if not lock.acquire(timeout=self._timeout_s):
+            raise StoreError(
+                f"kernel {digest} is still being compiled by another thread of this process"
+                f" ({os.getpid()}) after {self._timeout_s:g} s: raise lock_timeout_s"
+            )
+        try:
+            with contextlib.ExitStack() as held:
+                if root:
+                    left_s = deadline - time.monotonic()
+                    file_lock = hold_lock(
+                        root, digest, name, timeout_s=left_s, counters=self._counters
+                    )
+                    try:
+                        held.enter_context(file_lock)
+                    except OSError as error:
+                        self._on_unwritable(str(error))
+                yield
+        finally:
+            lock.release()
 
 
 @contextlib.contextmanager
@@ -47,8 +105,8 @@ def hold_lock(
     except (OSError, NotImplementedError) as error:
         if isinstance(error, NotImplementedError) or error.errno in _NO_LOCKS:
             raise StoreError(
-                f"no file locks in {folder} ({error}): use another JITGEN_CACHE_DIR, or"
-                " locking=False"
+                f"no file locks in {folder} ({error}): use another JITGEN_CACHE_DIR, or do without"
+                " locks (JITGEN_CACHE_LOCKING=0)"
             ) from error
         raise
     try:
@@ -82,7 +140,7 @@ def _timeout_message(folder: Path, digest: str, timeout_s: float) -> str:
     return (
         f"kernel {digest} is still locked by {holder or 'an unknown process'} after"
         f" {timeout_s:.3g} s: end that process if it hangs, raise lock_timeout_s if it"
-        " is compiling, or do without locks (locking=False)"
+        " is compiling, or do without locks (JITGEN_CACHE_LOCKING=0)"
     )
 
 

@@ -16,8 +16,8 @@ import pytest
 
 from jitgen.errors import StoreError
 from jitgen.runtime import store as store_module
-from jitgen.runtime.eviction import IN_USE_S, LEFTOVER_S, list_usage
-from jitgen.runtime.store import KernelStore, default_max_bytes
+from jitgen.runtime.eviction import IN_USE_S, LEFTOVER_S, default_max_bytes, list_usage
+from jitgen.runtime.store import KernelStore
 
 from .test_store import CUBIN, SOURCE, Compiler, folder_of, key_of, put
 

@@ -60,6 +60,7 @@ ALLOWED |= {
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
     "doctor": _before | {"runtime", "build", "control", "tuning", "api", "jitgen"},
     "console": set(),  # what the commands print on
+    "epilogues": {"expr"},  # that the commands know by name
     "files": {"errors"},  # that users name
     "problem_list": _before | {"files", "tuning", "tuning.bench"},  # what to compile or tune
     "models": _before | {"files"},  # what a model computes
@@ -67,14 +68,15 @@ ALLOWED |= {
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
-    "cli_explain": _before | {"runtime", "build", "control", "schedule_text", "tuning"},
+    "cli_explain": _before
+    | {"runtime", "build", "control", "epilogues", "schedule_text", "tuning"},
     "cli_prebuild": _before
     | {"build", "cli_problems", "console", "models", "problem_list", "schedule_text", "tuning"},
     "cli_tune": _before
     | {"runtime", "build", "console", "jitgen", "problem_list", "tuning", "tuning.measure"},
     "cli_problems": {"problem", "files", "models"},
     "cli": _before
-    | {"build", "console", "schedule_text", "tuning", "doctor", "demo"}
+    | {"build", "console", "epilogues", "schedule_text", "tuning", "doctor", "demo"}
     | {"cli_bench", "cli_cache", "cli_explain", "cli_prebuild", "cli_problems", "cli_tune"},
     "__main__": {"cli"},
 }
@@ -86,6 +88,7 @@ LAZY: dict[str, set[str]] = {
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
     "jinja2": {"codegen"},
+    "fsspec": {"runtime"},
     "tokenizers": {"minilm"},
     "safetensors": {"minilm"},
 }
