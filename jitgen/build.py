@@ -185,16 +185,8 @@ def prebuild(
         on_error is None; the other kernels are finished first
     """
     unfinished = dict.fromkeys(kernels)
-    results: list[Prebuilt] = []
-    if not unfinished:
-        return results
     tiers = Tiers(root.absolute()) if root else store_tiers()
-    store = open_shared_store(tiers)
-    for kernel in list(unfinished):  # so that a second run starts no process
-        if entry := find(kernel, store):
-            del unfinished[kernel]
-            results.append(Prebuilt(entry.name, False, entry.resources.compile_seconds))
-            on_done(results[-1])
+    results = take_present(unfinished, open_shared_store(tiers), on_done)
     if not unfinished:
         return results
     workers = min(num_processes or os.cpu_count() or 1, len(unfinished))
@@ -231,13 +223,26 @@ def prebuild(
     return results
 
 
-def find(kernel: tuple[Gemm, Schedule], store: KernelStore) -> Entry | None:
-    """The entry of a kernel that is near (see `KernelStore.peek`); None if it cannot be made."""
-    try:
-        key = key_of(lower(*kernel))
-    except JitgenError:
-        return None
-    return store.peek(key)
+def take_present(
+    unfinished: dict[tuple[Gemm, Schedule], None],
+    store: KernelStore,
+    on_done: Callable[[Prebuilt], None],
+) -> list[Prebuilt]:
+    """Take out of `unfinished` what is near (see `KernelStore.peek`), and say what that was.
+
+    So a second run starts no process. A kernel that cannot be made stays.
+    """
+    results = []
+    for kernel in list(unfinished):
+        try:
+            key = key_of(lower(*kernel))
+        except JitgenError:
+            continue
+        if entry := store.peek(key):
+            del unfinished[kernel]
+            results.append(Prebuilt(entry.name, False, entry.resources.compile_seconds))
+            on_done(results[-1])
+    return results
 
 
 def slowest_first(kernels: Iterable[tuple[Gemm, Schedule]]) -> list[tuple[Gemm, Schedule]]:

@@ -51,6 +51,7 @@ ALLOWED |= {
     "tuning.plot": {"tuning.bench", "tuning.report"},  # and in a picture
     "arrays": set(_before),  # the rules that a caller's arrays must keep
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
+    "ray_prebuild": _before | {"runtime", "build"},  # the same on many machines
     "control": _before | {"runtime", "build"},  # what calls may compile, and counts
     "calls": _before | {"runtime", "tuning", "arrays", "control"},  # on torch, prepared once
     "api": _before | {"tuning", "arrays", "calls"},  # what users call
@@ -71,7 +72,8 @@ ALLOWED |= {
     "cli_explain": _before
     | {"runtime", "build", "control", "epilogues", "schedule_text", "tuning"},
     "cli_prebuild": _before
-    | {"build", "cli_problems", "console", "models", "problem_list", "schedule_text", "tuning"},
+    | {"build", "cli_problems", "console", "models", "problem_list", "schedule_text", "tuning"}
+    | {"ray_prebuild"},
     "cli_tune": _before
     | {"runtime", "build", "console", "jitgen", "problem_list", "tuning", "tuning.measure"},
     "cli_problems": {"problem", "files", "models"},
@@ -89,6 +91,7 @@ LAZY: dict[str, set[str]] = {
     "cuda": {"runtime"},
     "jinja2": {"codegen"},
     "fsspec": {"runtime"},
+    "ray": {"ray_prebuild"},
     "tokenizers": {"minilm"},
     "safetensors": {"minilm"},
 }
