@@ -50,6 +50,22 @@ def make_private(*folders: Path) -> None:
             os.mkdir(folder, 0o700)
 
 
+def work_folder(root: Path, name: str) -> Path:
+    """A private folder of the store's own use, made in place of whatever else is there."""
+    folder = root / name
+    clear_stray(folder, stat.S_ISDIR)
+    make_private(folder)
+    return folder
+
+
+def clear_stray(path: Path, is_kind: Callable[[int], bool]) -> None:
+    """Remove what is at `path` if it is of another kind, which no store made."""
+    with contextlib.suppress(OSError):  # gone already, or a folder that is not empty
+        mode = os.lstat(path).st_mode
+        if not is_kind(mode):
+            os.rmdir(path) if stat.S_ISDIR(mode) else os.unlink(path)
+
+
 def distrust(info: os.stat_result, is_kind: Callable[[int], bool], *, or_root: bool = False) -> str:
     """Why something on disk, seen by lstat, is not to be used; empty if it may be.
 
@@ -71,8 +87,8 @@ def distrust(info: os.stat_result, is_kind: Callable[[int], bool], *, or_root: b
 
 
 def scratch_path(root: Path, name: str) -> Path:
-    """A path of its own in the store's `tmp`, for an entry on its way in or out."""
-    return root / "tmp" / f"{name[:64]}.{os.getpid()}.{secrets.token_hex(4)}"
+    """A path of its own in the store's `tmp`, which is made, for an entry on its way in or out."""
+    return work_folder(root, "tmp") / f"{name[:64]}.{os.getpid()}.{secrets.token_hex(4)}"
 
 
 def entry_folder(root: Path, digest: str) -> Path:
@@ -113,9 +129,10 @@ def publish_entry(root: Path, digest: str, files: Mapping[str, bytes], *, heal: 
     OSError : the folder cannot be written
     """
     final = entry_folder(root, digest)
+    make_private(root)
     scratch = scratch_path(root, digest)
     try:
-        make_private(root, scratch.parent, scratch)
+        make_private(scratch)
         _write_files(scratch, files)
         if heal:
             remove_damaged(root, final)
@@ -238,7 +255,6 @@ def remove(root: Path, path: Path) -> None:
     OSError : it could not be moved; FileNotFoundError: another process was faster
     """
     grave = scratch_path(root, path.name)
-    make_private(grave.parent)
     os.rename(path, grave)
     if grave.is_dir() and not grave.is_symlink():
         shutil.rmtree(grave, ignore_errors=True)

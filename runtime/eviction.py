@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import StoreError
-from .entry import make_private, remove
+from .entry import remove, work_folder
 
 DEFAULT_MAX_BYTES = 2 << 30
 IN_USE_S = 300.0
@@ -165,8 +165,7 @@ def _remove_leftovers(root: Path, now: float) -> int:
 
 def _now(root: Path) -> float:
     """The time by the clock that sets the mtimes, which may be that of a file server."""
-    make_private(root / "tmp")
-    with tempfile.TemporaryFile(dir=root / "tmp") as file:
+    with tempfile.TemporaryFile(dir=work_folder(root, "tmp")) as file:
         return os.fstat(file.fileno()).st_mtime
 
 

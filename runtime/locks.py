@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import filelock
 
 from ..errors import StoreError
-from .entry import make_private
+from .entry import clear_stray, make_private, work_folder
 from .stats import Counters, log
 
 # What a file system without working locks answers.
@@ -95,9 +96,11 @@ def hold_lock(
     StoreError : the lock was not released in time, or the file system has no locks
     OSError : the lock's folder cannot be written
     """
-    folder = root / "locks"
-    make_private(root, folder)
-    lock = filelock.FileLock(folder / f"{digest}.lock", mode=0o600)
+    make_private(root)
+    folder = work_folder(root, "locks")
+    path = folder / f"{digest}.lock"
+    clear_stray(path, stat.S_ISREG)
+    lock = filelock.FileLock(path, mode=0o600)
     try:
         _acquire(lock, digest, name, timeout_s, counters)
     except filelock.Timeout:

@@ -1,7 +1,8 @@
 """Storms on a kernel store: many processes, many kills. What breaks ends the script with an error.
 
-    python -m tests.host.storms crowd FOLDER SEED PROCESSES KEYS ROUNDS LOCKING
-    python -m tests.host.storms kills FOLDER SEED KILLS
+    python tests/host/storms.py crowd FOLDER SEED PROCESSES KEYS ROUNDS LOCKING
+    python tests/host/storms.py churn FOLDER SEED PROCESSES ROUNDS
+    python tests/host/storms.py kills FOLDER SEED KILLS
 
 A stand-in for the compiler makes cubins that tell which kernel they are of.
 """
@@ -9,6 +10,7 @@ A stand-in for the compiler makes cubins that tell which kernel they are of.
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import random
 import shutil
@@ -65,14 +67,14 @@ def ask(store: KernelStore, source: str, compile: Callable[[], Compiled] | None 
     return entry
 
 
-def in_child(work: Callable[[], None]) -> int:
+def in_child(work: Callable[..., None], *args: Any) -> int:
     """The process that does the work; its exit code is 1, with a traceback, if that fails."""
     pid = os.fork()
     if pid:
         return pid
     try:
         warnings.simplefilter("error")
-        work()
+        work(*args)
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -90,7 +92,7 @@ def crowd(
     for round_ in range(rounds):
         folder, log = root / f"{round_}", root / f"{round_}.log"
 
-        def work(seed: int, folder: Path = folder, log: Path = log) -> None:
+        def work(seed: float, folder: Path = folder, log: Path = log) -> None:
             order = sources(keys)
             random.Random(seed).shuffle(order)
             store = KernelStore(folder, locking=locking)
@@ -104,7 +106,7 @@ def crowd(
 
                     ask(store, source, compile)
 
-        children = [in_child(lambda seed=rng.random(): work(seed)) for _ in range(processes)]
+        children = [in_child(work, rng.random()) for _ in range(processes)]
         failed = [child for child in children if os.waitpid(child, 0)[1]]
         compiles = collections.Counter(log.read_text().splitlines())
         by_key = collections.Counter(line.partition(" ")[2] for line in compiles.elements())
@@ -122,7 +124,26 @@ def crowd(
     print(f"rounds {rounds}, processes {processes}, keys {keys}, most compiles of a key {most}")
 
 
-# --- kills: a process dies in the middle of whatever it does ---------------------------------------
+# --- churn: everybody publishes and collects ------------------------------------------------------
+
+
+def churn(root: Path, rng: random.Random, processes: int, rounds: int) -> None:
+    """Never an error, a wrong kernel or a leftover."""
+
+    def work(seed: float) -> None:
+        mine = random.Random(seed)
+        for _ in range(rounds):
+            collect(root, root, mine)
+
+    children = [in_child(work, rng.random()) for _ in range(processes)]
+    failed = [child for child in children if os.waitpid(child, 0)[1]]
+    check("processes failed", not failed, failed)
+    left = list((root / "tmp").iterdir())
+    check("something is left in tmp", not left, left)
+    print(f"processes {processes}, rounds {rounds}, kernels left {len(list_usage(root))}")
+
+
+# --- kills: a process dies in the middle of whatever it does --------------------------------------
 
 FUNCTIONS = ("open", "mkdir", "rename", "fsync", "utime", "unlink", "rmdir", "lstat", "write")
 KEYS = 8
@@ -141,8 +162,8 @@ def kills(root: Path, rng: random.Random, count: int) -> None:
         work = rng.choice([write, collect, import_all])
         seed = rng.random()
         by_call = idx % 2 == 0
-        limit = rng.randrange(1, 200) if by_call else 0
-        child = in_child(lambda: endless(work, folder, bundle, seed, limit))
+        limit = rng.randrange(1, 400) if by_call else 0
+        child = in_child(endless, work, folder, bundle, seed, limit)
         if not by_call:
             time.sleep(rng.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
@@ -206,7 +227,8 @@ def write(folder: Path, bundle: Path, rng: random.Random) -> None:
 def collect(folder: Path, bundle: Path, rng: random.Random) -> None:
     write(folder, bundle, rng)
     for usage in list_usage(folder):  # make every entry look long unused
-        os.utime(usage.path, (1e9, 1e9))
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(usage.path, (1e9, 1e9))
     store = KernelStore(folder)
     if rng.random() < 0.2:
         store.clear()
@@ -240,6 +262,8 @@ def main(storm: str, folder: str, seed: str, *numbers: str) -> None:
     if storm == "crowd":
         processes, keys, rounds, locking = map(int, numbers)
         crowd(root, rng, processes, keys, rounds, bool(locking))
+    elif storm == "churn":
+        churn(root, rng, *map(int, numbers))
     else:
         kills(root, rng, int(numbers[0]))
 
