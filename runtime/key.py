@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import StoreError
@@ -30,9 +30,12 @@ class KernelKey:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; `from_json` reads them back."""
-        return asdict(self) | {
+        return {
+            "source_sha256": self.source_sha256,
             "headers": [list(header) for header in self.headers],
             "options": list(self.options),
+            "compiler_version": self.compiler_version,
+            "arch": self.arch,
         }
 
     @classmethod
