@@ -47,6 +47,7 @@ ALLOWED |= {
     "tuning.cutlass": {"errors", "runtime"},  # a peer that nvcc builds
     "tuning.host": _before
     | {"runtime", "tuning.bench", "tuning.peers", "calls", "api"},  # times what they wait for
+    "tuning.load": _before | {"runtime", "build"},  # of kernels that are compiled
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
     "tuning.plot": {"tuning.bench", "tuning.report"},  # and in a picture
     "arrays": set(_before),  # the rules that a caller's arrays must keep
@@ -67,7 +68,8 @@ ALLOWED |= {
     "models": _before | {"files"},  # what a model computes
     "schedule_text": _before | {"tuning"},  # schedules as users spell them
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
-    | {"tuning.report", "tuning.plot"},
+    | {"tuning.report", "tuning.plot", "tuning.load", "build", "plans", "problem"}
+    | {"runtime"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
     "cli_explain": _before
     | {"runtime", "build", "control", "epilogues", "schedule_text", "tuning"},
