@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,27 +188,19 @@ def prebuild(
         return results
     workers = min(num_processes or os.cpu_count() or 1, len(unfinished))
     failure: BaseException | None = None
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures: dict[Future[tuple[Prebuilt, list[str]]], tuple[Gemm, Schedule]] = {}
-        with contextlib.suppress(BrokenProcessPool):  # one may die before all are submitted
-            for kernel in slowest_first(unfinished):
-                futures[pool.submit(_prebuild_one, *kernel, tiers)] = kernel
-        warned: dict[str, None] = {}
-        for future in as_completed(futures):
-            error = future.exception()
-            if isinstance(error, BrokenProcessPool):
-                continue
-            del unfinished[futures[future]]
-            if error is None:
-                prebuilt, messages = future.result()
-                _warn_again(message for message in messages if message not in warned)
-                warned |= dict.fromkeys(messages)
-                results.append(prebuilt)
-                on_done(prebuilt)
-            elif on_error and isinstance(error, JitgenError):
-                on_error(futures[future], error)
+    warned: dict[str, None] = {}
+    with contextlib.closing(_compile_in_processes(list(unfinished), tiers, workers)) as outcomes:
+        for kernel, outcome in outcomes:
+            del unfinished[kernel]
+            if isinstance(outcome, _Made):
+                _warn_again(message for message in outcome.messages if message not in warned)
+                warned |= dict.fromkeys(outcome.messages)
+                results.append(outcome.prebuilt)
+                on_done(outcome.prebuilt)
+            elif on_error and isinstance(outcome, JitgenError):
+                on_error(kernel, outcome)
             else:
-                failure = failure or error
+                failure = failure or outcome
     if unfinished:
         names = ", ".join(kernel_name(*kernel) for kernel in unfinished)
         raise CompileError(
@@ -221,6 +210,35 @@ def prebuild(
     if failure:
         raise failure
     return results
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a process sends: the result, and the warnings on the way to it."""
+
+    prebuilt: Prebuilt
+    messages: tuple[str, ...]
+
+
+def _compile_in_processes(
+    kernels: Sequence[tuple[Gemm, Schedule]], tiers: Tiers, num_processes: int
+) -> Generator[tuple[tuple[Gemm, Schedule], _Made | BaseException]]:
+    """Each kernel with what became of it, as it comes; ends early if a process dies."""
+    # Imported here: most who import jitgen start no process.
+    import multiprocessing
+    from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+        futures: dict[Future[_Made], tuple[Gemm, Schedule]] = {}
+        with contextlib.suppress(BrokenProcessPool):  # one may die before all are submitted
+            for kernel in slowest_first(kernels):
+                futures[pool.submit(_compile_one, *kernel, tiers)] = kernel
+        for future in as_completed(futures):
+            error = future.exception()
+            if not isinstance(error, BrokenProcessPool):
+                yield futures[future], error or future.result()
 
 
 def take_present(
@@ -250,16 +268,15 @@ def slowest_first(kernels: Iterable[tuple[Gemm, Schedule]]) -> list[tuple[Gemm, 
     return sorted(kernels, key=lambda kernel: -kernel[1].block_m * kernel[1].block_n)
 
 
-def _prebuild_one(problem: Gemm, schedule: Schedule, tiers: Tiers) -> tuple[Prebuilt, list[str]]:
-    """The result, and the warnings on the way to it."""
+def _compile_one(problem: Gemm, schedule: Schedule, tiers: Tiers) -> _Made:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         store = _worker_store(tiers)
-        before = store.stats
+        before = store.stats.compiles
         entry = build(lower(problem, schedule), store)
-    compiled = store.stats.compiles > before.compiles
+    compiled = store.stats.compiles > before
     prebuilt = Prebuilt(entry.name, compiled, entry.resources.compile_seconds)
-    return prebuilt, [str(warning.message) for warning in caught]
+    return _Made(prebuilt, tuple(str(warning.message) for warning in caught))
 
 
 @functools.cache

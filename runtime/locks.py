@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import filelock
+from typing import TYPE_CHECKING
 
 from ..errors import StoreError
 from .entry import clear_stray, make_private, work_folder
 from .stats import Counters, log
+
+if TYPE_CHECKING:
+    import filelock
 
 # What a file system without working locks answers.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -96,6 +98,8 @@ def hold_lock(
     StoreError : the lock was not released in time, or the file system has no locks
     OSError : the lock's folder cannot be written
     """
+    import filelock  # here, for those who compile nothing
+
     make_private(root)
     folder = work_folder(root, "locks")
     path = folder / f"{digest}.lock"
@@ -122,6 +126,8 @@ def hold_lock(
 def _acquire(
     lock: filelock.BaseFileLock, digest: str, name: str, timeout_s: float, counters: Counters
 ) -> None:
+    import filelock
+
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:

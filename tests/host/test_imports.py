@@ -92,6 +92,7 @@ LAZY: dict[str, set[str]] = {
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
     "jinja2": {"codegen"},
+    "filelock": {"runtime"},
     "fsspec": {"runtime"},
     "ray": {"ray_prebuild"},
     "tokenizers": {"minilm"},
