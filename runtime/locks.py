@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import socket
 import stat
 import threading
 import time
@@ -157,7 +156,7 @@ def _timeout_message(folder: Path, digest: str, timeout_s: float) -> str:
 def _holder_file(path: Path) -> Iterator[None]:
     """A file, there as long as the lock is held, that names this process to those who wait."""
     with contextlib.suppress(OSError):
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        path.write_text(f"process {os.getpid()} on {os.uname().nodename}")
     try:
         yield
     finally:

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import platformdirs
-
 from ..errors import StoreError
 from .entry import (
     Entry,
@@ -251,6 +249,8 @@ def _kernels(folder: str) -> Path:
 
 def _user_folder() -> Path | None:
     """The store's folder in the user's cache folder; None if there is none."""
+    import platformdirs  # here, for those who name their folders
+
     try:  # neither HOME nor an account: older platformdirs leave "~", newer ones raise
         root = Path(platformdirs.user_cache_dir("jitgen")) / KERNELS
     except RuntimeError:
