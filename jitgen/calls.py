@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from . import control
 from .arrays import ADDRESS_UNIT, ArrayView, check_gemm, name_arrays
-from .control import build_for_call, count_load
 from .dtypes import array_dtype, dtype_of
 from .errors import DeviceError
 from .expr import Bound
@@ -78,11 +78,12 @@ class Call:
 
     def _run(self, launch: Launch) -> None:
         """Launch on the current stream of the tensors' device, with that device current."""
+        pdl = control.pdl_enabled
         if self._current_device() == self._index:
-            launch(self._current_stream(self._index))
+            launch(self._current_stream(self._index), pdl=pdl)
         else:
             with self._as_current(self._index):
-                launch(self._current_stream(self._index))
+                launch(self._current_stream(self._index), pdl=pdl)
 
 
 def find_call(
@@ -210,13 +211,13 @@ def _check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> N
 @functools.cache
 def _load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driver.LoadedKernel]:
     """The kernel, built or taken from the store, and loaded on one device."""
-    kernel, entry = build_for_call(problem, schedule)
+    kernel, entry = control.build_for_call(problem, schedule)
     started = time.perf_counter()
     loaded = driver.load(
         entry.cubin, kernel.name, smem_bytes=kernel.smem.total_bytes, ordinal=ordinal
     )
     seconds = time.perf_counter() - started
-    count_load()
+    control.count_load()
     fields = {"kernel": kernel.name, "key": entry.key.digest, "seconds": seconds, "gpu": ordinal}
     log.info("loaded %s onto GPU %d in %.4f s", kernel.name, ordinal, seconds, extra=fields)
     return kernel, loaded

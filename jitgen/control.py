@@ -28,11 +28,13 @@ JIT_MODES = ("allow", "warn", "forbid")
 
 _configured: str | None = None
 _places: dict[str, str] = {}  # of the store, that `configure` was given
+pdl_enabled = False  # whether kernels are launched under programmatic dependent launch
 
 
 def configure(
     *,
     jit: str | None = None,
+    pdl: bool | None = None,
     cache_dir: str | None = None,
     cache_lower: str | None = None,
     cache_shared: str | None = None,
@@ -40,32 +42,31 @@ def configure(
     cache_remote_write: str | None = None,
     cache_remote_timeout: str | None = None,
 ) -> None:
-    """What `gemm` and `bind` do about a kernel that they need, from now on in this process.
-
-    Each parameter stands for the environment variable of its name, JITGEN_JIT and so on, and is
-    spelled as that; one that is None stays as it was.
+    """How `gemm` and `bind` find, compile and launch kernels, from now on in this process.
 
     Parameters
     ----------
-    jit : about a kernel that is not in the store: "allow", the default, compiles it, "warn"
-        compiles it with a RuntimeWarning, "forbid" raises JitForbiddenError, which says how to
-        make it
-    cache_dir : the user's own folder of compiled kernels
-    cache_lower : folders that are only read, with ":" between them
-    cache_shared : folder that other machines read and write too
-    cache_remote : URL that fsspec knows, such as "s3://bucket/jitgen"
-    cache_remote_write : "1" to publish there what is compiled here, "0", the default, not to
-    cache_remote_timeout : seconds to wait for its answer, 5 by default
+    jit : what they do about a kernel not in the store: "allow" compiles it, "warn" compiles it with
+        a RuntimeWarning, "forbid" raises JitForbiddenError, which says how to make it. Default:
+        $JITGEN_JIT or else "allow".
+    pdl : launch under programmatic dependent launch, in CUDA graphs too: a kernel is set up while
+        the one before it on the stream ends, and waits for its results. It pays where small kernels
+        follow one another in a graph; a launch without a graph costs the host more. Default: False.
+    cache_dir, cache_lower, cache_shared, cache_remote, cache_remote_write, cache_remote_timeout :
+        where kernels are kept, each spelled as the environment variable of its name,
+        $JITGEN_CACHE_DIR and so on, and in its place: see `jitgen.runtime.tiers.Tiers.of`
 
-    `prebuild` and `Plan.prebuild` compile in every mode, and a call that is prepared already runs.
-    Kernels come from other places than before only if a cache parameter is given.
+    What is None stays as it was. `prebuild` and `Plan.prebuild` compile in every mode, and a call
+    that is prepared already runs.
 
     Raises
     ------
-    JitgenError : `jit` is no mode
+    JitgenError : `jit` is none of these, or `pdl` is no bool
     StoreError : a cache parameter is not understood
     """
-    global _configured
+    global _configured, pdl_enabled
+    if pdl is not None and not isinstance(pdl, bool):
+        raise JitgenError(f"pdl is {pdl!r:.80}, must be True or False")
     mode = _configured if jit is None else _check_mode(jit, "jit")
     places = {
         "cache_dir": cache_dir,
@@ -80,6 +81,8 @@ def configure(
         configure_store(Tiers.of(**given))
         _places.update(given)
     _configured = mode
+    if pdl is not None:
+        pdl_enabled = pdl
 
 
 def jit_mode() -> str:

@@ -1,11 +1,11 @@
 """The tile IR: the program of one thread block, which is interpreted, rendered and verified.
 
     kernel ::= Kernel(name, problem, schedule, tensors, smem, body)
-    body   ::= ForTiles(traversal, stmt*)
+    body   ::= ForTiles(traversal, stmt*, num_turns)
     stmt   ::= ForK(extent, step, stmt*, num_blocks) | op
     op     ::= Zero(dst)                     dst = 0
              | Load(dst, src, windows, ...)  dst = src[windows], 0 beyond the tensor's end
-             | Mma(dst, a, b)                dst = a @ b^T, a chain of k32 steps that starts at 0
+             | Mma(dst, a, b, swap_ab)       dst = a @ b^T, a chain of k32 steps that starts at 0
              | Promote(acc, part, scales)    acc = fma(rn(scales[0] * scales[1]), part, acc)
              | Reduce(dst, src, ...)         dst = src in the first part of k, then rn(dst + src)
              | Evaluate(dst, src, expr)      dst = expr(src), rounded to dst's dtype
@@ -138,11 +138,19 @@ class Load:
 
 @dataclass(frozen=True)
 class Mma:
+    """dst = a @ b^T; with `swap_ab` as (b @ a^T)^T: the rows of b are those of wgmma, which has 64.
+
+    The bits are the same.
+    """
+
     dst: Buffer
     a: Buffer
     b: Buffer
+    swap_ab: bool = False
 
     def __str__(self) -> str:
+        if self.swap_ab:
+            return f"{self.dst.name} = mma({self.b.name}, {self.a.name})^T"
         return f"{self.dst.name} = mma({self.a.name}, {self.b.name})"
 
 
@@ -168,7 +176,8 @@ class Promote:
 class Reduce:
     """dst = src in the first step of a loop that blocks share, then rn(dst + src), in their order.
 
-    `inbox`: where a block receives its columns of the other blocks' sums: [sender, row, column].
+    `inbox`: where a block receives its columns of the other blocks' sums: [sender, row, column],
+    as wgmma counts rows and columns.
     """
 
     dst: Buffer
@@ -259,8 +268,15 @@ class Traversal:
 
 @dataclass(frozen=True)
 class ForTiles:
+    """`body` for each tile; `num_turns` tiles of a block are at work at once.
+
+    Their K loops run one after the other, each under the end of the tile before, on math warpgroups
+    and with a buffer for the result of their own.
+    """
+
     traversal: Traversal
     body: tuple[Stmt, ...]
+    num_turns: int = 1
 
 
 Stmt = Zero | Load | Mma | Promote | Reduce | Evaluate | Store | ForK
@@ -370,9 +386,10 @@ class Kernel:
         lines = [f"kernel {self.name}({', '.join(map(str, self.tensors))})"]
         lines += [f"  schedule {self.schedule}", f"  smem {self.smem.total_bytes} B"]
         t = self.body.traversal
+        turns = f", {self.body.num_turns} in turns" if self.body.num_turns > 1 else ""
         lines.append(
             f"  for tile m:{t.block_m} n:{t.block_n} cluster {t.cluster_m}x{t.cluster_n}"
-            f" in groups of {t.group} rows:"
+            f" in groups of {t.group} rows{turns}:"
         )
         lines += _format(self.body.body, 4)
         return "\n".join(lines)

@@ -13,9 +13,9 @@ from .schedule import (
     WARPGROUP_THREADS,
     accumulator_registers,
     num_barriers,
-    num_parts,
     num_scale_stages,
     part_columns,
+    part_registers,
 )
 
 MAX_BOX = 256  # elements of a TMA box in each dimension (CUDA driver API, cuTensorMapEncodeTiled)
@@ -49,7 +49,7 @@ def check_smem(kernel: Kernel, buffers: dict[str, Buffer]) -> None:
     regions = (
         ("a", plan.a, stages * num_bytes["tile of a"], SWIZZLE_ATOM_BYTES),
         ("b", plan.b, stages * num_bytes["tile of b"], SWIZZLE_ATOM_BYTES),
-        ("d", plan.d, num_bytes["result"], SWIZZLE_ATOM_BYTES),
+        ("d", plan.d, kernel.body.num_turns * num_bytes["result"], SWIZZLE_ATOM_BYTES),
         ("inbox", plan.inbox, num_bytes.get("inbox", 0), 16),
         ("scales", plan.scales, num_scale_stages(kernel.schedule) * scales, 16),
         ("barriers", plan.barriers, 8 * num_barriers(kernel.schedule), 8),
@@ -69,7 +69,8 @@ def check_registers(kernel: Kernel, sums: Buffer) -> None:
     math_threads = WARPGROUP_THREADS * schedule.num_math_warpgroups
     producer, math = REGISTER_SPLIT[schedule.num_math_warpgroups]
     columns = part_columns(problem, schedule) or 0
-    need = sums.num_bytes // 4 // math_threads + num_parts(schedule) * columns // 2
+    tile_threads = math_threads // kernel.body.num_turns
+    need = sums.num_bytes // 4 // tile_threads + part_registers(schedule, columns)
     free = accumulator_registers(problem, schedule)
     require(need <= free < math, kernel.name, f"sums take {need} of {free} registers a thread")
     total = WARPGROUP_THREADS * producer + math_threads * math

@@ -28,6 +28,7 @@ from .problem import Gemm, check_problem
 from .schedule import (
     BLOCK_K,
     SCALE_BLOCKS,
+    WGMMA_M,
     Schedule,
     check_schedule,
     num_sfb_rows,
@@ -81,14 +82,22 @@ def kernel_name(problem: Gemm, schedule: Schedule) -> str:
         f"gemm_{problem.a_dtype}_{problem.d_dtype}_n{problem.n}_k{problem.k}"
         f"_{s.block_m}x{s.block_n}x{BLOCK_K}_s{s.num_stages}_w{s.num_math_warpgroups}"
         f"_c{s.cluster_m}x{s.cluster_n}_g{s.raster_group}_k{s.split_k}_{s.promotion}"
+        f"{'_swap' * s.swap_ab}{'_pingpong' * s.pingpong}"
     )
     return name if problem.epilogue == acc else f"{name}_epilogue"
 
 
-def store_span_bytes(schedule: Schedule, element_bytes: int) -> int:
-    """Bytes of a row of a TMA store box: the widest swizzle span that divides a block's columns."""
-    columns = math.gcd(schedule.block_n, slice_columns(schedule))
-    return next(span for span in (128, 64, 32) if columns * element_bytes % span == 0)
+def store_box(schedule: Schedule, element_bytes: int) -> tuple[int, int]:
+    """Rows and columns of a TMA store: of one warpgroup's rows, or of one block's with swap_ab.
+
+    Its columns are the widest swizzle span that divides what a block of a split cluster stores.
+    """
+    unit = math.gcd(schedule.mma_tile[1], slice_columns(schedule))
+    rows, columns = schedule.block_m // schedule.tile_warpgroups, unit
+    if schedule.swap_ab:
+        rows, columns = unit, WGMMA_M
+    span = next(span for span in (128, 64, 32) if columns * element_bytes % span == 0)
+    return rows, span // element_bytes
 
 
 def _operand_tensor(operand: Operand, dims: dict[str, Dim]) -> Tensor:
@@ -100,15 +109,15 @@ def _gemm_body(
 ) -> ForTiles:
     d = tensors[-1]
     rows, columns = schedule.block_m, schedule.block_n
-    span = store_span_bytes(schedule, problem.d_dtype.size_bytes)
-    store_box = (rows // schedule.num_math_warpgroups, span // problem.d_dtype.size_bytes)
+    box = store_box(schedule, problem.d_dtype.size_bytes)
+    span = box[1] * problem.d_dtype.size_bytes
     smem_d = Buffer("smem_d", d.dtype, (rows, columns), "smem", swizzle_bytes=span)
     sums = Buffer("acc", F32, (rows, columns), "registers")
     k_loop = _k_loop(problem, schedule, tensors, sums)
     if schedule.split_k > 1:
         part_sums = sums
         sums = Buffer("total", F32, (rows, columns), "registers")
-        inbox_shape = (schedule.split_k - 1, rows, slice_columns(schedule))
+        inbox_shape = (schedule.split_k - 1, schedule.mma_tile[0], slice_columns(schedule))
         inbox = Buffer("smem_inbox", F32, inbox_shape, "smem")
         part_k = split_blocks(problem, schedule) * BLOCK_K
         k_loop = (
@@ -124,8 +133,9 @@ def _gemm_body(
         (
             *k_loop,
             Evaluate(smem_d, sums, problem.epilogue, extra),
-            Store(d, smem_d, (Window("m", rows), Window("n", columns)), store_box),
+            Store(d, smem_d, (Window("m", rows), Window("n", columns)), box),
         ),
+        schedule.num_turns,
     )
 
 
@@ -153,7 +163,7 @@ def _k_loop(
         (
             Load(smem_a, a, (over_m, over_k), "tma", multicast=schedule.cluster_n),
             Load(smem_b, b, (over_n, over_k), "tma", multicast=schedule.cluster_m),
-            Mma(part, smem_a, smem_b),
+            Mma(part, smem_a, smem_b, schedule.swap_ab),
             Promote(sums, part, (smem_sfa, smem_sfb), (scale_m, scale_n)),
         ),
     )

@@ -20,7 +20,7 @@ SCALE_BLOCKS = 8
 WGMMA_M = 64
 UNROLL_K = 4  # K blocks of straight-line code; only the last promotion of each is not overlapped
 MAX_CLUSTER_BLOCKS = 8  # which every Hopper GPU can launch
-EPILOGUE_COLUMNS = 16  # of D that a warp writes at once
+EPILOGUE_COLUMNS = {False: 16, True: 8}  # of wgmma's that a warp writes at once; by swap_ab
 MIN_PART_COLUMNS = 48  # a narrower wgmma reads A from shared memory too often for its work
 WARPGROUP_THREADS = 128
 SWIZZLE_ATOM_BYTES = 1024  # 8 rows of 128 bytes: base alignment of an SW128 tile
@@ -52,6 +52,10 @@ class Schedule:
     promotion : "overlapped" promotes one partial accumulator while the next is computed; "serial"
         keeps one, twice as wide, and leaves it to the other math warpgroups to fill the tensor
         cores meanwhile
+    swap_ab : B's rows are wgmma's M operand, in steps of 64, and A's its N operand, in steps of 8,
+        so that a tile of a few rows of D wastes no work; the math warpgroups share its columns
+    pingpong : the math warpgroups compute whole tiles in turns, so that the epilogue of one runs
+        under the K loop of the next
     """
 
     block_m: int
@@ -63,12 +67,15 @@ class Schedule:
     raster_group: int = 8
     split_k: int = 1
     promotion: Promotion = "overlapped"
+    swap_ab: bool = False
+    pingpong: bool = False
 
     def __str__(self) -> str:
         return (
             f"{self.block_m}x{self.block_n}x{BLOCK_K} stages={self.num_stages}"
             f" math_warpgroups={self.num_math_warpgroups} cluster={self.cluster_m}x{self.cluster_n}"
             f" raster_group={self.raster_group} split_k={self.split_k} promotion={self.promotion}"
+            f" swap_ab={self.swap_ab:d} pingpong={self.pingpong:d}"
         )
 
     @property
@@ -77,9 +84,25 @@ class Schedule:
         return self.cluster_m * self.cluster_n * self.split_k
 
     @property
+    def num_turns(self) -> int:
+        """Tiles that a block has at work at once, each by math warpgroups of its own."""
+        return self.num_math_warpgroups if self.pingpong else 1
+
+    @property
+    def tile_warpgroups(self) -> int:
+        """Math warpgroups that share a tile."""
+        return self.num_math_warpgroups // self.num_turns
+
+    @property
+    def mma_tile(self) -> tuple[int, int]:
+        """Rows and columns of the tile as wgmma sees it."""
+        tile = (self.block_m, self.block_n)
+        return tile[::-1] if self.swap_ab else tile
+
+    @property
     def num_waves(self) -> int:
-        """Slices of 64 rows that one math warpgroup computes, one after the other."""
-        return self.block_m // (WGMMA_M * self.num_math_warpgroups)
+        """Slices of 64 rows of wgmma's that one math warpgroup computes, one after the other."""
+        return self.mma_tile[0] // (WGMMA_M * self.tile_warpgroups)
 
 
 @dataclass(frozen=True)
@@ -117,8 +140,8 @@ def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
     sizes = {
         "a": schedule.num_stages * schedule.block_m * BLOCK_K * problem.a_dtype.size_bytes,
         "b": schedule.num_stages * schedule.block_n * BLOCK_K * problem.b_dtype.size_bytes,
-        "d": schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes,
-        "inbox": (schedule.split_k - 1) * schedule.block_m * slice_columns(schedule) * 4,
+        "d": schedule.num_turns * schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes,
+        "inbox": (schedule.split_k - 1) * schedule.mma_tile[0] * slice_columns(schedule) * 4,
         "scales": num_scale_stages(schedule) * _scale_stage_bytes(problem, schedule),
         "barriers": 8 * num_barriers(schedule),
     }
@@ -147,8 +170,9 @@ def num_k_blocks(problem: Gemm) -> int:
 
 
 def slice_columns(schedule: Schedule) -> int:
-    """Columns of a tile that each block of a split cluster adds up, as far as they go."""
-    return -(-schedule.block_n // (EPILOGUE_COLUMNS * schedule.split_k)) * EPILOGUE_COLUMNS
+    """wgmma's columns of a tile that each block of a split cluster adds up, as far as they go."""
+    unit = EPILOGUE_COLUMNS[schedule.swap_ab]
+    return -(-schedule.mma_tile[1] // (unit * schedule.split_k)) * unit
 
 
 def max_stages(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> int:
@@ -165,7 +189,8 @@ def _scale_stage_bytes(problem: Gemm, schedule: Schedule) -> int:
 
 def accumulator_registers(problem: Gemm, schedule: Schedule) -> int:
     """Registers of a math thread that sums and partial accumulators may take."""
-    two_waves, two_rows = schedule.num_waves > 1, num_sfb_rows(problem, schedule.block_n) > 1
+    two_waves = schedule.num_waves > 1
+    two_rows = not schedule.swap_ab and num_sfb_rows(problem, schedule.block_n) > 1
     limits = [ACCUMULATOR_REGISTERS[schedule.num_math_warpgroups]]
     if two_waves and two_rows:
         limits.append(TWO_WAVES_TWO_ROWS_ACCUMULATOR_REGISTERS)
@@ -184,22 +209,29 @@ def num_parts(schedule: Schedule) -> int:
 def part_columns(problem: Gemm, schedule: Schedule) -> int | None:
     """Columns of one wgmma chain; None if there are too few registers even for a narrow one.
 
-    The widest equal slices of block_n, down to MIN_PART_COLUMNS, for which num_parts partial
+    The widest equal slices of the tile, down to MIN_PART_COLUMNS, for which num_parts partial
     accumulators fit into registers beside the sums.
     """
-    budget = accumulator_registers(problem, schedule)
-    sums = schedule.num_waves * schedule.block_n // 2
-    for num_slices in range(1, max(schedule.block_n // MIN_PART_COLUMNS, 1) + 1):
-        columns, rest = divmod(schedule.block_n, num_slices)
-        if not rest and columns % 8 == 0 and sums + num_parts(schedule) * columns // 2 <= budget:
+    width = schedule.mma_tile[1]
+    budget = accumulator_registers(problem, schedule) - schedule.num_waves * width // 2
+    for num_slices in range(1, max(width // MIN_PART_COLUMNS, 1) + 1):
+        columns, rest = divmod(width, num_slices)
+        if not rest and columns % 8 == 0 and part_registers(schedule, columns) <= budget:
             return columns
     return None
+
+
+def part_registers(schedule: Schedule, columns: int) -> int:
+    """Registers of a math thread for parts of `columns` columns, and for their scales."""
+    scales = columns // 4 if schedule.swap_ab else 0  # else two, of the rows
+    return num_parts(schedule) * columns // 2 + scales
 
 
 def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> None:
     """Raise ScheduleError, naming the rule and the remedy, unless `schedule` can run `problem`."""
     check_ranges(schedule)
     _check_rows(schedule)
+    _check_turns(schedule)
     _check_clusters(schedule)
     _check_split(problem, schedule)
     rows = num_sfb_rows(problem, schedule.block_n)
@@ -221,7 +253,7 @@ def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) ->
 def check_ranges(schedule: Schedule) -> None:
     """Raise ScheduleError unless every field by itself is one that some kernel can have."""
     for name, low, high, step in (
-        ("block_m", 64, 256, 64),
+        ("block_m", 8, 256, 8),
         ("block_n", 16, 256, 16),
         ("num_stages", 2, 32, 1),
         ("num_math_warpgroups", 1, 3, 1),
@@ -239,23 +271,40 @@ def check_ranges(schedule: Schedule) -> None:
         raise ScheduleError(
             f"promotion = {schedule.promotion!r} must be one of {get_args(Promotion)}"
         )
+    for name in ("swap_ab", "pingpong"):
+        if not isinstance(getattr(schedule, name), bool):
+            raise ScheduleError(f"{name} must be a bool, got {getattr(schedule, name)!r}")
 
 
 def _check_rows(schedule: Schedule) -> None:
-    rows = WGMMA_M * schedule.num_math_warpgroups
-    if schedule.block_m % rows or schedule.num_waves > 2:
+    name = "block_n" if schedule.swap_ab else "block_m"
+    rows = WGMMA_M * schedule.tile_warpgroups
+    if schedule.mma_tile[0] % rows or schedule.num_waves not in (1, 2):
         raise ScheduleError(
-            f"block_m = {schedule.block_m} must be 64 or 128 rows for each of"
-            f" num_math_warpgroups = {schedule.num_math_warpgroups}"
+            f"{name} = {schedule.mma_tile[0]} must be 64 or 128 for each of the"
+            f" {schedule.tile_warpgroups} math warpgroups that share a tile"
+        )
+
+
+def _check_turns(schedule: Schedule) -> None:
+    if schedule.pingpong and schedule.num_math_warpgroups == 1:
+        raise ScheduleError("pingpong takes turns: num_math_warpgroups must be 2 or 3, not 1")
+    if schedule.pingpong and schedule.split_k > 1:
+        raise ScheduleError(
+            f"split_k = {schedule.split_k} gives a block one tile, so there are no turns to take:"
+            " pingpong must be False"
         )
 
 
 def _check_registers(problem: Gemm, schedule: Schedule) -> None:
     if part_columns(problem, schedule) is None:
+        name, width = ("block_m" if schedule.swap_ab else "block_n"), schedule.mma_tile[1]
+        remedy = f"lower {name} ({width})"
+        if schedule.num_waves > 1 and not schedule.pingpong:
+            remedy += f" or raise num_math_warpgroups ({schedule.num_math_warpgroups})"
         raise ScheduleError(
-            f"the sums of a {schedule.num_waves * WGMMA_M}x{schedule.block_n} tile a warpgroup"
-            f" leave no registers for {num_parts(schedule)} partial accumulators: lower block_n"
-            f" ({schedule.block_n}) or raise num_math_warpgroups ({schedule.num_math_warpgroups})"
+            f"the sums of a {schedule.num_waves * WGMMA_M}x{width} tile a warpgroup leave no"
+            f" registers for {num_parts(schedule)} partial accumulators: {remedy}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from .errors import ScheduleError
 from .problem import Gemm
@@ -11,7 +12,7 @@ from .target import Gpu
 
 SCHEDULE_HELP = (
     'Pin the schedule: "128x128 stages=5 math_warpgroups=2 cluster=1x1 raster_group=8'
-    ' split_k=1 promotion=overlapped"; all but the tile may be left out.'
+    ' split_k=1 promotion=overlapped swap_ab=0 pingpong=0"; all but the tile may be left out.'
 )
 
 
@@ -40,31 +41,33 @@ def parse_schedule(text: str, problem: Gemm) -> Schedule:
 
     tile, *words = text.split() or [""]
     extents = _extents(tile.removesuffix("x128") if tile.count("x") == 2 else tile)
-    fields = {"block_m": extents[0], "block_n": extents[1], "num_stages": 0}
-    promotion = Schedule.promotion
+    fields: dict[str, Any] = {"block_m": extents[0], "block_n": extents[1], "num_stages": 0}
     names = {
         "stages": ("num_stages",),
         "math_warpgroups": ("num_math_warpgroups",),
         "cluster": ("cluster_m", "cluster_n"),
         "raster_group": ("raster_group",),
         "split_k": ("split_k",),
-        "promotion": (),
+        "promotion": ("promotion",),
+        "swap_ab": ("swap_ab",),
+        "pingpong": ("pingpong",),
     }
+    words_of = {"promotion": PROMOTIONS, "swap_ab": ("0", "1"), "pingpong": ("0", "1")}
     for word in words:
         name, _, value = word.partition("=")
         if name not in names:
             raise ScheduleError(f"schedule has {word!r}: after the tile, use {'=, '.join(names)}=")
-        if name == "promotion":
-            if value not in PROMOTIONS:
-                raise ScheduleError(f"schedule has {word!r}: use {' or '.join(PROMOTIONS)}")
-            promotion = value
+        if name in words_of:
+            if value not in words_of[name]:
+                raise ScheduleError(f"schedule has {word!r}: use {' or '.join(words_of[name])}")
+            fields[name] = value if name == "promotion" else value == "1"
         elif name == "cluster":
             fields |= zip(names[name], _extents(value), strict=True)
         elif value.isascii() and value.isdigit():
             fields[names[name][0]] = int(value)
         else:
             raise ScheduleError(f"schedule has {word!r}: {name} must be a number")
-    schedule = Schedule(**fields, promotion=promotion)
+    schedule = Schedule(**fields)
     if "stages" in text:
         return schedule
     check_ranges(replace(schedule, num_stages=2))

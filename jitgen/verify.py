@@ -47,7 +47,6 @@ from .limits import check_registers, check_smem, check_tma, require
 from .problem import Gemm, check_problem
 from .schedule import (
     BLOCK_K,
-    EPILOGUE_COLUMNS,
     SCALE_BLOCKS,
     Schedule,
     check_schedule,
@@ -75,8 +74,10 @@ def verify(kernel: Kernel) -> None:
     tensors = _tensors(kernel.problem)
     arguments = tuple(tensors.values())
     require(kernel.tensors == arguments, kernel.name, f"takes {kernel.tensors}, not {arguments}")
-    _check_traversal(kernel.body.traversal, kernel.schedule)
     schedule = kernel.schedule
+    _check_traversal(kernel.body.traversal, schedule)
+    turns = kernel.body.num_turns
+    require(turns == schedule.num_turns, kernel.name, f"takes {turns} turns, not as {schedule}")
     tile: dict[Axis, int] = {"m": schedule.block_m, "n": schedule.block_n, "k": kernel.problem.k}
     block = _Block(kernel, tensors, tile)
     block.run(kernel.body.body)
@@ -225,7 +226,7 @@ class _Block:
         require(self.is_part and self.depth == 0, op, "must come after one block's part of k")
         self.read(op, "partial sums", op.src, 0)
         senders, columns = self.kernel.schedule.split_k - 1, slice_columns(self.kernel.schedule)
-        shape = (senders, self.tile["m"], columns)
+        shape = (senders, self.kernel.schedule.mma_tile[0], columns)
         _require_same(op.inbox, Buffer(op.inbox.name, F32, shape, "smem"), op)
         self.claim(op, "inbox", op.inbox)
         self.write(op, "sums", op.dst, self.accumulator(op.dst))
@@ -282,11 +283,15 @@ class _Block:
         for buffer, name in ((op.a, "a"), (op.b, "b")):
             self.read(op, f"tile of {name}", buffer, self.depth)
             require(buffer.dtype == E4M3, op, f"{name} is {buffer.dtype}, wgmma takes {E4M3}")
-        columns = part_columns(self.kernel.problem, self.kernel.schedule) or 0
+        schedule = self.kernel.schedule
+        require(op.swap_ab == schedule.swap_ab, op, f"swap_ab must be {schedule.swap_ab}")
+        columns = part_columns(self.kernel.problem, schedule) or 0
+        tile = (self.tile["m"], self.tile["n"])
+        wide, narrow = tile[::-1] if op.swap_ab else tile
         require(
-            self.tile["m"] % 64 == 0
+            wide % 64 == 0
             and columns in range(8, 257, 8)
-            and self.tile["n"] % columns == 0
+            and narrow % columns == 0
             and self.tile["k"] % 32 == 0,
             op,
             f"no wgmma of {columns} columns computes this tile",
@@ -335,15 +340,15 @@ class _Block:
         _require_same(op.dst, self.tensors["d"], op)
         windows = self.windows(op.dst)
         require(op.windows == windows, op, f"the tile is [{', '.join(map(str, windows))}]")
-        rows = self.tile["m"] // self.kernel.schedule.num_math_warpgroups
+        schedule = self.kernel.schedule
         columns = op.src.swizzle_bytes // op.src.dtype.size_bytes
-        require(op.box == (rows, columns), op, f"box {op.box} must be ({rows}, {columns})")
-        require(
-            math.gcd(self.tile["n"], slice_columns(self.kernel.schedule)) % columns == 0
-            and columns % EPILOGUE_COLUMNS == 0,
-            op,
-            f"boxes of {columns} columns do not tile {self.tile['n']}",
-        )
+        # Who stores what: a warpgroup its rows, a block of a split cluster its slice of the columns
+        # of wgmma, which are the tile's rows if A and B are swapped.
+        of_warpgroup = schedule.mma_tile[0] // schedule.tile_warpgroups
+        of_block = math.gcd(schedule.mma_tile[1], slice_columns(schedule))
+        parts = (of_block, of_warpgroup) if schedule.swap_ab else (of_warpgroup, of_block)
+        require(op.box == (parts[0], columns), op, f"box {op.box} must be ({parts[0]}, {columns})")
+        require(parts[1] % columns == 0, op, f"boxes of {columns} columns do not tile {parts[1]}")
         check_tma(op, op.dst, op.src, op.box)
 
 

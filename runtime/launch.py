@@ -7,6 +7,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import DeviceError
 from .driver import LoadedKernel, driver, ensure_current, make_current
@@ -77,21 +78,42 @@ class Launch:
         self._arguments = ctypes.addressof(self._pointers)
         self._launch = driver().cuLaunchKernel
 
-    def __call__(self, stream: int) -> None:
+    def __call__(self, stream: int, *, pdl: bool = False) -> None:
         """Launch on `stream`, a CUstream handle of the kernel's device.
 
-        No context of another device may be current.
+        With `pdl` under programmatic dependent launch: the kernel may be set up while the one
+        before it on the stream ends. No context of another device may be current.
 
         Raises
         ------
         DeviceError : the driver refuses the launch
         """
-        (status,) = self._launch(*self._call, stream, self._arguments, 0)
+        enqueue = self._enqueue_dependent if pdl else self._enqueue
+        status = enqueue(stream)
         if status and status == driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
             make_current(self._kernel.ordinal)  # the thread's first use of CUDA
-            (status,) = self._launch(*self._call, stream, self._arguments, 0)
+            status = enqueue(stream)
         if status:
             raise DeviceError(f"the kernel cannot be launched: {status.name}")
+
+    def _enqueue(self, stream: int) -> Any:
+        (status,) = self._launch(*self._call, stream, self._arguments, 0)
+        return status
+
+    def _enqueue_dependent(self, stream: int) -> Any:
+        api, (function, *extents, smem_bytes) = driver(), self._call
+        allowed = api.CUlaunchAttributeValue()
+        allowed.programmaticStreamSerializationAllowed = 1
+        attribute = api.CUlaunchAttribute()
+        attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value = allowed
+        config = api.CUlaunchConfig()  # a new one: threads may share the launch, not its stream
+        config.gridDimX, config.gridDimY, config.gridDimZ = extents[:3]
+        config.blockDimX, config.blockDimY, config.blockDimZ = extents[3:]
+        config.sharedMemBytes, config.hStream = smem_bytes, api.CUstream(stream)
+        config.attrs, config.numAttrs = [attribute], 1
+        (status,) = api.cuLaunchKernelEx(config, function, self._arguments, 0)
+        return status
 
     def move(self, addresses: tuple[int, ...]) -> None:
         """Point the arguments at tensors like those before, elsewhere.

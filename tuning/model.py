@@ -1,10 +1,10 @@
 """The cost model: a kernel's time from its schedule, so that one is chosen without measuring.
 
-The constants were fitted, by random search, to the 756 timings that `jitgen tune --grid dense` took
-on one H100 SXM (700 W; CUPTI, L2 flushed before each call; 2026-11-21): 18 schedules for each of
-the seven N, K of DeepSeek-V3's linear layers at M = 16..4096. Of those, the schedule that the model
-picks is 3.0% slower than the fastest (geometric mean), 15% at worst; on an N, K held out of the
-fitting 5.8%, 33% at worst.
+The constants were fitted, by random search, to the 1260 timings that `jitgen tune --grid dense`
+took on one H100 SXM (700 W; CUPTI, L2 flushed before each call; 2026-11-22): 30 schedules for each
+of the seven N, K of DeepSeek-V3's linear layers at M = 16..4096. Of those, the schedule that the
+model picks is 3.1% slower than the fastest (geometric mean), 13% at worst; on an N, K held out of
+the fitting 3.7%, 19% at worst.
 """
 
 from __future__ import annotations
@@ -31,20 +31,23 @@ from ..target import SM90A, Target
 from .space import candidates
 
 GPC_SMS = 16  # 33 clusters of 4 or 18 of 6 blocks did not fit into the 132 SMs of an H100
-CLOCKS_PER_US = 1470.0
-FIXED_US = 2.83  # launch, first loads from HBM, last stores
-HBM_BYTES_PER_US = 2.30e6
+CLOCKS_PER_US = 1416.0
+FIXED_US = 3.02  # launch, first loads from HBM, last stores
+HBM_BYTES_PER_US = 2.37e6
 # Clocks that a K block takes beside its arithmetic: always, in a cluster, for a second row of sfb,
-# and where promotion waits for wgmma and no other math warpgroup fills the tensor cores meanwhile.
-BLOCK_CLOCKS = 18.7
-CLUSTER_CLOCKS = 101.0
-SFB_ROW_CLOCKS = 121.0
-SERIAL_CLOCKS_ALONE = 86.0
-SMEM_CLOCKS_PER_ROW = 0.60  # a row of 128 bytes read by wgmma or written by TMA
-EPILOGUE_CLOCKS_PER_ELEMENT = 0.028
-LOAD_BYTES_PER_CLOCK = 85.0  # of one SM from L2
-SPLIT_CLOCKS = 3710.0  # a split cluster's start, for it has one tile only, and end
-EXCHANGE_BYTES_PER_CLOCK = 8.6  # of sums between the blocks of a split cluster, for each
+# for the scales of one of wgmma's columns if A and B are swapped, and where promotion waits for
+# wgmma and no other math warpgroup fills the tensor cores meanwhile.
+BLOCK_CLOCKS = 3.7
+SWAPPED_COLUMN_CLOCKS = 1.43
+TURN_CLOCKS = 94.0  # from the K loop of one math warpgroup to that of the next
+CLUSTER_CLOCKS = 77.4
+SFB_ROW_CLOCKS = 73.1
+SERIAL_CLOCKS_ALONE = 74.5
+SMEM_CLOCKS_PER_ROW = 0.696  # a row of 128 bytes read by wgmma or written by TMA
+EPILOGUE_CLOCKS_PER_ELEMENT = 0.023
+LOAD_BYTES_PER_CLOCK = 88.8  # of one SM from L2
+SPLIT_CLOCKS = 2805.0  # a split cluster's start, for it has one tile only, and end
+EXCHANGE_BYTES_PER_CLOCK = 7.85  # of sums between the blocks of a split cluster, for each
 
 # Two steps an octave from the least row tile on; below it, extents that a schedule may exploit.
 M_BUCKETS = (16, 32, *sorted(base << i for i in range(11) for base in (64, 96))[:-1])
@@ -58,12 +61,15 @@ def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.n
     clusters = max_clusters(s.cluster_size, num_sms)
     rounds = -(-rows * columns // clusters) if clusters else math.inf
     load_clocks = (min(m, s.block_m) + s.block_n) * BLOCK_K / LOAD_BYTES_PER_CLOCK
-    tile = split_blocks(problem, s) * _soft_max(block_clocks(problem, s), load_clocks)
-    tile += s.block_m * slice_columns(s) * EPILOGUE_CLOCKS_PER_ELEMENT
+    k_loop = split_blocks(problem, s) * _soft_max(block_clocks(problem, s), load_clocks)
+    stored = s.mma_tile[0] * slice_columns(s)
+    end = stored * EPILOGUE_CLOCKS_PER_ELEMENT
     if s.split_k > 1:
-        sent = (s.split_k - 1) * min(m, s.block_m) * slice_columns(s) * 4
-        tile += SPLIT_CLOCKS + sent / EXCHANGE_BYTES_PER_CLOCK
-    compute_us = rounds * tile / CLOCKS_PER_US
+        sent = (s.split_k - 1) * stored * min(m / s.block_m, 1.0) * 4
+        end += SPLIT_CLOCKS + sent / EXCHANGE_BYTES_PER_CLOCK
+    # Tiles in turns overlap; the end of the last one does not.
+    tile = max(k_loop + TURN_CLOCKS, (k_loop + end) / 2) if s.pingpong else k_loop + end
+    compute_us = (rounds * tile + (end if s.pingpong else 0.0)) / CLOCKS_PER_US
     bytes_moved = (m + problem.n) * problem.k + m * problem.n * problem.d_dtype.size_bytes
     return FIXED_US + _soft_max(compute_us, bytes_moved / HBM_BYTES_PER_US)
 
@@ -82,16 +88,21 @@ def max_clusters(size: int, num_sms: int) -> int:
 def block_clocks(problem: Gemm, schedule: Schedule) -> float:
     """Predicted clocks that a thread block spends on one K block of its tile."""
     s = schedule
-    waves = s.block_m // WGMMA_M
-    slices = s.block_n // (part_columns(problem, s) or s.block_n)
-    tensor = waves * s.block_n * 2.0  # 64 x 1 x 128 multiply-adds at 4096 a clock
-    promote = waves / s.num_math_warpgroups * s.block_n / 2
+    rows, columns = s.mma_tile
+    waves = rows // WGMMA_M
+    slices = columns // (part_columns(problem, s) or columns)
+    tensor = waves * columns * 2.0  # 64 x 1 x 128 multiply-adds at 4096 a clock
+    promote = waves / s.tile_warpgroups * columns / 2
     if s.promotion == "overlapped" or s.num_math_warpgroups > 1:
         compute = max(tensor, promote)
     else:
         compute = tensor + promote + SERIAL_CLOCKS_ALONE
-    smem_rows = waves * (slices * WGMMA_M + s.block_n) + s.block_m + s.block_n
-    extra = BLOCK_CLOCKS + SFB_ROW_CLOCKS * (num_sfb_rows(problem, s.block_n) - 1)
+    smem_rows = waves * (slices * WGMMA_M + columns) + rows + columns
+    extra = BLOCK_CLOCKS
+    if s.swap_ab:
+        extra += SWAPPED_COLUMN_CLOCKS * s.num_waves * columns
+    else:
+        extra += SFB_ROW_CLOCKS * (num_sfb_rows(problem, s.block_n) - 1)
     extra += CLUSTER_CLOCKS if s.cluster_m * s.cluster_n > 1 else 0.0
     return _soft_max(compute, SMEM_CLOCKS_PER_ROW * smem_rows) + extra
 

@@ -264,14 +264,14 @@ def read_schedule(data: object) -> Schedule:
 
     Raises
     ------
-    StoreError : a field is missing, unknown, or neither an int nor a text
+    StoreError : a field is missing, unknown, or neither an int nor a bool nor a text
     """
     known = {field.name: field.default is MISSING for field in fields(Schedule)}
     required = {name for name, is_required in known.items() if is_required}
     values = _check_fields(data, required, optional=set(known), what="schedule")
     for name, value in values.items():
-        if type(value) not in (int, str):
-            raise StoreError(f"schedule: {name} must be an int or a text, got {value!r:.80}")
+        if type(value) not in (int, bool, str):
+            raise StoreError(f"schedule: {name} must be an int, bool or text, got {value!r:.80}")
     return Schedule(**values)
 
 

@@ -23,9 +23,10 @@ NUM_CANDIDATES = 32
 MAX_PREDICTED = 1.6  # of the least predicted time: what is worth a measurement
 NUM_FINALISTS = 6
 # Calls of each schedule, in turns with the others: in the first round, and in each half of the
-# final.
+# final, where short kernels, whose times spread more, get more: as many as take that long.
 NUM_SCREENING_CALLS = 6
-NUM_FINAL_CALLS = 20
+NUM_FINAL_CALLS = (10, 60)
+FINAL_US = 6000.0
 MIN_NOISE = 0.005  # medians that are closer than this are equal
 # So are those within this many standard errors, which for a median are larger than for a mean.
 NOISE_ERRORS = 3 * math.sqrt(math.pi / 2)
@@ -137,8 +138,10 @@ def shortlist(problem: Gemm, m: int, gpu: Gpu, count: int) -> tuple[Schedule, ..
 
 def kinds(schedule: Schedule) -> tuple[tuple[object, ...], ...]:
     """The kinds of schedules that this one belongs to."""
+    variant = (schedule.swap_ab, schedule.pingpong)
     return (
-        ("rows", schedule.block_m, schedule.num_math_warpgroups),
+        ("rows", schedule.mma_tile[0], schedule.num_math_warpgroups, *variant),
+        ("split", schedule.split_k > 1, *variant),
         ("cluster", schedule.cluster_m, schedule.cluster_n),
         ("promotion", schedule.promotion),
         ("numerics", *numerics_class(schedule)),
@@ -216,7 +219,8 @@ class _Race:
             )
             reference = next(iter(screened))
             finalists = {reference, *fastest[:NUM_FINALISTS]}
-            final = self._time([s for s in screened if s in finalists], 2 * NUM_FINAL_CALLS)
+            num_calls = 2 * num_final_calls(best.kernel_us)
+            final = self._time([s for s in screened if s in finalists], num_calls)
             if not final:
                 return self._outcome("failed", "no schedule can be measured twice")
             winner = pick_winner(final)
@@ -257,6 +261,12 @@ class _Race:
         trials = {schedule: _trial(schedule, lists) for schedule, lists in (times or {}).items()}
         won = trials[winner] if winner and status == "measured" else None
         return Outcome(self._job, status, reason, won, tuple(trials.values()), self._errors)
+
+
+def num_final_calls(kernel_us: float) -> int:
+    """Calls of each schedule in each half of the final."""
+    least, most = NUM_FINAL_CALLS
+    return min(max(int(FINAL_US / kernel_us), least), most)
 
 
 def pick_winner(times: Times) -> Schedule:

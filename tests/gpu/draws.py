@@ -54,7 +54,8 @@ class Draw:
         return (
             f"m{self.m}-n{p.n}-k{p.k}-{p.d_dtype}-{self.epilogue}-{self.sfa_layout}-{s.block_m}x{s.block_n}"
             f"-s{s.num_stages}-w{s.num_math_warpgroups}-c{s.cluster_m}x{s.cluster_n}-g{s.raster_group}"
-            f"-k{s.split_k}-{s.promotion}-seed{self.seed}"
+            f"-k{s.split_k}-{s.promotion}{'-swap' * s.swap_ab}{'-pingpong' * s.pingpong}"
+            f"-seed{self.seed}"
         )
 
 

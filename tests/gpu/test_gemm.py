@@ -20,7 +20,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import jitgen  # noqa: E402
-from jitgen import Gemm, Schedule  # noqa: E402
+from jitgen import Gemm, Schedule, control  # noqa: E402
 from jitgen.build import prebuild  # noqa: E402
 from jitgen.codegen import headers, render  # noqa: E402
 from jitgen.lower import lower  # noqa: E402
@@ -29,7 +29,13 @@ from jitgen.runtime.launch import MAX_IDLE_LAUNCHES  # noqa: E402
 from jitgen.runtime.nvrtc import compile_cubin  # noqa: E402
 from jitgen.schedule import max_stages  # noqa: E402
 from jitgen.tuning.select import select  # noqa: E402
-from jitgen.tuning.space import PROMOTIONS, ROW_TILES, is_legal  # noqa: E402
+from jitgen.tuning.space import (  # noqa: E402
+    PINGPONG_ROW_TILES,
+    PROMOTIONS,
+    ROW_TILES,
+    VARIANTS,
+    is_legal,
+)
 
 from . import draws  # noqa: E402
 
@@ -45,7 +51,7 @@ def _all_draws() -> list[draws.Draw]:
 
 
 def _small_draws() -> list[draws.Draw]:
-    """Every row tile, promotion and cluster once, on problems small enough for a sanitizer."""
+    """Every tile, promotion and cluster once, on problems small enough for a sanitizer."""
     rng = random.Random(SEED + 1)
     small = []
     problems = [
@@ -56,14 +62,15 @@ def _small_draws() -> list[draws.Draw]:
     ]
     clusters = ((1, 1, 1), (2, 1, 1), (1, 2, 1), rng.choice(((2, 2, 1), (4, 1, 1), (1, 4, 1))))
     splits = ((1, 1, 2), (1, 1, rng.choice((3, 4, 5, 8))))
-    for (block_m, warpgroups), promotion, (cluster_m, cluster_n, split_k) in itertools.product(
-        ROW_TILES, PROMOTIONS, clusters + splits
-    ):
+    for tile, (cluster_m, cluster_n, split_k) in itertools.product(_tiles(), clusters + splits):
+        if tile.pingpong and split_k > 1:
+            continue
         problem = rng.choice([p for p in problems if p.k >= 128 * split_k])
-        tile = Schedule(block_m, 16, 2, warpgroups, cluster_m, cluster_n, promotion=promotion)
+        clustered = replace(tile, cluster_m=cluster_m, cluster_n=cluster_n)
+        widths = (32, 64, 96, 128)
         schedules = [
-            replace(tile, block_n=block_n, split_k=parts)
-            for block_n in (32, 64, 96, 128)
+            replace(clustered, split_k=parts, **{"block_m" if tile.swap_ab else "block_n": width})
+            for width in widths
             for parts in range(1, split_k + 1)
             if split_k == 1 or parts > 1
         ]
@@ -71,8 +78,28 @@ def _small_draws() -> list[draws.Draw]:
         schedule = replace(schedule, num_stages=min(4, max_stages(problem, schedule)))
         name = next(name for name, expr in draws.EPILOGUES.items() if expr == problem.epilogue)
         layout = rng.choice(draws.SFA_LAYOUTS)
-        small.append(draws.Draw(321, problem, schedule, layout, name, rng.getrandbits(31)))
+        # Turns are taken where a block has several tiles.
+        m = 321 + 132 * schedule.block_m * schedule.pingpong
+        small.append(draws.Draw(m, problem, schedule, layout, name, rng.getrandbits(31)))
     return small
+
+
+def _tiles() -> list[Schedule]:
+    """One schedule of every row tile, promotion and variant."""
+    found = []
+    for swap_ab, pingpong in VARIANTS:
+        for rows, warpgroups in PINGPONG_ROW_TILES if pingpong else ROW_TILES:
+            block_m, block_n = (8, rows) if swap_ab else (rows, 16)
+            found += [
+                Schedule(
+                    *(block_m, block_n, 2, warpgroups),
+                    promotion=promotion,
+                    swap_ab=swap_ab,
+                    pingpong=pingpong,
+                )
+                for promotion in PROMOTIONS
+            ]
+    return found
 
 
 ALL_DRAWS, SMALL_DRAWS = _all_draws(), _small_draws()
@@ -197,6 +224,41 @@ def test_gemm_replays_in_a_cuda_graph() -> None:
     out.fill_(float("nan"))
     graph.replay()
     assert torch.equal(draws.bits(out), draws.bits(expected))
+
+
+@pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("m", [16, 200])
+def test_dependent_launches_read_what_the_ones_before_wrote(
+    m: int, in_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chain: each GEMM adds to the result of the one before, into one of two buffers."""
+    problem = Gemm(2112, 1536, epilogue=draws.EPILOGUES["residual"])
+    d = draws.Draw(m, problem, Schedule(64, 64, 4, 1), "row", "residual", SEED)
+    t = draws.make_inputs(d)
+    buffers = [torch.empty(m, 2112, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+
+    def chain() -> torch.Tensor:
+        before = t["residual"].contiguous()
+        for i in range(40):
+            inputs = t | {"residual": before}
+            before = _call(jitgen.gemm, d, inputs, out=buffers[i % 2])
+        return before
+
+    expected = chain().clone()
+    monkeypatch.setattr(control, "pdl_enabled", True)
+    for buffer in buffers:
+        buffer.fill_(float("nan"))
+    if in_graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = chain()
+        for buffer in buffers:
+            buffer.fill_(float("nan"))
+        for _ in range(5):
+            graph.replay()
+    else:
+        got = chain()
+    assert torch.equal(draws.bits(got.clone()), draws.bits(expected))
 
 
 def _call(function: Callable[..., Any], d: draws.Draw, t: Inputs, **options: Any) -> Any:

@@ -7,6 +7,7 @@ import enum
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,12 +74,15 @@ class FakeDriver:
     CUtensorMap = TensorMap
     CUtensorMapDataType = CUtensorMapSwizzle = CUtensorMapInterleave = _Names()
     CUtensorMapL2promotion = CUtensorMapFloatOOBfill = _Names()
-    cuuint32_t = cuuint64_t = int
+    cuuint32_t = cuuint64_t = CUstream = int
+    CUlaunchConfig = CUlaunchAttribute = CUlaunchAttributeValue = SimpleNamespace
+    CUlaunchAttributeID = _Names()
 
     def __init__(self) -> None:
         self.launches: list[Launched] = []
         self.num_encoded = 0
         self.num_replaced = 0
+        self.num_dependent = 0
         self.refusals: list[Result] = []  # what the next launches fail with
         self.current: list[object] = []  # contexts that were made current
         self.context = 1  # of the thread at hand; 0 is none
@@ -115,6 +119,19 @@ class FakeDriver:
         self.current.append(context)
         self.context = 1
         return (Result.CUDA_SUCCESS,)
+
+    def cuLaunchKernelEx(
+        self, config: Any, kernel: Kernel, arguments: int, extra: int
+    ) -> tuple[Result]:
+        (attribute,) = config.attrs
+        assert config.numAttrs == 1
+        assert attribute.id == "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
+        assert attribute.value.programmaticStreamSerializationAllowed == 1
+        self.num_dependent += 1
+        grid = config.gridDimX, config.gridDimY, config.gridDimZ
+        block = config.blockDimX, config.blockDimY, config.blockDimZ
+        call = *grid, *block, config.sharedMemBytes, config.hStream, arguments, extra
+        return self.cuLaunchKernel(kernel, *call)
 
     def cuLaunchKernel(self, kernel: Kernel, *call: Any) -> tuple[Result]:
         grid, _, _, num_threads, _, _, smem_bytes, stream, arguments, _ = call

@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 import jitgen
-from jitgen import Schedule, acc, calls, matrix, scalar, vector
+from jitgen import Schedule, acc, calls, control, matrix, scalar, vector
 from jitgen.errors import DeviceError, JitgenError, ProblemError, ScheduleError
 from jitgen.runtime.launch import MAX_IDLE_LAUNCHES
 
@@ -425,12 +425,18 @@ def test_launch_of_new_addresses_makes_the_context_current_in_a_new_thread(
     np.testing.assert_array_equal(bits(t["out"]), bits(expected(t)))
 
 
+@pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize(
     "status", [Result.CUDA_ERROR_INVALID_VALUE, None], ids=["value", "context"]
 )
 def test_launch_that_the_driver_refuses_is_an_error_and_leaves_no_trace(
-    rng: np.random.Generator, gpu: FakeGpu, status: Result | None
+    rng: np.random.Generator,
+    gpu: FakeGpu,
+    status: Result | None,
+    pdl: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(control, "pdl_enabled", pdl)
     t = make(rng)
     bound = call(t, "out", function=jitgen.bind)
     for run in (lambda: call(t, "out"), bound):
@@ -440,6 +446,25 @@ def test_launch_that_the_driver_refuses_is_an_error_and_leaves_no_trace(
         t["out"].fill_(torch.nan)
         run()
         np.testing.assert_array_equal(bits(t["out"]), bits(expected(t)))
+
+
+def test_pdl_is_as_configured_at_each_launch(
+    rng: np.random.Generator, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "pdl_enabled", False)
+    t = make(rng)
+    bound = call(t, "out", function=jitgen.bind)
+    dependent = []
+    for pdl in (False, True, False):
+        jitgen.configure(pdl=pdl)
+        for run in (lambda: call(t, "out"), bound):
+            t["out"].fill_(torch.nan)
+            run()
+            np.testing.assert_array_equal(bits(t["out"]), bits(expected(t)))
+        dependent.append(gpu.driver.num_dependent)
+    assert dependent == [0, 2, 2]
+    assert [launched.stream for launched in gpu.launches] == [gpu.stream] * 6
+    assert len({(each.grid, each.num_threads, each.smem_bytes) for each in gpu.launches}) == 1
 
 
 # --- caches ---------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def test_show_prints_every_step(run: Run, store: Path) -> None:
     result = run("show", "--n", 256, "--k", 512, "--m", 64)
     assert result.exit_code == 0, result.stderr
     schedule = select(PROBLEM, 64, named_gpu())
-    for part in (str(PROBLEM), str(schedule), "mma(smem_a, smem_b)", "__global__", "B spilled"):
+    operands = "(smem_b, smem_a)^T" if schedule.swap_ab else "(smem_a, smem_b)"
+    for part in (str(PROBLEM), str(schedule), f"mma{operands}", "__global__", "B spilled"):
         assert part in result.stdout
     assert str(store) in result.stdout
     assert len(list(store.glob("??/*/kernel.cubin"))) == 1
@@ -109,8 +110,14 @@ def test_show_fuses_the_epilogue(run: Run, epilogue: str, shown: str) -> None:
         (["--schedule", "128x128 cluster=2"], "'2' where two numbers are due"),
         (["--schedule", "128x128 promotion=late"], "use overlapped or serial"),
         (["--schedule", "128x128 split_k=two"], "split_k must be a number"),
+        (["--schedule", "128x128 swap_ab=2"], "'swap_ab=2': use 0 or 1"),
+        (["--schedule", "128x128 swap_ab"], "'swap_ab': use 0 or 1"),
+        (["--schedule", "128x128 pingpong=True"], "'pingpong=True': use 0 or 1"),
+        (["--schedule", "16x32 math_warpgroups=1 swap_ab=1"], "block_n = 32 must be 64 or 128"),
+        (["--schedule", "64x128 math_warpgroups=1 pingpong=1"], "must be 2 or 3, not 1"),
+        (["--schedule", "64x128 split_k=2 pingpong=1"], "pingpong must be False"),
         (["--schedule", "128x128 stages=31"], "lower num_stages (31"),
-        (["--schedule", "0x0"], "block_m = 0 must be in 64..256"),
+        (["--schedule", "0x0"], "block_m = 0 must be in 8..256 in steps of 8"),
         (["--schedule", "128x128 split_k=0"], "split_k = 0 must be in 1..8"),
         (["--schedule", "128x128 split_k=9"], "split_k = 9 must be in 1..8"),
         (["--schedule", "128x128 split_k=5"], "without any of the 4 K blocks: choose 4"),
@@ -126,12 +133,19 @@ def test_parse_schedule_reads_what_str_prints() -> None:
         Schedule(128, 192, 4, 2, 2, 1, 16, promotion="serial"),
         Schedule(64, 16, 12, 1, 1, 2),
         Schedule(64, 80, 5, 1, raster_group=3, split_k=4),
+        Schedule(8, 64, 12, 1, split_k=2, swap_ab=True),
+        Schedule(64, 96, 5, 2, pingpong=True),
+        Schedule(24, 128, 5, 2, swap_ab=True, pingpong=True),
     ):
         assert parse_schedule(str(schedule), PROBLEM) == schedule
 
 
 @pytest.mark.parametrize(
-    "tile", ["128x128", "64x32 math_warpgroups=1", "256x128", "128x128 split_k=4"]
+    "tile",
+    [
+        *("128x128", "64x32 math_warpgroups=1", "256x128", "128x128 split_k=4"),
+        *("8x128 swap_ab=1", "64x128 pingpong=1", "48x64 swap_ab=1 pingpong=1"),
+    ],
 )
 def test_parse_schedule_takes_the_stages_that_fit(tile: str) -> None:
     check_schedule(PROBLEM, parse_schedule(tile, PROBLEM))

@@ -39,7 +39,7 @@ from jitgen.expr import OPERATIONS, Apply, Expr, as_expr
 from jitgen.ir import Evaluate, Kernel, Store
 from jitgen.lower import lower
 from jitgen.runtime.nvrtc import headers_used
-from jitgen.schedule import num_sfb_rows, slice_columns, split_blocks
+from jitgen.schedule import num_sfb_rows, part_columns, slice_columns, split_blocks
 from jitgen.tuning.space import candidates
 from jitgen.verify import verify
 
@@ -52,7 +52,8 @@ EVERYTHING = (
     + matrix("wide", F32)
 )
 # The plain bf16 kernel, the smallest f32 one, a cluster along m without overlap, one along n, and
-# one that shares k: parts of 19, 19 and 18 K blocks, slices of 48, 48 and 32 columns.
+# one that shares k: parts of 19, 19 and 18 K blocks, slices of 48, 48 and 32 columns. One with A
+# and B swapped that shares k: slices of 16 and 8 rows. One of two math warpgroups in turns.
 GOLDEN_KERNELS = {
     "bf16-n2112-k7168-128x128": (Gemm(2112, 7168), Schedule(128, 128, 5, 2)),
     "f32-n8-k16-64x16": (Gemm(8, 16, F32), Schedule(64, 16, 2, 1)),
@@ -67,6 +68,14 @@ GOLDEN_KERNELS = {
     "bf16-bias-n2112-k7168-64x128-split3": (
         Gemm(2112, 7168, BF16, acc + vector("bias")),
         Schedule(64, 128, 5, 1, split_k=3),
+    ),
+    "bf16-bias-n2112-k7168-24x128-swap-split2": (
+        Gemm(2112, 7168, BF16, acc + vector("bias")),
+        Schedule(24, 128, 5, 2, split_k=2, swap_ab=True),
+    ),
+    "bf16-n2112-k7168-64x128-pingpong": (
+        Gemm(2112, 7168),
+        Schedule(64, 128, 5, 2, pingpong=True),
     ),
 }
 PROBLEMS = [
@@ -283,7 +292,7 @@ def test_render_includes_only_its_headers(problem: Gemm) -> None:
 @pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
 def test_render_gives_every_number_of_the_schedule_a_name(problem: Gemm) -> None:
     for group, candidate in enumerate(candidates(problem)):
-        schedule = dataclasses.replace(candidate, raster_group=group + 1)
+        schedule = dataclasses.replace(candidate, raster_group=group % 1024 + 1)
         kernel = lower(problem, schedule)
         source, plan = render(kernel), kernel.smem
         (store,) = (stmt for stmt in kernel.body.body if isinstance(stmt, Store))
@@ -297,16 +306,21 @@ def test_render_gives_every_number_of_the_schedule_a_name(problem: Gemm) -> None
             "cluster_n": "kClusterN",
             "raster_group": "kRasterGroup",
             "split_k": "kSplitK",
+            "swap_ab": "kSwapAB",
         }
         numbers = {
             field.name: value
             for field in dataclasses.fields(schedule)
             if isinstance(value := getattr(schedule, field.name), int)
         }
+        pingpong = numbers.pop("pingpong")  # told by kNumTurns
         assert set(numbers) == set(of_schedule), "name the new number's constant here"
         want = {of_schedule[name]: value for name, value in numbers.items()} | {
             "kN": problem.n,
             "kK": problem.k,
+            "kNumTurns": schedule.num_math_warpgroups if pingpong else 1,
+            "kPartColumns": part_columns(problem, schedule),
+            "kStoreRows": store.box[0],
             "kBlockK": 128,
             "kPartBlocks": split_blocks(problem, schedule),
             "kSliceColumns": slice_columns(schedule),
@@ -337,16 +351,18 @@ def test_render_uses_every_constant_that_it_defines(problem: Gemm) -> None:
 
 
 def test_render_does_not_depend_on_the_schedule_below_the_constants() -> None:
-    """A schedule is values, not text: one body for all kernels but for the launch in clusters."""
-    bodies: dict[bool, set[str]] = {False: set(), True: set()}
+    """A schedule is values, not text, but for cluster launches and the end of a swapped tile."""
+    bodies: dict[tuple[bool, bool], set[str]] = {}
     for schedule in candidates(Gemm(2112, 7168)):
         kernel = lower(Gemm(2112, 7168), schedule)
         source = render(kernel).replace(kernel.name, "KERNEL")
         source = re.sub(r"^constexpr u32 k\w+ = \d+;$", "", source, flags=re.MULTILINE)
         body = source.replace(f"// {schedule}\n", "")
-        bodies[schedule.cluster_size > 1].add(body)
-    (alone,), (clustered,) = bodies.values()
-    assert clustered.replace("__cluster_dims__(kClusterSize, 1, 1) ", "") == alone
+        bodies.setdefault((schedule.swap_ab, schedule.cluster_size > 1), set()).add(body)
+    for swap_ab in (False, True):
+        (alone,), (clustered,) = bodies.pop((swap_ab, False)), bodies.pop((swap_ab, True))
+        assert clustered.replace("__cluster_dims__(kClusterSize, 1, 1) ", "") == alone
+    assert not bodies
 
 
 @pytest.mark.parametrize(
@@ -357,6 +373,8 @@ def test_render_does_not_depend_on_the_schedule_below_the_constants() -> None:
         (2192, Schedule(128, 96, 3, 2, split_k=4), (4, 5, 32)),
         (144, Schedule(192, 16, 2, 3, split_k=2), (2, 1, 16)),
         (16, Schedule(64, 16, 2, 1), (1, 1, 16)),
+        (7168, Schedule(24, 128, 5, 2, split_k=2, swap_ab=True), (2, 28, 16)),
+        (2192, Schedule(96, 128, 3, 2, split_k=5, swap_ab=True), (5, 4, 24)),
     ],
     ids=lambda v: str(v) if isinstance(v, Schedule) else "",
 )
@@ -366,9 +384,10 @@ def test_constants_of_a_split(k: int, schedule: Schedule, want: tuple[int, int, 
     assert (found["kSplitK"], found["kPartBlocks"], found["kSliceColumns"]) == want
     assert found["kK"] == k
     columns = slice_columns(schedule)
-    inbox_bytes = (schedule.split_k - 1) * schedule.block_m * columns * 4
+    rows = schedule.block_n if schedule.swap_ab else schedule.block_m
+    inbox_bytes = (schedule.split_k - 1) * rows * columns * 4
     assert found["kSmemScales"] - found["kSmemInbox"] == inbox_bytes
-    assert columns % found["kStoreColumns"] == 0
+    assert columns % found["kStoreRows" if schedule.swap_ab else "kStoreColumns"] == 0
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)

@@ -34,9 +34,18 @@ from jitgen.codegen import render
 from jitgen.errors import ScheduleError, VerifyError
 from jitgen.lower import lower
 from jitgen.runtime.store import KernelStore
-from jitgen.schedule import accumulator_registers, num_parts, part_columns
+from jitgen.schedule import accumulator_registers, part_columns, part_registers
 from jitgen.tuning.model import choose
-from jitgen.tuning.space import CLUSTERS, COLUMN_TILES, PROMOTIONS, ROW_TILES, candidates
+from jitgen.tuning.space import (
+    CLUSTERS,
+    COLUMN_TILES,
+    PINGPONG_ROW_TILES,
+    PROMOTIONS,
+    ROW_TILES,
+    SWAPPED_COLUMN_TILES,
+    VARIANTS,
+    candidates,
+)
 
 EPILOGUES = {
     "none": acc,
@@ -62,14 +71,35 @@ class Sample:
         p, s = self.problem, self.schedule
         return (
             f"{s.block_m}x{s.block_n}-w{s.num_math_warpgroups}-c{s.cluster_m}x{s.cluster_n}"
-            f"-k{s.split_k}-{s.promotion}-n{p.n}-k{p.k}-{p.d_dtype}-{self.epilogue}"
+            f"-k{s.split_k}-{s.promotion}{'-swap' * s.swap_ab}{'-pingpong' * s.pingpong}"
+            f"-n{p.n}-k{p.k}-{p.d_dtype}-{self.epilogue}"
         )
 
 
-# Row tile, block_n, (cluster_m, cluster_n, split_k), promotion.
-Tile = tuple[tuple[int, int], int, tuple[int, int, int], str]
+# (swap_ab, pingpong), (rows of wgmma's, math warpgroups)
+Kind = tuple[tuple[bool, bool], tuple[int, int]]
+# Kind, columns of wgmma's, (cluster_m, cluster_n, split_k), promotion.
+Tile = tuple[Kind, int, tuple[int, int, int], str]
+KINDS: list[Kind] = [
+    (variant, row_tile)
+    for variant in VARIANTS
+    for row_tile in (PINGPONG_ROW_TILES if variant[1] else ROW_TILES)
+]
 WHOLE = [cluster for cluster in CLUSTERS if cluster[2] == 1]
 SPLITS = [cluster for cluster in CLUSTERS if cluster[2] > 1]
+
+
+def kind_of(schedule: Schedule) -> Kind:
+    s = schedule
+    return (s.swap_ab, s.pingpong), (s.mma_tile[0], s.num_math_warpgroups)
+
+
+def widths_of(kind: Kind) -> tuple[int, ...]:
+    return SWAPPED_COLUMN_TILES if kind[0][0] else COLUMN_TILES
+
+
+def promotions_of(kind: Kind) -> tuple[str, ...]:
+    return PROMOTIONS if kind[0] == (False, False) else ("overlapped",)
 
 
 @functools.cache
@@ -77,8 +107,8 @@ def tiles(n: int, k: int, d_dtype: DType) -> dict[Tile, Schedule]:
     """The candidates of a problem; the epilogue has no say in them."""
     return {
         (
-            (s.block_m, s.num_math_warpgroups),
-            s.block_n,
+            kind_of(s),
+            s.mma_tile[1],
             (s.cluster_m, s.cluster_n, s.split_k),
             s.promotion,
         ): s
@@ -99,13 +129,13 @@ def of_every_tile() -> Iterator[Sample]:
     )  # half of them quick to compile
     settings = list(itertools.product(names, PROMOTIONS, DTYPES, WHOLE, KS, NS))
     start = 0
-    for row_tile, block_n in itertools.product(ROW_TILES, COLUMN_TILES):
+    for kind, width in [(of_tile, width) for of_tile in KINDS for width in widths_of(of_tile)]:
         # 53 is prime to the number of settings, so the walk visits all of them.
         for step in range(len(settings)):
             name, promotion, d_dtype, cluster, k, n = settings[(start + 53 * step) % len(settings)]
-            if block_n == 16 and n != 8:
+            if width == 16 and n != 8 and not kind[0][0]:
                 continue  # the only width that n = 8 takes
-            if schedule := tiles(n, k, d_dtype).get((row_tile, block_n, cluster, promotion)):
+            if schedule := tiles(n, k, d_dtype).get((kind, width, cluster, promotion)):
                 start += 53 * (step + 1)
                 yield Sample(Gemm(n, k, d_dtype, EPILOGUES[name]), schedule, name)
                 break
@@ -113,13 +143,14 @@ def of_every_tile() -> Iterator[Sample]:
 
 def of_every_split() -> Iterator[Sample]:
     """Every split of every row tile, with widths, extents, types and epilogues in turn."""
-    settings = list(itertools.product(EPILOGUES, PROMOTIONS, DTYPES, KS, NS, COLUMN_TILES))
+    all_widths = sorted({*COLUMN_TILES, *SWAPPED_COLUMN_TILES})
+    settings = list(itertools.product(EPILOGUES, PROMOTIONS, DTYPES, KS, NS, all_widths))
     start = 0
-    for row_tile, split in itertools.product(ROW_TILES, SPLITS):
+    for kind, split in itertools.product(KINDS, SPLITS):
         # 53 is prime to the number of settings here too.
         for step in range(len(settings)):
-            name, promotion, d_dtype, k, n, block_n = settings[(start + 53 * step) % len(settings)]
-            if schedule := tiles(n, k, d_dtype).get((row_tile, block_n, split, promotion)):
+            name, promotion, d_dtype, k, n, width = settings[(start + 53 * step) % len(settings)]
+            if schedule := tiles(n, k, d_dtype).get((kind, width, split, promotion)):
                 start += 53 * (step + 1)
                 yield Sample(Gemm(n, k, d_dtype, EPILOGUES[name]), schedule, name)
                 break
@@ -127,14 +158,18 @@ def of_every_split() -> Iterator[Sample]:
 
 def of_most_registers() -> Iterator[Sample]:
     """The widest tile of each row tile, heaviest epilogue: where registers run out first."""
-    for row_tile, (promotion, d_dtype), split_k in itertools.product(
-        ROW_TILES, zip(PROMOTIONS, DTYPES, strict=True), (1, 3)
-    ):
+    for kind, split_k in itertools.product(KINDS, (1, 3)):
+        if split_k > 1 and kind[0][1]:
+            continue  # no turns to take
+        # Overlapped promotion of bf16; serial, where there is that, of float32.
+        yield from _of_most_registers(kind, split_k)
+
+
+def _of_most_registers(kind: Kind, split_k: int) -> Iterator[Sample]:
+    for promotion, d_dtype in zip(promotions_of(kind), DTYPES, strict=False):
         legal = tiles(2112, 7168, d_dtype)
         widest = max(
-            tile
-            for tile in legal
-            if tile[0] == row_tile and tile[2:] == ((1, 1, split_k), promotion)
+            tile for tile in legal if tile[0] == kind and tile[2:] == ((1, 1, split_k), promotion)
         )
         yield Sample(Gemm(2112, 7168, d_dtype, EPILOGUES["all"]), legal[widest], "all")
 
@@ -152,18 +187,20 @@ def of_tightest() -> Iterator[Sample]:
     problem = Gemm(2112, 7168, F32, EPILOGUES["residual"])
 
     def free_registers(schedule: Schedule) -> int:
-        sums = schedule.num_waves * schedule.block_n // 2
-        parts = num_parts(schedule) * (part_columns(problem, schedule) or 0) // 2
+        sums = schedule.num_waves * schedule.mma_tile[1] // 2
+        parts = part_registers(schedule, part_columns(problem, schedule) or 0)
         return accumulator_registers(problem, schedule) - sums - parts
 
-    for row_tile, promotion, split_k in itertools.product(ROW_TILES, PROMOTIONS, (1, 2)):
+    for kind, promotion, split_k in itertools.product(KINDS, PROMOTIONS, (1, 2)):
         of_kind = [
             schedule
             for tile, schedule in tiles(2112, 7168, F32).items()
-            if tile[0] == row_tile and tile[2:] == ((1, 1, split_k), promotion)
+            if tile[0] == kind and tile[2:] == ((1, 1, split_k), promotion)
         ]
+        if not of_kind:
+            continue  # a variant that does not split, or is always overlapped
         # Of equally tight ones the widest.
-        tightest = min(of_kind, key=lambda s: (free_registers(s), -s.block_n))
+        tightest = min(of_kind, key=lambda s: (free_registers(s), -s.mma_tile[1]))
         yield Sample(problem, tightest, "residual")
 
 
@@ -209,23 +246,26 @@ def test_build_compiles(sample: Sample, store: KernelStore) -> None:
 def test_samples_cover_the_space() -> None:
     schedules = [sample.schedule for sample in SAMPLES]
     problems = [sample.problem for sample in SAMPLES]
-    widths = {tile[1] for n, k, d in itertools.product(NS, KS, DTYPES) for tile in tiles(n, k, d)}
-    assert {(s.block_m, s.num_math_warpgroups) for s in schedules} == set(ROW_TILES)
-    assert {s.block_n for s in schedules} == widths
+    shapes = {tile[:2] for n, k, d in itertools.product(NS, KS, DTYPES) for tile in tiles(n, k, d)}
+    assert {(kind_of(s), s.mma_tile[1]) for s in schedules} == shapes
+    assert {kind for kind, _ in shapes} == set(KINDS)
+    assert {width for (variant, _), width in shapes if variant[0]} == set(SWAPPED_COLUMN_TILES)
     assert {s.promotion for s in schedules} == set(PROMOTIONS)
     assert {(s.cluster_m, s.cluster_n, s.split_k) for s in schedules} == {
         *CLUSTERS,
         *((2, 2, 1), (4, 1, 1), (1, 4, 1)),
     }
-    assert {(s.block_m, s.num_math_warpgroups, s.split_k) for s in schedules} == {
-        (*row_tile, split_k) for row_tile in ROW_TILES for split_k in range(1, 9)
+    assert {(kind_of(s), s.split_k) for s in schedules} == {
+        (kind, split_k)
+        for kind, split_k in itertools.product(KINDS, range(1, 9))
+        if split_k == 1 or not kind[0][1]
     }
     assert {p.n for p in problems} >= set(NS)
     assert {p.k for p in problems} >= set(KS)
     assert {
         (p.d_dtype, sample.epilogue) for p, sample in zip(problems, SAMPLES, strict=True)
     } == set(itertools.product(DTYPES, EPILOGUES))
-    assert 60 <= len(SAMPLES) <= 140  # broad, and yet compiled within minutes
+    assert 60 <= len(SAMPLES) <= 300  # broad, and yet compiled within minutes
 
 
 # --- build and prebuild -------------------------------------------------------------------------

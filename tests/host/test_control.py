@@ -114,6 +114,19 @@ def test_configure_rejects(mode: Any) -> None:
     assert control.jit_mode() == "warn"
 
 
+def test_configure_leaves_what_it_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "pdl_enabled", False)
+    jitgen.configure(jit="warn")
+    jitgen.configure(pdl=True)
+    assert (control.jit_mode(), control.pdl_enabled) == ("warn", True)
+    jitgen.configure()
+    jitgen.configure(jit="allow")
+    assert (control.jit_mode(), control.pdl_enabled) == ("allow", True)
+    with pytest.raises(JitgenError, match=r"^pdl is 1, must be True or False$"):
+        jitgen.configure(jit="forbid", pdl=1)  # type: ignore[arg-type]
+    assert (control.jit_mode(), control.pdl_enabled) == ("allow", True)
+
+
 def test_gemm_rejects_a_mode_of_the_environment(
     serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -372,6 +372,31 @@ def test_interpret_gives_the_same_bits_for_every_schedule_of_a_split(
         same_bits(d, want, f"{problem}\n{schedule}")
 
 
+@pytest.mark.parametrize("split_k", [1, 2, 3])
+@pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
+def test_interpret_swapped_and_in_turns_gives_the_bits_of_the_plain_one(
+    rng: np.random.Generator, same_bits: SameBits, d_dtype: Any, split_k: int
+) -> None:
+    m, n, k = 133, 264, 1168
+    problem = Gemm(n, k, d_dtype, silu(acc + vector("bias")) * matrix("residual"))
+    tensors = make_tensors(rng, m, n, k) | {
+        "bias": rng.standard_normal(n).astype(BFLOAT),
+        "residual": rng.standard_normal((m, n)).astype(BFLOAT),
+    }
+    want = run(problem, tensors, Schedule(128, 64, 2, split_k=split_k))
+    swapped = [
+        Schedule(24, 64, 2, 1, split_k=split_k, swap_ab=True),
+        Schedule(128, 128, 2, 2, split_k=split_k, swap_ab=True),
+    ]
+    in_turns = [
+        Schedule(64, 96, 2, 2, pingpong=True),
+        Schedule(64, 64, 2, 3, 2, 1, pingpong=True),
+        Schedule(40, 128, 2, 2, swap_ab=True, pingpong=True),
+    ]
+    for schedule in swapped + (in_turns if split_k == 1 else []):
+        same_bits(run(problem, tensors, schedule), want, f"{problem}\n{schedule}")
+
+
 def test_interpret_takes_every_split(rng: np.random.Generator, same_bits: SameBits) -> None:
     m, n, k = 3, 24, 42 * 128 + 16  # the last part is shorter in every split
     tensors = make_tensors(rng, m, n, k)

@@ -210,6 +210,17 @@ def test_kernel_prints_the_loop_that_blocks_share_and_their_sum() -> None:
     assert "blocks of a cluster" not in str(KERNEL)
 
 
+def test_kernel_prints_turns_and_swapped_operands() -> None:
+    assert "part = mma(smem_a, smem_b)\n" in str(KERNEL)
+    assert "in turns" not in str(KERNEL)
+    schedule = Schedule(24, 64, 3, 2, swap_ab=True, pingpong=True)
+    kernel = lower(Gemm(2112, 7168, BF16, EPILOGUE), schedule)
+    (tiles,) = (line for line in str(kernel).splitlines() if line.startswith("  for tile"))
+    assert tiles == "  for tile m:24 n:64 cluster 1x1 in groups of 8 rows, 2 in turns:"
+    (mma,) = (line.strip() for line in str(kernel).splitlines() if "mma(" in line)
+    assert mma == "part = mma(smem_b, smem_a)^T"
+
+
 def test_reduce_prints_where_sums_are_received() -> None:
     src, dst = (Buffer(name, F32, (64, 32), "registers") for name in ("acc", "total"))
     inbox = Buffer("smem_inbox", F32, (1, 64, 16), "smem")

@@ -15,10 +15,10 @@ from jitgen import BF16, F32, Gemm, Schedule, acc, cast, gelu, matrix, scalar, v
 from jitgen.dtypes import E4M3
 from jitgen.errors import ProblemError, ScheduleError
 from jitgen.ir import Evaluate, ForK, Kernel, Load, Mma, Promote, Reduce, Store, walk
-from jitgen.lower import kernel_name, lower, store_span_bytes
+from jitgen.lower import kernel_name, lower, store_box
 from jitgen.schedule import check_schedule, slice_columns, smem_plan
 from jitgen.target import SM90A
-from jitgen.tuning.space import candidates
+from jitgen.tuning.space import VARIANTS, candidates
 from jitgen.verify import verify
 
 EPILOGUES = {
@@ -46,7 +46,7 @@ def all_schedules(rng: np.random.Generator, count: int) -> list[Schedule]:
     """Random schedules of the whole space that check_schedule describes, legal or not."""
     return [
         Schedule(
-            block_m=64 * int(rng.integers(1, 5)),
+            block_m=int(rng.choice([64 * rng.integers(1, 5), 8 * rng.integers(1, 33)])),
             block_n=16 * int(rng.integers(1, 17)),
             num_stages=int(rng.integers(2, 9)),
             num_math_warpgroups=int(rng.integers(1, 4)),
@@ -55,6 +55,8 @@ def all_schedules(rng: np.random.Generator, count: int) -> list[Schedule]:
             raster_group=int(rng.integers(1, 20)),
             split_k=int(rng.choice([1, 1, rng.integers(2, 9)])),
             promotion=rng.choice(["overlapped", "serial"]).item(),
+            swap_ab=bool(rng.integers(2)),
+            pingpong=bool(rng.integers(2)),
         )
         for _ in range(count)
     ]
@@ -80,8 +82,8 @@ def test_lower_makes_a_sound_kernel_of_every_candidate(problem: Gemm) -> None:
 
 
 def test_lower_makes_a_sound_kernel_of_every_legal_schedule(rng: np.random.Generator) -> None:
-    legal = 0
-    for schedule in all_schedules(rng, 2000):
+    legal = dict.fromkeys(VARIANTS, 0)
+    for schedule in all_schedules(rng, 12000):
         problem = PROBLEMS[rng.integers(len(PROBLEMS))]
         try:
             check_schedule(problem, schedule)
@@ -90,8 +92,9 @@ def test_lower_makes_a_sound_kernel_of_every_legal_schedule(rng: np.random.Gener
                 lower(problem, schedule)
             continue
         verify(lower(problem, schedule))
-        legal += 1
-    assert legal > 100
+        legal[schedule.swap_ab, schedule.pingpong] += 1
+    assert legal[False, False] > 50, legal
+    assert min(legal.values()) > 10, legal
 
 
 @settings(max_examples=60)
@@ -124,6 +127,10 @@ def test_lower_carries_schedule_and_problem_into_the_program(problem: Gemm) -> N
             schedule.cluster_n,
         )
         assert traversal.group == schedule.raster_group
+        turns = schedule.num_math_warpgroups if schedule.pingpong else 1
+        assert kernel.body.num_turns == turns
+        (mma,) = ops(kernel, Mma)
+        assert mma.swap_ab == schedule.swap_ab
         (evaluate,) = ops(kernel, Evaluate)
         assert evaluate.expr == problem.epilogue
         assert kernel.body.body[-3].extent == problem.k  # the outermost loop
@@ -193,6 +200,52 @@ def test_lower_gives_each_block_its_part_of_k_and_sums_them_up(split_k: int, k: 
     assert traversal == dataclasses.replace(whole.body, body=())
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shape"),
+    [
+        (Schedule(24, 128, 3, 2, split_k=2, swap_ab=True), (1, 128, 16)),
+        (Schedule(24, 128, 3, 1, split_k=3, swap_ab=True), (2, 128, 8)),
+        (Schedule(8, 64, 3, 1, split_k=8, swap_ab=True), (7, 64, 8)),
+        (Schedule(48, 192, 3, 3, split_k=4, swap_ab=True), (3, 192, 16)),
+    ],
+    ids=lambda v: str(v),
+)
+def test_lower_receives_rows_of_wgmma_if_swapped(
+    schedule: Schedule, shape: tuple[int, int, int]
+) -> None:
+    kernel = lower(Gemm(2112, 7168), schedule)
+    (reduce,) = ops(kernel, Reduce)
+    assert (reduce.inbox.shape, reduce.inbox.dtype, reduce.inbox.space) == (shape, F32, "smem")
+    assert reduce.dst.shape == (schedule.block_m, schedule.block_n)  # the sums are those of D
+
+
+@pytest.mark.parametrize("schedule", [Schedule(128, 128, 3), Schedule(64, 64, 3, 1)], ids=str)
+def test_lower_swapped_says_the_same_but_for_mma_and_boxes(schedule: Schedule) -> None:
+    plain = lower(Gemm(2112, 7168, F32), schedule)
+    swapped = lower(Gemm(2112, 7168, F32), dataclasses.replace(schedule, swap_ab=True))
+
+    def without(kernel: Kernel) -> list[Any]:
+        neutral: list[Any] = []
+        for stmt in walk(kernel.body.body):
+            if isinstance(stmt, Mma):
+                stmt = dataclasses.replace(stmt, swap_ab=False)
+            if isinstance(stmt, Store):
+                stmt = dataclasses.replace(stmt, box=(0, 0))
+            if not isinstance(stmt, ForK):
+                neutral.append(stmt)
+        return neutral
+
+    assert plain.body != swapped.body
+    assert without(plain) == without(swapped)
+
+
+def test_lower_in_turns_changes_their_number_alone() -> None:
+    plain = lower(Gemm(2112, 7168), Schedule(64, 64, 3, 1))
+    in_turns = lower(Gemm(2112, 7168), Schedule(64, 64, 3, 3, pingpong=True))
+    assert (plain.body.num_turns, in_turns.body.num_turns) == (1, 3)
+    assert in_turns.body == dataclasses.replace(plain.body, num_turns=3)
+
+
 def test_lower_without_split_has_no_loop_over_blocks() -> None:
     kernel = lower(Gemm(2112, 7168), Schedule(128, 128, 4))
     assert [loop.num_blocks for loop in ops(kernel, ForK)] == [1, 1]
@@ -229,7 +282,8 @@ def test_lower_promotes_every_128_of_k_with_both_scales() -> None:
 def test_store_span_is_the_widest_swizzle_that_divides_a_row(
     block_n: int, element_bytes: int, span: int
 ) -> None:
-    assert store_span_bytes(Schedule(64, block_n, 2, 1), element_bytes) == span
+    box = store_box(Schedule(64, block_n, 2, 1), element_bytes)
+    assert box == (64, span // element_bytes)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +304,34 @@ def test_store_span_is_the_widest_swizzle_that_divides_a_row(
 def test_store_span_divides_what_a_split_block_stores(
     block_n: int, split_k: int, element_bytes: int, span: int
 ) -> None:
-    assert store_span_bytes(Schedule(64, block_n, 2, 1, split_k=split_k), element_bytes) == span
+    box = store_box(Schedule(64, block_n, 2, 1, split_k=split_k), element_bytes)
+    assert box == (64, span // element_bytes)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rows", "columns_of"),
+    [
+        # Every row of the tile, 64 columns of each wgmma: at most 128 bytes.
+        (Schedule(8, 64, 2, 1, swap_ab=True), 8, {2: 64, 4: 32}),
+        (Schedule(48, 128, 2, 2, swap_ab=True), 48, {2: 64, 4: 32}),
+        (Schedule(128, 256, 2, 2, swap_ab=True), 128, {2: 64, 4: 32}),
+        (Schedule(16, 64, 2, 2, swap_ab=True, pingpong=True), 16, {2: 64, 4: 32}),
+        # Slices of 16 and 8 rows: boxes of 8 belong to one block.
+        (Schedule(24, 64, 2, 1, split_k=2, swap_ab=True), 8, {2: 64, 4: 32}),
+        (Schedule(32, 128, 2, 1, split_k=2, swap_ab=True), 16, {2: 64, 4: 32}),
+        (Schedule(96, 128, 2, 1, split_k=5, swap_ab=True), 24, {2: 64, 4: 32}),
+        # Rows of the warpgroups that share a tile: of one if they take turns.
+        (Schedule(128, 96, 2, 2), 64, {2: 32, 4: 32}),
+        (Schedule(128, 96, 2, 2, pingpong=True), 128, {2: 32, 4: 32}),
+        (Schedule(64, 16, 2, 3, pingpong=True), 64, {2: 16, 4: 16}),
+    ],
+    ids=lambda v: str(v) if isinstance(v, Schedule) else "",
+)
+def test_store_box_of_swapped_and_in_turns(
+    schedule: Schedule, rows: int, columns_of: dict[int, int]
+) -> None:
+    for element_bytes, columns in columns_of.items():
+        assert store_box(schedule, element_bytes) == (rows, columns)
 
 
 @pytest.mark.parametrize("d_dtype", [BF16, F32], ids=str)
@@ -259,10 +340,16 @@ def test_lower_stores_the_whole_tile_in_swizzled_boxes(d_dtype: Any) -> None:
     for schedule in candidates(problem):
         (store,) = ops(lower(problem, schedule), Store)
         rows, columns = store.box
-        assert rows == schedule.block_m // schedule.num_math_warpgroups
         assert columns * d_dtype.size_bytes == store.src.swizzle_bytes in (32, 64, 128)
-        assert schedule.block_n % columns == 0
-        assert slice_columns(schedule) % columns == 0  # no box belongs to two blocks
+        sharing = 1 if schedule.pingpong else schedule.num_math_warpgroups
+        # No box belongs to two warpgroups or to two blocks of a split cluster.
+        if schedule.swap_ab:
+            assert schedule.block_m % rows == slice_columns(schedule) % rows == 0
+            assert rows > 0
+            assert schedule.block_n // sharing % columns == 0
+        else:
+            assert rows == schedule.block_m // sharing
+            assert schedule.block_n % columns == slice_columns(schedule) % columns == 0
 
 
 # --- names and equality -------------------------------------------------------------------------
@@ -287,6 +374,24 @@ def test_kernel_name_is_a_c_identifier_and_tells_problem_and_schedule() -> None:
         "serial",
     ):
         assert part in parts
+
+
+@pytest.mark.parametrize(
+    ("swap_ab", "pingpong", "end"),
+    [
+        (False, False, "_overlapped"),
+        (True, False, "_overlapped_swap"),
+        (False, True, "_overlapped_pingpong"),
+        (True, True, "_overlapped_swap_pingpong"),
+    ],
+)
+def test_kernel_name_ends_with_what_is_swapped_or_in_turns(
+    swap_ab: bool, pingpong: bool, end: str
+) -> None:
+    schedule = Schedule(64, 128, 4, swap_ab=swap_ab, pingpong=pingpong)
+    assert kernel_name(Gemm(72, 144), schedule).endswith(end)
+    epilogue = EPILOGUES["bias"]
+    assert kernel_name(Gemm(72, 144, BF16, epilogue), schedule).endswith(f"{end}_epilogue")
 
 
 def test_kernel_name_differs_for_every_problem_and_schedule() -> None:

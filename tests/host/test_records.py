@@ -86,6 +86,26 @@ def test_file_shows_every_field_and_the_schedule_without_its_defaults(tmp_path: 
     assert all(f"`{name}`" in readme for name in (*data, *shown))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shown"),
+    [
+        (Schedule(8, 64, 12, 1, split_k=4, swap_ab=True), {"swap_ab": True}),
+        (Schedule(64, 128, 5, 2, pingpong=True), {"pingpong": True}),
+        (Schedule(64, 128, 5, 2), {}),
+    ],
+    ids=str,
+)
+def test_file_keeps_how_a_tile_is_computed(
+    tmp_path: Path, schedule: Schedule, shown: dict[str, bool]
+) -> None:
+    record = replace(RECORD, schedule=schedule)
+    save(tmp_path, [record])
+    assert read_file(path_of(tmp_path)) == [record]
+    (saved,) = json.loads(path_of(tmp_path).read_text())["records"]
+    fields = {name: saved["schedule"].get(name) for name in ("swap_ab", "pingpong")}
+    assert {name: value for name, value in fields.items() if value is not None} == shown
+
+
 def test_read_file_of_none_is_empty(tmp_path: Path) -> None:
     assert read_file(path_of(tmp_path)) == []
 
@@ -153,7 +173,7 @@ def edit_record(**values: object) -> Edit:
         ),
         (
             lambda data: data["records"][0]["schedule"].update(block_m=[64]),
-            r"record 0: schedule: block_m must be an int or a text, got \[64\]",
+            r"record 0: schedule: block_m must be an int, bool or text, got \[64\]",
         ),
     ],
 )

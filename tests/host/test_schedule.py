@@ -28,13 +28,24 @@ from jitgen.schedule import (
     num_scale_stages,
     num_sfb_rows,
     part_columns,
+    part_registers,
     slice_columns,
     smem_plan,
     split_blocks,
 )
 from jitgen.target import SM90A
 from jitgen.tuning.model import M_BUCKETS, choose, choose_for_all, m_bucket, predict_us
-from jitgen.tuning.space import CLUSTERS, MAX_STAGES, ROW_TILES, candidates, is_legal
+from jitgen.tuning.space import (
+    CLUSTERS,
+    MAX_STAGES,
+    PINGPONG_ROW_TILES,
+    ROW_TILES,
+    SWAPPED_COLUMN_TILES,
+    VARIANTS,
+    candidates,
+    is_legal,
+    numerics_class,
+)
 
 SMEM_BYTES = 227 * 1024  # HOPPER.md section 7 and the CUDA programming guide: 227 KiB a block
 PROBLEM = Gemm(2112, 7168)
@@ -55,7 +66,7 @@ problems = st.builds(
 )
 schedules = st.builds(
     Schedule,
-    block_m=st.sampled_from([64, 128, 192, 256]),
+    block_m=st.sampled_from([8, 24, 64, 128, 192, 256]),
     block_n=st.sampled_from(range(16, 257, 16)),
     num_stages=st.integers(2, 32),
     num_math_warpgroups=st.integers(1, 3),
@@ -63,6 +74,8 @@ schedules = st.builds(
     cluster_n=st.sampled_from([1, 2, 4]),
     split_k=st.just(1) | st.integers(1, 8),
     promotion=st.sampled_from(PROMOTIONS),
+    swap_ab=st.booleans(),
+    pingpong=st.booleans(),
 )
 
 
@@ -87,8 +100,10 @@ def test_schedule_prints_every_field() -> None:
     schedule = Schedule(192, 160, 5, 3, 2, 1, 11, 7, "serial")
     assert str(schedule) == (
         "192x160x128 stages=5 math_warpgroups=3 cluster=2x1 raster_group=11 split_k=7"
-        " promotion=serial"
+        " promotion=serial swap_ab=0 pingpong=0"
     )
+    assert str(changed(swap_ab=True)).endswith(" promotion=overlapped swap_ab=1 pingpong=0")
+    assert str(changed(pingpong=True)).endswith(" promotion=overlapped swap_ab=0 pingpong=1")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +121,19 @@ def test_schedule_prints_every_field() -> None:
         Schedule(128, 128, 2, 2, 1, 4),
         Schedule(128, 128, 2, 2, raster_group=1),
         Schedule(128, 128, 2, 2, raster_group=1024),
+        *(Schedule(rows, 64, 2, 1, swap_ab=True) for rows in (8, 16, 24, 72, 128)),
+        Schedule(8, 128, 2, 1, swap_ab=True),
+        Schedule(48, 128, 2, 2, swap_ab=True),
+        Schedule(16, 192, 2, 3, swap_ab=True),
+        Schedule(96, 256, 2, 2, swap_ab=True),
+        Schedule(16, 128, 2, 2, 2, 2, swap_ab=True),
+        Schedule(64, 128, 2, 2, pingpong=True),
+        Schedule(128, 64, 2, 2, pingpong=True),
+        Schedule(64, 96, 2, 3, pingpong=True),
+        Schedule(64, 64, 2, 2, 2, 1, pingpong=True),
+        Schedule(8, 64, 2, 2, swap_ab=True, pingpong=True),
+        Schedule(40, 128, 2, 2, swap_ab=True, pingpong=True),
+        Schedule(16, 64, 2, 3, swap_ab=True, pingpong=True),
     ],
     ids=str,
 )
@@ -120,6 +148,38 @@ def test_check_schedule_accepts_split(tile: tuple[int, int, int], split_k: int) 
     # 22 K blocks and a partial one: in every number of parts the last is shorter.
     schedule = Schedule(block_m, block_n, 2, warpgroups, split_k=split_k)
     check_schedule(Gemm(72, 22 * 128 + 16), schedule)
+
+
+@pytest.mark.parametrize("split_k", [2, 3, 5, 8])
+@pytest.mark.parametrize("tile", [(8, 64, 1), (24, 128, 1), (64, 256, 2), (16, 192, 3)], ids=str)
+def test_check_schedule_accepts_split_of_swapped(tile: tuple[int, int, int], split_k: int) -> None:
+    block_m, block_n, warpgroups = tile
+    schedule = Schedule(block_m, block_n, 2, warpgroups, split_k=split_k, swap_ab=True)
+    check_schedule(Gemm(72, 22 * 128 + 16), schedule)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "tile", "waves", "turns", "sharing"),
+    [
+        (Schedule(128, 96, 2, 2), (128, 96), 1, 1, 2),
+        (Schedule(256, 96, 2, 2), (256, 96), 2, 1, 2),
+        (Schedule(24, 128, 2, 2, swap_ab=True), (128, 24), 1, 1, 2),
+        (Schedule(24, 128, 2, 1, swap_ab=True), (128, 24), 2, 1, 1),
+        (Schedule(128, 96, 2, 2, pingpong=True), (128, 96), 2, 2, 1),
+        (Schedule(64, 96, 2, 3, pingpong=True), (64, 96), 1, 3, 1),
+        (Schedule(8, 64, 2, 2, swap_ab=True, pingpong=True), (64, 8), 1, 2, 1),
+    ],
+    ids=str,
+)
+def test_schedule_shares_the_tile_as_wgmma_sees_it(
+    schedule: Schedule, tile: tuple[int, int], waves: int, turns: int, sharing: int
+) -> None:
+    assert schedule.mma_tile == tile
+    assert (schedule.num_waves, schedule.num_turns, schedule.tile_warpgroups) == (
+        waves,
+        turns,
+        sharing,
+    )
 
 
 @pytest.mark.parametrize("split_k", range(1, 9))
@@ -137,7 +197,7 @@ def test_check_schedule_does_not_depend_on_the_epilogue() -> None:
 # --- ranges -------------------------------------------------------------------------------------
 
 RANGES = {
-    "block_m": (64, 256, 64, [0, -64, 32, 63, 96, 100, 320, 512]),
+    "block_m": (8, 256, 8, [0, -64, -8, 4, 12, 63, 100, 264, 512]),
     "block_n": (16, 256, 16, [0, -16, 8, 24, 100, 272, 512]),
     "num_stages": (2, 32, 1, [-1, 0, 1, 33]),
     "num_math_warpgroups": (1, 3, 1, [-1, 0, 4]),
@@ -164,22 +224,97 @@ def test_check_schedule_rejects_value_that_is_no_int(name: str, value: Any) -> N
         check_schedule(PROBLEM, changed(**{name: value}))
 
 
+@pytest.mark.parametrize("value", [0, 1, "1", "True", None], ids=repr)
+@pytest.mark.parametrize("name", ["swap_ab", "pingpong"])
+def test_check_schedule_rejects_value_that_is_no_bool(name: str, value: Any) -> None:
+    with pytest.raises(ScheduleError, match=rf"^{name} must be a bool, got {value!r}$"):
+        check_schedule(PROBLEM, changed(**{name: value}))
+
+
 # --- warpgroups and registers -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("block_m", "num_math_warpgroups"),
-    [(64, 2), (64, 3), (128, 3), (192, 1), (192, 2), (256, 1), (256, 3)],
+    [
+        *((8, 1), (32, 1), (72, 1), (96, 1), (64, 2), (64, 3), (128, 3)),
+        *((192, 1), (192, 2), (256, 1), (256, 3)),
+    ],
     ids=lambda v: str(v),
 )
 def test_check_schedule_rejects_rows_that_do_not_fit_the_warpgroups(
     block_m: int, num_math_warpgroups: int
 ) -> None:
     schedule = changed(block_m=block_m, block_n=16, num_math_warpgroups=num_math_warpgroups)
-    with pytest.raises(
-        ScheduleError, match=rf"block_m = {block_m} must be 64 or 128 rows for each"
-    ):
+    with pytest.raises(ScheduleError) as caught:
         check_schedule(PROBLEM, schedule)
+    assert str(caught.value) == (
+        f"block_m = {block_m} must be 64 or 128 for each of the {num_math_warpgroups} math"
+        " warpgroups that share a tile"
+    )
+
+
+@pytest.mark.parametrize("block_m", [8, 64, 128])
+@pytest.mark.parametrize(
+    ("block_n", "num_math_warpgroups"),
+    [
+        *((16, 1), (32, 1), (96, 1), (192, 1), (256, 1)),
+        *((64, 2), (96, 2), (192, 2), (64, 3), (128, 3), (256, 3)),
+    ],
+    ids=lambda v: str(v),
+)
+def test_check_schedule_rejects_swapped_columns_that_do_not_fit_the_warpgroups(
+    block_n: int, num_math_warpgroups: int, block_m: int
+) -> None:
+    with pytest.raises(ScheduleError) as caught:
+        check_schedule(PROBLEM, Schedule(block_m, block_n, 2, num_math_warpgroups, swap_ab=True))
+    assert str(caught.value) == (
+        f"block_n = {block_n} must be 64 or 128 for each of the {num_math_warpgroups} math"
+        " warpgroups that share a tile"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tile", "swap_ab", "name"),
+    [
+        *(((rows, 64), False, "block_m") for rows in (8, 96, 192, 256)),
+        *(((64, columns), True, "block_n") for columns in (32, 96, 192, 256)),
+    ],
+    ids=lambda v: str(v),
+)
+@pytest.mark.parametrize("num_math_warpgroups", [2, 3])
+def test_check_schedule_rejects_turns_of_tiles_that_do_not_fit_one_warpgroup(
+    tile: tuple[int, int], swap_ab: bool, name: str, num_math_warpgroups: int
+) -> None:
+    schedule = Schedule(*tile, 2, num_math_warpgroups, swap_ab=swap_ab, pingpong=True)
+    with pytest.raises(ScheduleError) as caught:
+        check_schedule(PROBLEM, schedule)
+    assert str(caught.value) == (
+        f"{name} = {tile[swap_ab]} must be 64 or 128 for each of the 1 math warpgroups that share"
+        " a tile"
+    )
+
+
+@pytest.mark.parametrize("swap_ab", [False, True])
+def test_check_schedule_rejects_turns_of_one_warpgroup(swap_ab: bool) -> None:
+    schedule = Schedule(64, 64, 2, 1, swap_ab=swap_ab, pingpong=True)
+    with pytest.raises(ScheduleError) as caught:
+        check_schedule(PROBLEM, schedule)
+    assert str(caught.value) == ("pingpong takes turns: num_math_warpgroups must be 2 or 3, not 1")
+    check_schedule(PROBLEM, dataclasses.replace(schedule, num_math_warpgroups=2))
+
+
+@pytest.mark.parametrize("swap_ab", [False, True])
+@pytest.mark.parametrize("split_k", [2, 8])
+def test_check_schedule_rejects_turns_of_a_split(split_k: int, swap_ab: bool) -> None:
+    schedule = Schedule(64, 128, 2, split_k=split_k, swap_ab=swap_ab, pingpong=True)
+    with pytest.raises(ScheduleError) as caught:
+        check_schedule(PROBLEM, schedule)
+    assert str(caught.value) == (
+        f"split_k = {split_k} gives a block one tile, so there are no turns to take: pingpong must"
+        " be False"
+    )
+    check_schedule(PROBLEM, dataclasses.replace(schedule, split_k=1))
 
 
 @pytest.mark.parametrize("promotion", PROMOTIONS)
@@ -199,7 +334,8 @@ def test_check_schedule_rejects_accumulators_beyond_the_registers(
     assert "registers" in message
     assert f"{64 * schedule.num_waves}x{block_n}" in message
     assert f"lower block_n ({block_n})" in message
-    assert f"raise num_math_warpgroups ({warpgroups})" in message
+    # More warpgroups would take the second wave of each.
+    assert (f"raise num_math_warpgroups ({warpgroups})" in message) == (schedule.num_waves > 1)
     # The remedy works: some smaller block_n is legal.
     smaller = range(16, schedule.block_n, 16)
     assert any(is_legal(PROBLEM, dataclasses.replace(schedule, block_n=n)) for n in smaller)
@@ -231,6 +367,46 @@ def test_part_columns_is_the_widest_slice_that_the_registers_hold(
             and (columns >= MIN_PART_COLUMNS or columns == block_n)
         ]
         assert part_columns(problem, schedule) == max(legal, default=None), (n, block_n)
+
+
+@pytest.mark.parametrize("promotion", PROMOTIONS)
+@pytest.mark.parametrize("pingpong", [False, True])
+@pytest.mark.parametrize("row_tile", ROW_TILES, ids=lambda t: f"{t[0]}-w{t[1]}")
+def test_part_columns_of_swapped_leave_registers_for_the_scales_of_their_rows(
+    row_tile: tuple[int, int], pingpong: bool, promotion: Promotion
+) -> None:
+    if pingpong and row_tile not in PINGPONG_ROW_TILES:
+        row_tile = (64, 3)  # turns of three
+    for n, block_m in itertools.product((8, 576, 2112), range(8, 257, 8)):
+        problem = Gemm(n, 7168)
+        schedule = Schedule(
+            *(block_m, row_tile[0], 2, row_tile[1]),
+            promotion=promotion,
+            swap_ab=True,
+            pingpong=pingpong,
+        )
+        rows_of_64 = row_tile[0] // (64 * (1 if pingpong else row_tile[1]))
+        free = accumulator_registers(problem, schedule) - rows_of_64 * block_m // 2
+        # A thread holds 2 of each 8 rows of A, and the scale of each.
+        need = {
+            columns: num_parts(schedule) * columns // 2 + columns // 4
+            for columns in range(8, block_m + 1, 8)
+            if block_m % columns == 0 and (columns >= MIN_PART_COLUMNS or columns == block_m)
+        }
+        assert all(part_registers(schedule, columns) == need[columns] for columns in need)
+        legal = [columns for columns in need if need[columns] <= free]
+        assert part_columns(problem, schedule) == max(legal, default=None), (n, block_m)
+
+
+def test_accumulator_registers_of_swapped_ignore_the_rows_of_sfb() -> None:
+    """A wave of 64 columns of D has one scale of B: no second row to choose from."""
+    for d_dtype in (BF16, F32):
+        problem = Gemm(2112, 7168, d_dtype)
+        swapped = Schedule(64, 192, 2, 3, swap_ab=True)
+        assert num_sfb_rows(problem, swapped.block_n) == 2
+        one_row = Schedule(192, 64, 2, 3)
+        assert num_sfb_rows(problem, one_row.block_n) == 1
+        assert accumulator_registers(problem, swapped) == accumulator_registers(problem, one_row)
 
 
 @pytest.mark.parametrize("block_n", [64, 192])
@@ -363,6 +539,17 @@ def test_slice_columns_cover_block_n_once(block_n: int, split_k: int) -> None:
     assert [len(part) for part in slices] == sorted(map(len, slices), reverse=True)
 
 
+@given(st.sampled_from(range(8, 257, 8)), st.integers(1, 8))
+def test_slice_columns_of_swapped_cover_block_m_once(block_m: int, split_k: int) -> None:
+    """The rows of the tile are wgmma's columns, of which a warp writes 8 at once."""
+    size = slice_columns(Schedule(block_m, 64, 2, 1, split_k=split_k, swap_ab=True))
+    slices = [range(block_m)[i * size : (i + 1) * size] for i in range(split_k)]
+    assert [row for part in slices for row in part] == list(range(block_m))
+    assert all(len(part) % 8 == 0 for part in slices)
+    assert (size - 8) * split_k < block_m
+    assert [len(part) for part in slices] == sorted(map(len, slices), reverse=True)
+
+
 @pytest.mark.parametrize(
     ("k", "split_k", "block_n", "blocks", "columns"),
     [
@@ -415,11 +602,19 @@ def test_smem_plan_keeps_buffers_apart_and_aligned(problem: Gemm, schedule: Sche
     regions = [
         (plan.a, stages * schedule.block_m * 128, 1024),
         (plan.b, stages * schedule.block_n * 128, 1024),
-        (plan.d, schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes, 1024),
+        # One result for each tile at work.
+        (
+            plan.d,
+            schedule.num_turns * schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes,
+            1024,
+        ),
         # From every other block, float32 sums of this block's slice of columns, 16 bytes a store.
         (
             plan.inbox,
-            (schedule.split_k - 1) * schedule.block_m * slice_columns(schedule) * 4,
+            (schedule.split_k - 1)
+            * (schedule.block_n if schedule.swap_ab else schedule.block_m)
+            * slice_columns(schedule)
+            * 4,
             16,
         ),
         (plan.scales, num_scale_stages(schedule) * scales, 16),
@@ -447,6 +642,21 @@ def test_smem_plan_gives_the_inbox_of_a_split_block_its_place() -> None:
     assert whole.scales == whole.inbox
     assert num_barriers(Schedule(128, 96, 3)) == 2 * (3 + 4)
     assert num_barriers(Schedule(128, 96, 3, split_k=4)) == 2 * (3 + 4) + 1
+
+
+def test_smem_plan_gives_each_turn_a_result_of_its_own() -> None:
+    for turns in (2, 3):
+        together = smem_plan(PROBLEM, Schedule(64, 96, 3, turns))
+        in_turns = smem_plan(PROBLEM, Schedule(64, 96, 3, turns, pingpong=True))
+        assert in_turns.d == together.d
+        assert in_turns.total_bytes - together.total_bytes == (turns - 1) * 64 * 96 * 2
+
+
+def test_smem_plan_of_swapped_receives_slices_of_rows() -> None:
+    plan = smem_plan(PROBLEM, Schedule(24, 128, 3, 1, split_k=2, swap_ab=True))
+    # One sender, 128 columns, 16 of the 24 rows.
+    assert plan.inbox == plan.d + 24 * 128 * 2
+    assert plan.scales - plan.inbox == 128 * 16 * 4
 
 
 @given(problems, schedules)
@@ -529,24 +739,57 @@ def test_candidates_are_legal_distinct_and_deepest(problem: Gemm) -> None:
 
 def test_candidates_cover_row_tiles_clusters_and_widths() -> None:
     found = list(candidates(PROBLEM))
-    assert {(s.block_m, s.num_math_warpgroups) for s in found} == set(ROW_TILES)
-    clusters = {(s.cluster_m, s.cluster_n, s.split_k) for s in found}
-    assert clusters == set(CLUSTERS)
-    assert clusters == {(1, 1, 1), (2, 1, 1), (1, 2, 1), *((1, 1, parts) for parts in range(2, 9))}
-    assert {s.promotion for s in found} == set(PROMOTIONS)
-    for split_k in range(1, 9):
-        legal = {
-            (m, w, n, p)
-            for n, (m, w), p in itertools.product(range(16, 257, 16), ROW_TILES, PROMOTIONS)
-            if is_legal(PROBLEM, Schedule(m, n, 2, w, split_k=split_k, promotion=p))
-            and (w < 3 or n <= 128)  # wider ones spill with some epilogues
-        }
-        tiles = {
-            (s.block_m, s.num_math_warpgroups, s.block_n, s.promotion)
-            for s in found
-            if (s.cluster_m, s.cluster_n, s.split_k) == (1, 1, split_k)
-        }
-        assert tiles == legal, f"split_k = {split_k}"
+    assert {(s.swap_ab, s.pingpong) for s in found} == set(VARIANTS)
+    assert set(VARIANTS) == set(itertools.product((False, True), repeat=2))
+    for swap_ab, pingpong in VARIANTS:
+        of_variant = [s for s in found if (s.swap_ab, s.pingpong) == (swap_ab, pingpong)]
+        row_tiles = PINGPONG_ROW_TILES if pingpong else ROW_TILES
+        widths = SWAPPED_COLUMN_TILES if swap_ab else range(16, 257, 16)
+        promotions = PROMOTIONS if not (swap_ab or pingpong) else ("overlapped",)
+        assert {(s.mma_tile[0], s.num_math_warpgroups) for s in of_variant} == set(row_tiles)
+        clusters = {(s.cluster_m, s.cluster_n, s.split_k) for s in of_variant}
+        assert clusters == {c for c in CLUSTERS if c[2] == 1 or not pingpong}
+        assert {s.promotion for s in of_variant} == set(promotions)
+        for cluster in CLUSTERS:
+            legal = {
+                (m, w, n, p)
+                for n, (m, w), p in itertools.product(widths, row_tiles, promotions)
+                if is_legal(
+                    PROBLEM,
+                    Schedule(
+                        *((n, m) if swap_ab else (m, n)),
+                        *(2, w, *cluster[:2]),
+                        split_k=cluster[2],
+                        promotion=p,
+                        swap_ab=swap_ab,
+                        pingpong=pingpong,
+                    ),
+                )
+                and (w < 3 or n <= 128)  # wider ones spill with some epilogues
+            }
+            tiles = {
+                (s.mma_tile[0], s.num_math_warpgroups, s.mma_tile[1], s.promotion)
+                for s in of_variant
+                if (s.cluster_m, s.cluster_n, s.split_k) == cluster
+            }
+            assert tiles == legal, f"cluster = {cluster}, {swap_ab = }, {pingpong = }"
+
+
+def test_clusters_are_one_block_two_and_every_split() -> None:
+    assert set(CLUSTERS) == {
+        *((1, 1, 1), (2, 1, 1), (1, 2, 1)),
+        *((1, 1, parts) for parts in range(2, 9)),
+    }
+
+
+def test_numerics_class_is_the_split_alone() -> None:
+    """How a tile is computed changes no bit: what is swapped or in turns is of the plain class."""
+    classes: dict[int, set[tuple[object, ...]]] = {}
+    for schedule in candidates(PROBLEM):
+        classes.setdefault(schedule.split_k, set()).add(numerics_class(schedule))
+    assert set(classes) == set(range(1, 9))
+    assert all(len(of_split) == 1 for of_split in classes.values())
+    assert len(set().union(*classes.values())) == 8
 
 
 @pytest.mark.parametrize(
@@ -601,6 +844,29 @@ def test_choose_for_all_loses_least_over_all_buckets(problem: Gemm) -> None:
     best = {m: predict_us(problem, choose(problem, m), m) for m in M_BUCKETS}
     losses = [loss(schedule) for schedule in candidates(problem)]
     assert loss(choose_for_all(problem)) == pytest.approx(min(losses))
+
+
+@pytest.mark.parametrize("problem", [PROBLEM, Gemm(72, 144, F32)], ids=name_of)
+def test_predict_us_is_finite_and_positive(problem: Gemm) -> None:
+    for schedule, m in itertools.product(candidates(problem), (1, 64, 4096)):
+        assert 0 < predict_us(problem, schedule, m) < math.inf, (schedule, m)
+
+
+def test_predict_us_hides_the_end_of_a_tile_under_the_next_turn() -> None:
+    """Two warpgroups in turns beat one alone on the same tile, where there are many tiles."""
+    alone = Schedule(64, 128, 4, 1)
+    in_turns = dataclasses.replace(alone, num_math_warpgroups=2, pingpong=True)
+    assert predict_us(PROBLEM, in_turns, 8192) < predict_us(PROBLEM, alone, 8192)
+
+
+def test_predict_us_of_a_few_rows_wastes_nothing_if_swapped() -> None:
+    """Eight rows of D are a full tile if swapped, and an eighth of one if not."""
+    compute_bound = Gemm(2112, 7168)
+    times = [
+        predict_us(compute_bound, Schedule(rows, 64, 8, 1, swap_ab=swap_ab), 8)
+        for rows, swap_ab in ((8, True), (64, False))
+    ]
+    assert times[0] < times[1]
 
 
 @given(st.integers(0, 65536))

@@ -90,7 +90,7 @@ def test_tune_finds_the_fastest(seed: int) -> None:
     assert outcome.winner.schedule == OTHER
     assert outcome.winner.kernel_us == pytest.approx(90, rel=0.02)
     assert 0.2 < outcome.winner.spread_us < 2
-    assert outcome.winner.num_calls == 2 * search.NUM_FINAL_CALLS
+    assert outcome.winner.num_calls == 2 * search.num_final_calls(100.0) == 120
     assert outcome.speedup == pytest.approx(100 / 90, rel=0.03)
     assert {trial.schedule for trial in outcome.trials} == set(SCHEDULES)
 
@@ -169,7 +169,10 @@ def test_pick_winner_is_the_first_of_those_as_fast_as_the_fastest(
     ("slowdown", "reason"),
     [
         (lambda call, i: 1.1 if call % 2 else 1.0, "moved by"),  # between the rounds
-        (lambda call, i: 1.1 if i >= search.NUM_FINAL_CALLS else 1.0, "moved by"),  # in the final
+        (
+            lambda call, i: 1.1 if i >= search.num_final_calls(100.0) else 1.0,
+            "moved by",
+        ),  # in the final
         (lambda call, i: 1.5 if i % 4 == 3 else 1.0, "spread by"),  # bursts of another process
     ],
     ids=["drift", "drift in the final", "bursts"],

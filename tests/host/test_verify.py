@@ -46,6 +46,19 @@ SQUARE = lower(Gemm(512, 1024, F32), Schedule(128, 128, 3, 2))
 CLUSTER = lower(Gemm(576, 2192), Schedule(128, 128, 3, 2, 2, 1))
 # Of 18 K blocks 5, 5, 5 and 3; of 96 columns 32, 32, 32 and none.
 SPLIT = lower(Gemm(456, 2192, BF16, EPILOGUE), Schedule(128, 96, 3, 2, split_k=4))
+# Of 24 rows 16 and 8.
+SWAPPED_SPLIT = lower(
+    Gemm(456, 2192, BF16, EPILOGUE), Schedule(24, 128, 3, 2, split_k=2, swap_ab=True)
+)
+SWAPPED = lower(Gemm(456, 2192, BF16, EPILOGUE), Schedule(24, 128, 3, 2, swap_ab=True))
+PINGPONG = lower(Gemm(456, 2192, BF16, EPILOGUE), Schedule(128, 96, 3, 2, pingpong=True))
+VARIANTS = {
+    "whole": KERNEL,
+    "split": SPLIT,
+    "swapped": SWAPPED,
+    "swapped split": SWAPPED_SPLIT,
+    "pingpong": PINGPONG,
+}
 
 
 # --- editing ------------------------------------------------------------------------------------
@@ -654,10 +667,21 @@ def buffer(kernel: Kernel, name: str) -> Any:
     )
 
 
-@pytest.mark.parametrize("mutation", ALL.values(), ids=ALL)
-@pytest.mark.parametrize("kernel", [KERNEL, SPLIT], ids=["whole", "split"])
-def test_verify_rejects(kernel: Kernel, mutation: Mutation) -> None:
-    mutated = mutation(kernel)
+# Of tiles of 96 columns or of their rows of wgmma: sound, or no change, in swapped tiles of 128.
+PLAIN_TILE_ONLY = {
+    "coverage: schedule of one warpgroup, boxes of two",
+    "shapes: b window of the wrong width",
+    "shapes: sfb buffer of one row",
+}
+
+
+@pytest.mark.parametrize("mutation", ALL)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_verify_rejects(variant: str, mutation: str) -> None:
+    kernel = VARIANTS[variant]
+    if kernel.schedule.swap_ab and mutation in PLAIN_TILE_ONLY:
+        pytest.skip("the mutation is one of a plain tile")
+    mutated = ALL[mutation](kernel)
     assert mutated != kernel
     with pytest.raises(VerifyError) as caught:
         verify(mutated)
@@ -707,6 +731,69 @@ def test_verify_rejects_b_loaded_from_a() -> None:
         verify(edit(SQUARE, Load, lambda op: replace(op, src=loads["a"].src), "b"))
 
 
+@pytest.mark.parametrize("kernel", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_verify_rejects_turns_that_are_not_the_schedules(kernel: Kernel, turns: int) -> None:
+    mutated = replace(kernel, body=replace(kernel.body, num_turns=turns))
+    if turns == (2 if kernel is PINGPONG else 1):
+        verify(mutated)
+        return
+    with pytest.raises(VerifyError, match=f"takes {turns} turns, not as {kernel.schedule}"):
+        verify(mutated)
+
+
+@pytest.mark.parametrize("kernel", VARIANTS.values(), ids=VARIANTS)
+def test_verify_rejects_mma_swapped_against_the_schedule(kernel: Kernel) -> None:
+    swap_ab = kernel.schedule.swap_ab
+    with pytest.raises(VerifyError, match=rf"mma\(.*: swap_ab must be {swap_ab}"):
+        verify(set_op(Mma, swap_ab=not swap_ab)(kernel))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "box"),
+    [
+        (PINGPONG, (64, 32)),  # that of two warpgroups which share a tile
+        (KERNEL, (128, 32)),
+        (SWAPPED, (12, 64)),
+        (SWAPPED, (8, 64)),
+        (SWAPPED_SPLIT, (24, 64)),  # across the slices of both blocks
+        (SWAPPED_SPLIT, (16, 64)),
+        (SWAPPED, (24, 32)),  # not the swizzled span
+        (SWAPPED, (24, 128)),
+    ],
+    ids=lambda v: str(v) if isinstance(v, tuple) else "",
+)
+def test_verify_rejects_store_box(kernel: Kernel, box: tuple[int, int]) -> None:
+    (store,) = ops(kernel, Store)
+    assert store.box != box
+    with pytest.raises(VerifyError, match=rf"box \({box[0]}, {box[1]}\) must be \("):
+        verify(set_op(Store, box=box)(kernel))
+
+
+def test_verify_rejects_inbox_that_is_not_as_wgmma_counts() -> None:
+    (reduce,) = ops(SWAPPED_SPLIT, Reduce)
+    assert reduce.inbox.shape == (1, 128, 16)
+    for shape in ((1, 24, 64), (1, 128, 8), (1, 128, 24), (2, 128, 16), (1, 16, 128)):
+        with pytest.raises(VerifyError):
+            verify(set_buffer(Reduce, "inbox", shape=shape)(SWAPPED_SPLIT))
+
+
+def test_verify_rejects_results_of_turns_in_one_place() -> None:
+    """Each turn has a result of its own: a plan for one is too small."""
+    nbytes = 128 * 96 * 2
+    with pytest.raises(VerifyError, match=r"overlaps"):
+        verify(set_smem(scales=lambda plan: plan.scales - nbytes)(PINGPONG))
+    with pytest.raises(VerifyError, match=r"overlaps"):
+        verify(
+            set_smem(
+                inbox=lambda plan: plan.inbox - nbytes,
+                scales=lambda plan: plan.scales - nbytes,
+                barriers=lambda plan: plan.barriers - nbytes,
+                total_bytes=lambda plan: plan.total_bytes - nbytes,
+            )(PINGPONG)
+        )
+
+
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_verify_rejects_multicast_that_is_not_the_clusters(name: str) -> None:
     wrong = {"a": 2, "b": 1}[name]  # in a cluster of 2 x 1, A is not shared and B is shared by 2
@@ -738,7 +825,9 @@ SOUND: dict[str, Mutation] = {
 
 @pytest.mark.parametrize("mutation", SOUND.values(), ids=SOUND)
 @pytest.mark.parametrize(
-    "kernel", [KERNEL, SQUARE, CLUSTER, SPLIT], ids=["ragged", "square", "cluster", "split"]
+    "kernel",
+    [SQUARE, CLUSTER, *VARIANTS.values()],
+    ids=["square", "cluster", *VARIANTS],
 )
 def test_verify_accepts(kernel: Kernel, mutation: Mutation) -> None:
     mutated = mutation(kernel)

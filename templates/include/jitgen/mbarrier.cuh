@@ -66,6 +66,11 @@ template <u32 kStages> struct PipelineState {
             phase ^= 1;
         }
     }
+    __device__ __forceinline__ void advance(u32 count) {
+        stage += count;
+        phase ^= stage / kStages % 2;
+        stage %= kStages;
+    }
 };
 
 }  // namespace jitgen

@@ -45,6 +45,10 @@ template <u32 kThreads> __device__ __forceinline__ void named_barrier_arrive(u32
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
+// Programmatic dependent launch, nothing without it: waits for the results of the kernels before; lets the next one begin.
+__device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // Orders ordinary shared-memory accesses before those of the async proxy (wgmma, TMA).
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -74,6 +78,9 @@ __device__ __forceinline__ void stmatrix_x4(u32 smem, u32 r0, u32 r1, u32 r2, u3
                  : "memory");
 }
 
+__device__ __forceinline__ void st_shared(u32 smem, u32 v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem), "r"(v) : "memory");
+}
 __device__ __forceinline__ void st_shared(u32 smem, float v) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(smem), "f"(v) : "memory");
 }

@@ -51,4 +51,63 @@ template <u32 kRows, u32 kSfbRows, u32 kBlocks, u32 kNumThreads> struct ScaleLoa
     }
 };
 
+// The scales of a math thread's accumulators, from a stage of the scales' pipeline. Those of a wgmma chain (`slice` of
+// `wave` of K block `block` from `chunk_block` on) are prefetched while the chain before it is promoted, and prepared
+// while it runs. `boundary`: columns of the tile from here on take the second row of sfb.
+template <bool kSwapAB, u32 kBlockM, u32 kPartColumns, u32 kSfbRows, u32 kBlocks> struct ThreadScales {
+    u32 smem_m, smem_n, boundary;
+    float scale_m[2], scale_n[kSfbRows], scale[kSfbRows][2];
+
+    __device__ __forceinline__ ThreadScales(u32 smem, u32 chunk_block, u32 row, u32 lane, u32 boundary)
+        : smem_m(smem + (row * kBlocks + scale_position(row, chunk_block)) * 4),
+          smem_n(smem + (kBlockM * kBlocks + chunk_block) * 4), boundary(boundary) {}
+
+    __device__ __forceinline__ void prefetch(u32 block, u32 wave, u32 slice) {
+        if (slice != 0) return;
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) scale_m[i] = ld_shared(smem_m + ((wave * 64 + i * 8) * kBlocks + block) * 4);
+        if (wave != 0) return;
+#pragma unroll
+        for (u32 i = 0; i < kSfbRows; ++i) scale_n[i] = ld_shared(smem_n + (i * kBlocks + block) * 4);
+    }
+
+    __device__ __forceinline__ void prepare(u32 block, u32 wave, u32 slice) {
+        if (slice != 0) return;
+#pragma unroll
+        for (u32 i = 0; i < kSfbRows * 2; ++i) scale[i / 2][i % 2] = __fmul_rn(scale_m[i % 2], scale_n[i / 2]);
+    }
+
+    // Of the thread's accumulator `i` in the chain.
+    __device__ __forceinline__ float of(u32 slice, u32 i) const {
+        const bool last = kSfbRows > 1 && (slice * kPartColumns + i / 4 * 8) / 16 * 16 >= boundary;
+        return last ? scale[kSfbRows - 1][i / 2 % 2] : scale[0][i / 2 % 2];
+    }
+};
+
+// If A and B are swapped, the accumulators of a thread lie in kPartColumns / 4 rows of A, and those of a wave under one
+// scale of B.
+template <u32 kBlockM, u32 kPartColumns, u32 kSfbRows, u32 kBlocks>
+struct ThreadScales<true, kBlockM, kPartColumns, kSfbRows, kBlocks> {
+    u32 smem_m, smem_n, row, boundary;
+    float scale[kPartColumns / 4];
+
+    __device__ __forceinline__ ThreadScales(u32 smem, u32 chunk_block, u32 row, u32 lane, u32 boundary)
+        : smem_m(smem + (lane % 4 * 2 * kBlocks + scale_position(lane % 4 * 2, chunk_block)) * 4),
+          smem_n(smem + (kBlockM * kBlocks + chunk_block) * 4), row(row), boundary(boundary) {}
+
+    __device__ __forceinline__ void prefetch(u32 block, u32 wave, u32 slice) {}
+
+    __device__ __forceinline__ void prepare(u32 block, u32 wave, u32 slice) {
+        const u32 last = kSfbRows > 1 && row + wave * 64 >= boundary;
+        const float scale_n = ld_shared(smem_n + (last * kBlocks + block) * 4);
+#pragma unroll
+        for (u32 i = 0; i < kPartColumns / 4; ++i) {
+            const u32 row_m = slice * kPartColumns + i / 2 * 8 + i % 2;
+            scale[i] = __fmul_rn(ld_shared(smem_m + (row_m * kBlocks + block) * 4), scale_n);
+        }
+    }
+
+    __device__ __forceinline__ float of(u32 slice, u32 i) const { return scale[i / 4 * 2 + i % 2]; }
+};
+
 }  // namespace jitgen
