@@ -37,9 +37,8 @@ from .history import record
 from .key import KernelKey, sha256_hex
 from .locks import SingleFlight
 from .nvrtc import Compiled
-from .remote import RemoteTier
 from .stats import PROCESS, Counters, Stats, log
-from .tiers import LowerTier, SharedTier, Tier, Tiers, check_folder, list_folders, switch
+from .tiers import Tier, Tiers, check_folder, list_folders, open_tiers, switch
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class KernelStore:
         )
         self._configured = tiers
         self._root = self._open_root(tiers.own)
-        self._tiers = self._open_tiers(tiers)
+        self._tiers = open_tiers(tiers, self._counters)
         self._near = [tier for tier in self._tiers if not tier.is_far]
         if self._root:
             weakref.finalize(self, record, self._root, self._counters, os.getpid())
@@ -296,21 +295,6 @@ class KernelStore:
             return None
         check_folder(root, "JITGEN_CACHE_DIR")
         return root
-
-    def _open_tiers(self, tiers: Tiers) -> list[Tier]:
-        found: list[Tier] = [LowerTier(root) for root in tiers.lower]
-        if tiers.shared:
-            found.append(SharedTier(tiers.shared))
-        if tiers.remote:
-            found.append(
-                RemoteTier(
-                    tiers.remote,
-                    write=tiers.remote_write,
-                    timeout_s=tiers.remote_timeout_s,
-                    counters=self._counters,
-                )
-            )
-        return found
 
     def _look_up(
         self, digest: str, tiers: Sequence[Tier]

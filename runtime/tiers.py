@@ -31,6 +31,8 @@ from .entry import (
     read_entry,
 )
 from .eviction import SHARDS, mark_used
+from .remote import RemoteTier
+from .stats import Counters
 
 KERNELS = "kernels"
 REMOTE_TIMEOUT_S = 5.0
@@ -186,6 +188,30 @@ class SharedTier:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def open_tiers(tiers: Tiers, counters: Counters) -> list[Tier]:
+    """All tiers after the own folder, in the order that they are asked in.
+
+    Parameters
+    ----------
+    counters : of the store, for what the remote tier counts itself
+
+    Raises
+    ------
+    StoreError : a folder is not to be trusted
+    """
+    found: list[Tier] = [LowerTier(root) for root in tiers.lower]
+    if tiers.shared:
+        found.append(SharedTier(tiers.shared))
+    if tiers.remote:
+        timeout_s = tiers.remote_timeout_s
+        found.append(
+            RemoteTier(
+                tiers.remote, write=tiers.remote_write, timeout_s=timeout_s, counters=counters
+            )
+        )
+    return found
 
 
 def check_folder(root: Path, variable: str, *, or_root: bool = False) -> None:
