@@ -377,3 +377,11 @@ def test_race_compiles_once_whatever_the_tiers(tiers: Tiers) -> None:
     for store in stores:
         store.get_or_compile(key_of("// x\n"), compiler, name="gemm", source="// x\n")
     assert compiler.calls == 1
+
+
+def test_outage_warns_once_of_all_prebuild_processes(tmp_path: Path) -> None:
+    kernels = [(jitgen.Gemm(256, k), jitgen.Schedule(64, 32, 4, 1)) for k in (512, 640, 768)]
+    jitgen.configure(cache_dir=str(tmp_path / "a"), cache_remote="nosuch://bucket")
+    with pytest.warns(RuntimeWarning, match="remote kernel store nosuch://.* cannot") as caught:
+        assert len(build.prebuild(kernels, num_processes=2)) == 3
+    assert len(caught) == 1
