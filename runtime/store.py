@@ -172,7 +172,9 @@ class KernelStore:
         return entry
 
     def add(self, digest: str, files: Mapping[str, bytes]) -> bool:
-        """Publish an entry that another store made; False if a sound one is there, which stays.
+        """Publish an entry that another store made, in all tiers that are written to.
+
+        False if the own folder has a sound one, which stays.
 
         Parameters
         ----------
@@ -184,8 +186,8 @@ class KernelStore:
         DamagedError : the entry is not sound; nothing is published
         StoreError : the store cannot be written, or a lock was not released in time
         """
-        name = parse_entry(digest, files).name
-        with self._writing() as root, self._single_flight(digest, name):
+        entry = parse_entry(digest, files)
+        with self._writing() as root, self._single_flight(digest, entry.name):
             path = entry_folder(root, digest)
             mark_used(path)  # before it is read, so that it stays
             damage = ""
@@ -196,8 +198,10 @@ class KernelStore:
                 damage = str(error)
             published = publish_entry(root, digest, files, heal=bool(damage))
             if published and damage:
-                self._record_heal(digest, name)
+                self._record_heal(digest, entry.name)
         self._keep_to_cap(num_bytes(path))
+        for tier in self._tiers:
+            tier.save(entry, heal=False)
         return published
 
     def entries(self) -> Iterator[Entry]:

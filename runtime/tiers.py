@@ -116,7 +116,7 @@ class Tier(Protocol):
         """The entry, all of it checked, or None; DamagedError if it must not be used."""
 
     def save(self, entry: Entry, *, heal: bool) -> None:
-        """Publish an entry that was compiled here, if this tier takes any; never fails."""
+        """Publish an entry that was compiled or imported, if this tier takes any; never fails."""
 
 
 class LowerTier:

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
-from jitgen import Gemm, Schedule
+from jitgen import Gemm, Schedule, cli
 from jitgen.build import key_of
 from jitgen.codegen import render
 from jitgen.errors import StoreError
 from jitgen.ir import Kernel
 from jitgen.lower import lower
+from jitgen.plans import plan
+from jitgen.runtime import driver
 from jitgen.runtime.entry import Entry
 from jitgen.runtime.stats import Stats
 from jitgen.runtime.store import KernelStore
+from jitgen.tuning import bench
 from jitgen.tuning.load import FIND, LOAD, MISS, LoadTime, measure_loads, print_load_times
 
 from .test_store import CUBIN, Compiler
@@ -64,3 +68,27 @@ def test_print_load_times_marks_what_is_over_its_bar() -> None:
     assert "9.000 " in text
     assert "0.400 " in text
     assert "6 loads" in text
+
+
+def test_cli_compiles_and_loads_the_kernels_of_every_m(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[bytes, str]] = []
+
+    def load(cubin: bytes, name: str, *, smem_bytes: int, ordinal: int) -> None:
+        assert (smem_bytes > 0, ordinal) == (True, 0)
+        loaded.append((cubin[:4], name))
+
+    monkeypatch.setenv("JITGEN_CACHE_DIR", str(tmp_path))
+    h100 = driver.Device(0, "NVIDIA H100 80GB HBM3", (9, 0), 132)
+    monkeypatch.setattr(bench, "check_machine", lambda: h100)
+    monkeypatch.setattr(driver, "make_current", lambda ordinal: None)
+    monkeypatch.setattr(driver, "load", load)
+    result = CliRunner().invoke(
+        cli.app, ["bench", "load", "--n", "256", "--k", "128", "--rounds", "2"]
+    )
+    assert result.exit_code == 0, result.output
+    kernels = plan(Gemm(256, 128), range(1, 8193), gpu=h100.name, num_sms=132).kernels
+    assert f"{len(kernels)} kernels on NVIDIA H100" in result.output
+    assert f"{2 * len(kernels)} loads" in result.output
+    assert loaded == [(b"\x7fELF", lower(*kernel).name) for kernel in kernels] * 3

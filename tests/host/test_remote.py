@@ -105,6 +105,15 @@ def test_remote_has_the_layout_of_a_folder(url: str, tmp_path: Path) -> None:
     assert files_at(url) == on_disk
 
 
+def test_what_another_store_made_is_uploaded_too(url: str, tmp_path: Path) -> None:
+    files = entry_files(put(KernelStore(tmp_path / "a")))
+    store = KernelStore(tiers(url, tmp_path / "b"))
+    assert store.add(KEY.digest, files)
+    assert not store.add(KEY.digest, files)
+    assert store.stats == Stats(uploads=1)
+    assert KernelStore(tiers(url, tmp_path / "c")).get(KEY)
+
+
 def test_remote_is_not_written_unless_asked(url: str, tmp_path: Path) -> None:
     store = KernelStore(tiers(url, tmp_path / "a", write=False))
     put(store)
