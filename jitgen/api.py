@@ -67,6 +67,7 @@ def gemm(
     DeviceError : tensors are not on one CUDA device, or it is not of compute capability 9.0
     CompileError, StoreError : the kernel is not in the store and cannot be compiled or stored
     JitForbiddenError : it is not in the store, and `configure` forbids to compile
+    CaptureError : it is not loaded yet, and the current stream is being captured
     """
     bound = _check_options(scales, epilogue, schedule)
     if isinstance(a, np.ndarray):

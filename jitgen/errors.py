@@ -42,6 +42,13 @@ class JitForbiddenError(CompileError):
     """
 
 
+class CaptureError(JitgenError, RuntimeError):
+    """A stream is being captured into a CUDA graph, and a call needs a kernel not loaded yet.
+
+    Loading it would invalidate the capture, which goes on without that call.
+    """
+
+
 class StoreError(JitgenError, RuntimeError):
     """The kernel store or a file of tuning records cannot be used: permissions, locks, format."""
 

@@ -88,17 +88,18 @@ class Launch:
         ------
         DeviceError : the driver refuses the launch
         """
-        enqueue = self._enqueue_dependent if pdl else self._enqueue
-        status = enqueue(stream)
+        if pdl:
+            status = self._enqueue_dependent(stream)
+        else:
+            (status,) = self._launch(*self._call, stream, self._arguments, 0)
         if status and status == driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
             make_current(self._kernel.ordinal)  # the thread's first use of CUDA
-            status = enqueue(stream)
+            if pdl:
+                status = self._enqueue_dependent(stream)
+            else:
+                (status,) = self._launch(*self._call, stream, self._arguments, 0)
         if status:
             raise DeviceError(f"the kernel cannot be launched: {status.name}")
-
-    def _enqueue(self, stream: int) -> Any:
-        (status,) = self._launch(*self._call, stream, self._arguments, 0)
-        return status
 
     def _enqueue_dependent(self, stream: int) -> Any:
         api, (function, *extents, smem_bytes) = driver(), self._call

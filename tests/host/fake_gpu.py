@@ -193,6 +193,7 @@ class FakeGpu:
     driver: FakeDriver
     current_device: int | None = None  # the index that CPU tensors, which play CUDA's, have
     stream: int = 7
+    is_capturing: bool = False
 
     @property
     def launches(self) -> list[Launched]:
@@ -215,6 +216,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(calls, "_check_device", lambda arrays, device: None)
     monkeypatch.setattr(calls, "_load", load)
     monkeypatch.setattr(calls, "_calls", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.is_capturing)
     for name, function in (
         ("_cuda_getDevice", lambda: gpu.current_device),
         ("_cuda_getCurrentRawStream", lambda index: gpu.stream),

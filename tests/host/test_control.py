@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import jitgen
 from jitgen import JitForbiddenError, JitgenError, Schedule, acc, build, calls, cli, control, vector
-from jitgen.errors import CompileError
+from jitgen.errors import CaptureError, CompileError
 from jitgen.lower import kernel_name, lower
 from jitgen.problem import Gemm
 from jitgen.runtime import driver
@@ -77,8 +77,9 @@ def serve(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> Callable
     scales = torch.ones(7, 2), torch.ones(1, 2)
     out = torch.empty(7, 72, dtype=torch.bfloat16)
 
-    def call(function: Any = jitgen.gemm) -> int:
+    def call(function: Any = jitgen.gemm, *, is_capturing: bool = False) -> int:
         """The number of launches so far."""
+        gpu.is_capturing = is_capturing
         result = function(a, b, scales, out=out, schedule=SCHEDULE)
         if function is jitgen.bind:
             result()
@@ -270,6 +271,16 @@ def test_prebuild_command_pins_a_schedule(tmp_path: Path, store: Path) -> None:
     assert [entry.name for entry in KernelStore(store).entries()] == [NAME]
     refused = CliRunner().invoke(cli.app, [*arguments, "64x48 stage=3"])
     assert "use stages=" in refused.stderr
+
+
+@pytest.mark.parametrize("function", [jitgen.gemm, jitgen.bind])
+def test_call_under_capture_loads_no_kernel(serve: Callable[..., Any], function: Any) -> None:
+    before = jitgen.stats()
+    with pytest.raises(CaptureError, match=r"kernel for gemm .*make the call once before the capture"):
+        serve(function, is_capturing=True)
+    assert jitgen.stats() == before
+    assert serve(function) == 1
+    assert serve(function, is_capturing=True) == 2
 
 
 # --- counters -------------------------------------------------------------------------------------

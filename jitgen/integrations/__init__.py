@@ -1,0 +1,1 @@
+"""jitgen inside other libraries; each module needs its library and is imported by name."""
