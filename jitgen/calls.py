@@ -37,7 +37,7 @@ from .layouts import GroupLayout
 from .problem import Gemm
 from .runtime import driver
 from .runtime.launch import Argument, Launch, LaunchPool, Pointer, TensorMap, UInt32
-from .runtime.stats import PROCESS, log
+from .runtime.stats import log
 from .runtime.tensor_map import TensorMapSpec
 from .schedule import Schedule
 from .tuning.select import select
@@ -263,7 +263,7 @@ def _load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driv
         entry.cubin, kernel.name, smem_bytes=kernel.smem.total_bytes, ordinal=ordinal
     )
     seconds = time.perf_counter() - started
-    PROCESS.add(loads=1)
+    control.count_load()
     fields = {"kernel": kernel.name, "key": entry.key.digest, "seconds": seconds, "gpu": ordinal}
     log.info("loaded %s onto GPU %d in %.4f s", kernel.name, ordinal, seconds, extra=fields)
     return kernel, loaded

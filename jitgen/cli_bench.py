@@ -147,6 +147,42 @@ def _shapes(grid: Sequence[Shape], extents: Sequence[int] | None) -> list[Shape]
     return list(dict.fromkeys(shapes))
 
 
+@bench_app.command("load")
+def bench_load(
+    n: Annotated[int, typer.Option(min=8, help="Columns of D.")] = 2112,
+    k: Annotated[int, typer.Option(min=16, help="Columns of A and of B.")] = 7168,
+    rounds: Annotated[int, typer.Option(min=1, help="Each opens the store anew.")] = 20,
+) -> None:
+    """From a kernel in the store to its function handle, and from a problem to a miss.
+
+    Compiles the kernels of every m into the store first.
+    """
+    from . import build
+    from .plans import plan
+    from .problem import Gemm
+    from .runtime import driver
+    from .tuning import bench, load
+
+    device = bench.check_machine()
+    driver.make_current(device.ordinal)
+    kernels = plan(Gemm(n, k), range(1, 8193)).kernels
+    build.prebuild(kernels)
+    times = load.measure_loads(
+        kernels,
+        build.open_shared_store,
+        lambda entry, kernel: driver.load(
+            entry.cubin,
+            kernel.name,
+            smem_bytes=kernel.smem.total_bytes,
+            ordinal=device.ordinal,
+        ),
+        num_rounds=rounds,
+    )
+    console = make_console()
+    console.print(f"n = {n}, k = {k}, {len(kernels)} kernels on {device.name}", highlight=False)
+    load.print_load_times(console, times)
+
+
 @bench_app.command("host")
 def bench_host(
     n: Annotated[int, typer.Option(min=8, help="Columns of D.")] = 2112,

@@ -51,10 +51,12 @@ ALLOWED |= {
     "tuning.cutlass": {"errors", "runtime"},  # a peer that nvcc builds
     "tuning.host": _before
     | {"runtime", "tuning.bench", "tuning.peers", "calls", "api"},  # times what they wait for
+    "tuning.load": _before | {"runtime", "build"},  # of kernels that are compiled
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
     "tuning.plot": {"tuning.bench", "tuning.report"},  # and in a picture
     "arrays": set(_before),  # the rules that a caller's arrays must keep
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
+    "ray_prebuild": _before | {"runtime", "build"},  # the same on many machines
     "control": _before | {"runtime", "build"},  # what calls may compile, and counts
     "calls": _before | {"runtime", "tuning", "arrays", "control"},  # on torch, prepared once
     "api": _before | {"tuning", "arrays", "calls"},  # what users call
@@ -65,21 +67,25 @@ ALLOWED |= {
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
     "doctor": _before | {"runtime", "build", "control", "tuning", "api", "jitgen"},
     "console": set(),  # what the commands print on
+    "epilogues": {"expr"},  # that the commands know by name
     "files": {"errors"},  # that users name
     "problem_list": _before | {"files", "tuning", "tuning.bench"},  # what to compile or tune
     "models": _before | {"files"},  # what a model computes
     "schedule_text": _before | {"tuning"},  # schedules as users spell them
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
-    | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"},
+    | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"}
+    | {"tuning.load", "build", "plans", "problem", "runtime"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
-    "cli_explain": _before | {"runtime", "build", "control", "schedule_text", "tuning"},
+    "cli_explain": _before
+    | {"runtime", "build", "control", "epilogues", "schedule_text", "tuning"},
     "cli_prebuild": _before
-    | {"build", "cli_problems", "console", "models", "problem_list", "schedule_text", "tuning"},
+    | {"build", "cli_problems", "console", "models", "problem_list", "schedule_text", "tuning"}
+    | {"ray_prebuild"},
     "cli_tune": _before
     | {"runtime", "build", "console", "jitgen", "problem_list", "tuning", "tuning.measure"},
     "cli_problems": {"problem", "files", "models"},
     "cli": _before
-    | {"build", "console", "schedule_text", "tuning", "doctor", "demo"}
+    | {"build", "console", "epilogues", "schedule_text", "tuning", "doctor", "demo"}
     | {"cli_bench", "cli_cache", "cli_explain", "cli_prebuild", "cli_problems", "cli_tune"},
     "__main__": {"cli"},
 }
@@ -99,6 +105,9 @@ LAZY: dict[str, set[str]] = {
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
     "jinja2": {"codegen"},
+    "filelock": {"runtime"},
+    "fsspec": {"runtime"},
+    "ray": {"ray_prebuild"},
     "tokenizers": {"minilm"},
     "safetensors": {"minilm"},
 }
