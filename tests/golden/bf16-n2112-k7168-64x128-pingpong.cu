@@ -85,6 +85,7 @@ static_assert(kLoadRowsA % 8 == 0 && kLoadRowsB % 8 == 0, "multicast shares are 
 static_assert(4 % kUnroll == 0 && kScaleBlocks % 4 == 0, "the scales of an unrolled body are neighbours in one chunk");
 static_assert(kSwapAB || kOutN % 16 == 0, "stmatrix x4 stores 16 columns");
 static_assert(kOutN * kHalves == kBlockN, "each half of B gives an operand of the epilogue");
+static_assert(!kSwapAB || (kHalves == 1 && !kQuantize), "a thread has gate and up, four threads a row's 128 columns");
 static_assert(kSmemBytes <= 232448, "sm_90 allows 227 KiB of shared memory a block");
 
 struct EpilogueOperands {
