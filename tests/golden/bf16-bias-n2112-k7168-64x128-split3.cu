@@ -92,7 +92,7 @@ struct EpilogueOperands {
     const bf16* operand_bias;
 };
 
-// Columns `column` and `column + 1` of row `row`, which lie within D and are of group `group`. `up` is of B's other half.
+// Columns `column` and `column + 1` of row `row`, which lie within D and are of `group`. `up` is of B's other half.
 __device__ __forceinline__ float2 evaluate(float2 acc, float2 up, const EpilogueOperands& operands, u32 row,
                                            u32 column, u32 group) {
     return epilogue::add(acc, epilogue::load_pair(operands.operand_bias, column));

@@ -91,7 +91,7 @@ static_assert(kSmemBytes <= 232448, "sm_90 allows 227 KiB of shared memory a blo
 struct EpilogueOperands {
 };
 
-// Columns `column` and `column + 1` of row `row`, which lie within D and are of group `group`. `up` is of B's other half.
+// Columns `column` and `column + 1` of row `row`, which lie within D and are of `group`. `up` is of B's other half.
 __device__ __forceinline__ float2 evaluate(float2 acc, float2 up, const EpilogueOperands& operands, u32 row,
                                            u32 column, u32 group) {
     return acc;
