@@ -274,7 +274,9 @@ def test_prebuild_command_pins_a_schedule(tmp_path: Path, store: Path) -> None:
 @pytest.mark.parametrize("function", [jitgen.gemm, jitgen.bind])
 def test_call_under_capture_loads_no_kernel(serve: Callable[..., Any], function: Any) -> None:
     before = jitgen.stats()
-    with pytest.raises(CaptureError, match=r"kernel for gemm .*make the call once before the capture"):
+    with pytest.raises(
+        CaptureError, match=r"kernel for gemm .*make the call once before the capture"
+    ):
         serve(function, is_capturing=True)
     assert jitgen.stats() == before
     assert serve(function) == 1

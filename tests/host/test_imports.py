@@ -49,6 +49,8 @@ ALLOWED |= {
     | {"runtime", "tuning.bench", "tuning.peers", "calls", "api"},  # times what they wait for
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
     "tuning.plot": {"tuning.bench", "tuning.report"},  # and in a picture
+    "tuning.page": _before
+    | {"runtime", "tuning.bench", "tuning.report", "tuning.plot"},  # and all of it on a page
     "arrays": set(_before),  # the rules that a caller's arrays must keep
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
     "control": _before | {"runtime", "build"},  # what calls may compile, and counts
@@ -74,9 +76,19 @@ ALLOWED |= {
     "cli_tune": _before
     | {"runtime", "build", "console", "jitgen", "problem_list", "tuning", "tuning.measure"},
     "cli_problems": {"problem", "files", "models"},
+    "cli_report": {"cli_cache", "files", "jitgen", "runtime", "tuning"}
+    | {"tuning.page", "tuning.report"},
     "cli": _before
     | {"build", "console", "schedule_text", "tuning", "doctor", "demo"}
-    | {"cli_bench", "cli_cache", "cli_explain", "cli_prebuild", "cli_problems", "cli_tune"},
+    | {
+        "cli_bench",
+        "cli_cache",
+        "cli_explain",
+        "cli_prebuild",
+        "cli_problems",
+        "cli_report",
+        "cli_tune",
+    },
     "__main__": {"cli"},
 }
 
@@ -86,7 +98,7 @@ LAZY: dict[str, set[str]] = {
     | {"tuning.measure", "tuning.timing"},
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
-    "jinja2": {"codegen"},
+    "jinja2": {"codegen", "tuning.page"},
     "tokenizers": {"minilm"},
     "safetensors": {"minilm"},
 }
