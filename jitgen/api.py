@@ -1,6 +1,6 @@
 """The public API: torch CUDA tensors run on the GPU, NumPy arrays on the interpreter.
 
-What tensors need is in `calls`, the only module of the compiler that imports torch.
+What tensors need is in `calls`; arrays of other libraries become one or the other in `dlpack`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 
 from .arrays import ArrayView, check_gemm, name_arrays
 from .calls import find_call
-from .dtypes import array_dtype
+from .dlpack import borrow, check_hand_over, hand_over, is_foreign, keep_until_done
+from .dtypes import BF16, array_dtype, dtype_of
 from .errors import ProblemError, ScheduleError
 from .expr import Bound, Expr, acc, as_expr
 from .interpret import interpret
@@ -55,6 +56,9 @@ def gemm(
     All are torch CUDA tensors of one device, or all are NumPy arrays. Tensors run on their device,
     ordered on its current stream; arrays run on the interpreter, which predicts the same bits for
     the same schedule: by default that of an H100 SXM. Schedules that split k alike agree in all.
+    Or all are arrays of another library that speaks DLPack, such as CuPy or JAX: on a GPU they run
+    as torch tensors do, without a copy, else on the interpreter. a and b may be uint8 there, the
+    codes of float8_e4m3fn.
 
     Returns
     -------
@@ -73,7 +77,12 @@ def gemm(
     if isinstance(a, np.ndarray):
         arrays = name_arrays(a, b, scales, bound, out)
         return _bind_numpy(arrays, out_dtype, bound, schedule, batch_invariant)()
-    call, addresses = find_call(a, b, scales, bound, out, out_dtype, schedule, batch_invariant)
+    try:
+        call, addresses = find_call(a, b, scales, bound, out, out_dtype, schedule, batch_invariant)
+    except ProblemError:
+        if not is_foreign(a):
+            raise
+        return _gemm_foreign(a, b, scales, out, out_dtype, bound, schedule, batch_invariant)
     if out is None:
         out = call.empty()
         addresses = (*addresses, out.data_ptr())
@@ -115,6 +124,8 @@ def bind(
     bound = _check_options(scales, epilogue, schedule)
     if out is None:
         raise ProblemError("out is None: give the array that every call writes D to")
+    if is_foreign(a):
+        return _bind_foreign(a, b, scales, out, bound, schedule, batch_invariant)
     arrays = name_arrays(a, b, scales, bound, out)
     if isinstance(a, np.ndarray):
         return _bind_numpy(arrays, None, bound, schedule, batch_invariant)
@@ -132,12 +143,14 @@ def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
 
     Parameters
     ----------
-    x : float32 or bfloat16 [rows, k]: NumPy array, or torch tensor on any device
+    x : float32 or bfloat16 [rows, k]: NumPy array, torch tensor on any device, or array of another
+        library that speaks DLPack
     block : rows x k elements that share a scale: (1, 128) for activations, (128, 128) for weights
 
     Returns
     -------
-    (float8_e4m3fn [rows, k], float32 [ceil(rows / block[0]), ceil(k / block[1])])
+    (float8_e4m3fn [rows, k], float32 [ceil(rows / block[0]), ceil(k / block[1])]); the codes as
+    uint8 from a library that has no float8
 
     Raises
     ------
@@ -145,9 +158,14 @@ def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
     """
     if isinstance(x, np.ndarray):
         return quantize_blocks(x, block)
+    if is_foreign(x):
+        native = borrow("x", x, x)
+        quantized, scale = quantize(native, block)
+        keep_until_done(native)
+        return hand_over(quantized, x), hand_over(scale, x)
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):
-        raise ProblemError(f"x is a {type(x).__name__}, must be a NumPy array or a torch tensor")
+        raise ProblemError(f"x is a {type(x).__name__}, must be an array")
     check_block(block)
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16):
         raise ProblemError(f"x is {x.dtype}{list(x.shape)}, must be float32 or bfloat16 [rows, k]")
@@ -174,6 +192,70 @@ def _check_options(scales: object, epilogue: Any, schedule: object) -> Bound:
     if isinstance(epilogue, Bound):
         return epilogue
     return PLAIN if epilogue is acc else Bound(as_expr(epilogue), {})
+
+
+def _gemm_foreign(
+    a: Any,
+    b: Any,
+    scales: tuple[Any, Any],
+    out: Any,
+    out_dtype: object,
+    bound: Bound,
+    schedule: Schedule | None,
+    batch_invariant: bool,
+) -> Any:
+    """`gemm` of another library's arrays, ordered on that library's stream."""
+    operands = _borrow_operands(a, b, scales, bound)
+    if out is None:
+        check_hand_over(dtype_of(BF16 if out_dtype is None else out_dtype), operands[0], a)
+    d = gemm(
+        *operands[:3],
+        out=None if out is None else borrow("out", out, a, is_output=True),
+        out_dtype=out_dtype,
+        epilogue=operands[3],
+        schedule=schedule,
+        batch_invariant=batch_invariant,
+    )
+    keep_until_done(*operands[:2], *operands[2], *operands[3].tensors.values())
+    handed_over = hand_over(d, a)
+    return handed_over if out is None else out
+
+
+def _bind_foreign(
+    a: Any,
+    b: Any,
+    scales: tuple[Any, Any],
+    out: Any,
+    bound: Bound,
+    schedule: Schedule | None,
+    batch_invariant: bool,
+) -> Callable[[], Any]:
+    """`bind` of another library's arrays: each call takes its place on that library's stream."""
+    operands = _borrow_operands(a, b, scales, bound)
+    d = borrow("out", out, a, is_output=True)
+    run = bind(
+        *operands[:3],
+        out=d,
+        epilogue=operands[3],
+        schedule=schedule,
+        batch_invariant=batch_invariant,
+    )
+
+    def call() -> Any:
+        borrow("out", out, a, is_output=True)
+        run()
+        hand_over(d, a)
+        return out
+
+    return call
+
+
+def _borrow_operands(
+    a: Any, b: Any, scales: tuple[Any, Any], bound: Bound
+) -> tuple[Any, Any, tuple[Any, Any], Bound]:
+    sfa, sfb = (borrow(name, array, a) for name, array in zip(("sfa", "sfb"), scales, strict=True))
+    tensors = {name: borrow(name, tensor, a) for name, tensor in bound.tensors.items()}
+    return borrow("a", a, a), borrow("b", b, a), (sfa, sfb), Bound(bound.expr, tensors)
 
 
 def _bind_numpy(

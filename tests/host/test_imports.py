@@ -55,7 +55,8 @@ ALLOWED |= {
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
     "control": _before | {"runtime", "build"},  # what calls may compile, and counts
     "calls": _before | {"runtime", "tuning", "arrays", "control"},  # on torch, prepared once
-    "api": _before | {"tuning", "arrays", "calls"},  # what users call
+    "dlpack": {"errors", "dtypes"},  # arrays of other libraries
+    "api": _before | {"tuning", "arrays", "calls", "dlpack"},  # what users call
     "plans": _before | {"tuning", "build"},  # finite sets of kernels
     "jitgen": _before | {"runtime", "api", "control", "plans"},  # __init__.py: the public names
     "integrations": _before | {"api"},  # jitgen in other libraries, which each module may import
@@ -94,7 +95,15 @@ ALLOWED |= {
 
 # Libraries that most users lack or wait for: who may import them, and only inside functions.
 LAZY: dict[str, set[str]] = {
-    "torch": {"calls", "demo", "tuning.bench", "tuning.host", "tuning.peers", "tuning.report"}
+    "torch": {
+        "calls",
+        "demo",
+        "dlpack",
+        "tuning.bench",
+        "tuning.host",
+        "tuning.peers",
+        "tuning.report",
+    }
     | {"tuning.measure", "tuning.timing"},
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
