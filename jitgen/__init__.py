@@ -1,6 +1,6 @@
 """jitgen: a compiler-style JIT kernel generator for NVIDIA Hopper GPUs."""
 
-from .api import bind, gemm, quantize
+from .api import bind, gemm, grouped_gemm, quantize
 from .control import configure, stats
 from .dtypes import BF16, E4M3, F32, DType
 from .errors import (
@@ -13,9 +13,10 @@ from .errors import (
     StoreError,
     VerifyError,
 )
-from .expr import acc, cast, gelu, matrix, maximum, relu, scalar, silu, vector
+from .expr import acc, cast, gate, gelu, matrix, maximum, per_row, relu, scalar, silu, up, vector
+from .layouts import Contiguous, Masked, Ragged
 from .plans import Plan, plan
-from .problem import Gemm, ScaleBlock, supports
+from .problem import Gemm, GroupedGemm, ScaleBlock, supports
 from .runtime.stats import Stats
 from .schedule import Schedule
 
@@ -26,13 +27,17 @@ __all__ = [
     "E4M3",
     "F32",
     "CompileError",
+    "Contiguous",
     "DType",
     "DeviceError",
     "Gemm",
+    "GroupedGemm",
     "JitForbiddenError",
     "JitgenError",
+    "Masked",
     "Plan",
     "ProblemError",
+    "Ragged",
     "ScaleBlock",
     "Schedule",
     "ScheduleError",
@@ -43,10 +48,13 @@ __all__ = [
     "bind",
     "cast",
     "configure",
+    "gate",
     "gelu",
     "gemm",
+    "grouped_gemm",
     "matrix",
     "maximum",
+    "per_row",
     "plan",
     "quantize",
     "relu",
@@ -54,5 +62,6 @@ __all__ = [
     "silu",
     "stats",
     "supports",
+    "up",
     "vector",
 ]

@@ -62,6 +62,25 @@ def _rows(store: KernelStore) -> list[tuple[str, ...]]:
     ]
 
 
+@cache_app.command("stats")
+def print_stats() -> None:
+    """What all processes did with the store since it was made, and what is in it.
+
+    A process adds its counts when it ends. `jitgen.stats()` has those of a process that runs.
+    """
+    from dataclasses import asdict
+
+    from .runtime.eviction import list_usage
+    from .runtime.history import read
+
+    _, root = _open_store()
+    usages = list_usage(root)
+    counts = asdict(read(root)) | {"kernels": len(usages)}
+    counts["bytes"] = sum(usage.num_bytes for usage in usages)
+    for name, count in counts.items():
+        typer.echo(f"{name:<16}{count:.2f}" if name.endswith("_seconds") else f"{name:<16}{count}")
+
+
 @cache_app.command()
 def verify() -> None:
     """Read and hash every kernel in the store; damaged ones are removed.

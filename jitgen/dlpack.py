@@ -11,19 +11,104 @@ import functools
 import sys
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
-from .dtypes import E4M3, DType
+from .dtypes import BF16, E4M3, dtype_of
 from .errors import DeviceError, ProblemError
-
-if TYPE_CHECKING:
-    pass
+from .expr import Bound
+from .layouts import GroupLayout
 
 CPU, CUDA = 1, 2  # device types of DLPack
 IMMUTABLE = ("jax", "jaxlib")  # packages whose arrays must not be written
 _REFUSALS = (AttributeError, BufferError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Loan:
+    """A call's arrays, as NumPy's or torch's; `original` is the caller's a, `given` its `out`."""
+
+    original: Any
+    given: Any
+    a: Any
+    b: Any
+    scales: tuple[Any, Any]
+    bound: Bound
+    out: Any
+    layout: GroupLayout | None
+
+    def check_output(self, out_dtype: object) -> None:
+        """Raise ProblemError unless the library takes a new D of that dtype, before it is made."""
+        dtype = dtype_of(BF16 if out_dtype is None else out_dtype)
+        if self.out is not None or dtype == E4M3:
+            return
+        is_numpy = isinstance(self.a, np.ndarray)
+        spec = dtype.numpy if is_numpy else getattr(_torch(), dtype.name)
+        maker = _maker(self.original, is_numpy)
+        if error := _refusal(maker, spec, None if is_numpy else self.a.device):
+            raise _refused(self.original, spec, error)
+
+    def give_back(self, made: Any) -> Any:
+        """What a call returns that made this D (and its scales); the library waits for it."""
+        groups = () if self.layout is None else (self.layout.tensor,)
+        keep_until_done(self.a, self.b, *self.scales, *self.bound.tensors.values(), *groups)
+        handed_over = self._hand_over(made)
+        return handed_over if self.given is None else self.given
+
+    def in_order(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """`run`, which writes `out`, with its place on the library's stream."""
+
+        def call() -> Any:
+            _borrow_output(self.given, self.original)
+            self._hand_over(run())
+            return self.given
+
+        return call
+
+    def _hand_over(self, made: Any) -> Any:
+        if isinstance(made, tuple):
+            return tuple(hand_over(d, self.original) for d in made)
+        return hand_over(made, self.original)
+
+
+def borrow_call(
+    a: Any,
+    b: Any,
+    scales: tuple[Any, Any],
+    bound: Bound,
+    out: Any,
+    layout: GroupLayout | None,
+) -> Loan:
+    """The arrays of a call, all of a's library. Errors as `borrow`."""
+    return Loan(
+        original=a,
+        given=out,
+        a=borrow("a", a, a),
+        b=borrow("b", b, a),
+        scales=(borrow("sfa", scales[0], a), borrow("sfb", scales[1], a)),
+        bound=Bound(bound.expr, {name: borrow(name, t, a) for name, t in bound.tensors.items()}),
+        out=_borrow_output(out, a),
+        layout=_borrow_layout(layout, a),
+    )
+
+
+def _borrow_output(out: Any, like: Any) -> Any:
+    if out is None:
+        return None
+    names = ("d", "sfd")
+    if isinstance(out, tuple):
+        pairs = zip(names, out, strict=False)
+        return tuple(borrow(name, array, like, is_output=True) for name, array in pairs)
+    return borrow(names[0], out, like, is_output=True)
+
+
+def _borrow_layout(layout: GroupLayout | None, like: Any) -> GroupLayout | None:
+    if layout is None:
+        return None
+    name = next(f.name for f in fields(layout) if getattr(layout, f.name) is layout.tensor)
+    return replace(layout, **{name: borrow("groups", layout.tensor, like)})
 
 
 def is_foreign(array: object) -> bool:
@@ -38,7 +123,7 @@ def borrow(name: str, array: Any, like: Any, *, is_output: bool = False) -> Any:
 
     Parameters
     ----------
-    name : of the array, for errors; "a" and "b" may be uint8, the codes of float8_e4m3fn
+    name : of the array; "a", "b" and "d" may be uint8, the codes of float8_e4m3fn
     like : an array of the library that this one must be of
     is_output : it will be written
 
@@ -68,7 +153,7 @@ def borrow(name: str, array: Any, like: Any, *, is_output: bool = False) -> Any:
         ) from error
     if is_output and device == CPU and not native.flags.writeable:
         raise ProblemError(f"{name} is a {type(array).__name__}, which is read-only")
-    return _as_codes(native) if name in ("a", "b") else native
+    return _as_codes(native) if name in ("a", "b", "d") else native
 
 
 def hand_over(native: Any, like: Any) -> Any:
@@ -78,21 +163,14 @@ def hand_over(native: Any, like: Any) -> Any:
     ------
     ProblemError : the library takes no array of that dtype
     """
-    wanted = _maker(like, native)
-    if native.itemsize == 1 and _refusal(wanted, native.dtype, getattr(native, "device", None)):
-        native = native.view(np.uint8 if isinstance(native, np.ndarray) else _torch().uint8)
+    is_numpy = isinstance(native, np.ndarray)
+    wanted = _maker(like, is_numpy)
+    if native.itemsize == 1 and _refusal(wanted, native.dtype, None if is_numpy else native.device):
+        native = native.view(np.uint8 if is_numpy else _torch().uint8)
     try:
         return wanted(native)
     except _REFUSALS as error:
         raise _refused(like, native.dtype, error) from error
-
-
-def check_hand_over(dtype: DType, native: Any, like: Any) -> None:
-    """Raise ProblemError unless `like`'s library takes arrays of `dtype` from where `native` is."""
-    wanted = _maker(like, native)
-    spec = dtype.numpy if isinstance(native, np.ndarray) else getattr(_torch(), dtype.name)
-    if error := _refusal(wanted, spec, getattr(native, "device", None)):
-        raise _refused(like, spec, error) from error
 
 
 def keep_until_done(*tensors: Any) -> None:
@@ -153,10 +231,10 @@ def _library(array: Any) -> Any:
     return sys.modules[_package(array)]
 
 
-def _maker(like: Any, native: Any) -> Callable[[Any], Any]:
-    """What makes an array of `like`'s library of this one."""
+def _maker(like: Any, is_numpy: bool) -> Callable[[Any], Any]:
+    """What makes an array of `like`'s library of one of NumPy or torch."""
     library = _library(like)
-    names = ("asarray", "from_dlpack") if isinstance(native, np.ndarray) else ("from_dlpack",)
+    names = ("asarray", "from_dlpack") if is_numpy else ("from_dlpack",)
     found = (getattr(library, name, None) for name in names)
     maker = next(filter(None, found), None)
     if maker is None:
@@ -167,8 +245,8 @@ def _maker(like: Any, native: Any) -> Callable[[Any], Any]:
 @functools.cache
 def _refusal(maker: Callable[[Any], Any], dtype: Any, device: Any) -> Exception | None:
     """Why the library takes no array of that dtype; None if it does."""
-    numpy = isinstance(dtype, np.dtype)
-    one = np.zeros(1, dtype) if numpy else _torch().zeros(1, dtype=dtype, device=device)
+    is_numpy = isinstance(dtype, np.dtype)
+    one = np.zeros(1, dtype) if is_numpy else _torch().zeros(1, dtype=dtype, device=device)
     try:
         maker(one)
     except _REFUSALS as error:

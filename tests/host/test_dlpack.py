@@ -68,6 +68,45 @@ def test_gemm_takes_the_codes_of_float8(
     same_bits(np.asarray(d), call(t))
 
 
+def test_fp8_output_of_jax_arrays_is_a_pair(
+    rng: np.random.Generator, same_bits: SameBits, jnp: Any
+) -> None:
+    t = make(rng) | {
+        "b": rng.standard_normal((128, K)).astype(FP8),
+        "bias": rng.standard_normal(128).astype(np.float32),
+    }
+    got = call({name: jnp.asarray(array) for name, array in t.items()}, out_dtype="float8_e4m3fn")
+    for array, reference in zip(got, call(t, out_dtype="float8_e4m3fn"), strict=True):
+        assert isinstance(array, jnp.ndarray)
+        same_bits(np.asarray(array), reference)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda make: jitgen.Ragged(make([0, 3, M])),
+        lambda make: jitgen.Contiguous(make([0, 0, 0, 1, 1, 1, 1])),
+        lambda make: jitgen.Contiguous(group_ends=make([3, M]), alignment=1),
+    ],
+    ids=["ragged", "group_of_row", "group_ends"],
+)
+def test_grouped_gemm_of_jax_arrays_gives_numpys_bits(
+    rng: np.random.Generator, same_bits: SameBits, jnp: Any, layout: Any
+) -> None:
+    t = make(rng)
+    b, sfb = np.stack([t["b"]] * 2), np.stack([t["sfb"], 2 * t["sfb"]])
+    arrays = (t["a"], b, (t["sfa"], sfb))
+    int32 = np.int32
+    want = jitgen.grouped_gemm(*arrays, layout=layout(lambda x: np.array(x, int32)))
+    got = jitgen.grouped_gemm(
+        *(jnp.asarray(t["a"]), jnp.asarray(b), (jnp.asarray(t["sfa"]), jnp.asarray(sfb))),
+        layout=layout(lambda x: jnp.array(x, int32)),
+        debug=True,
+    )
+    assert isinstance(got, jnp.ndarray)
+    same_bits(np.asarray(got), want)
+
+
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT], ids=str)
 def test_quantize_of_jax_arrays_gives_numpys_bits(
     rng: np.random.Generator, same_bits: SameBits, jnp: Any, dtype: np.dtype[Any]
@@ -83,7 +122,7 @@ def test_jax_arrays_are_not_written(rng: np.random.Generator, jnp: Any) -> None:
     t = {name: jnp.asarray(array) for name, array in make(rng).items()}
     out = jnp.zeros((M, N), "float32")
     for function in (jitgen.gemm, jitgen.bind):
-        with pytest.raises(ProblemError, match=r"out is a .*cannot be written: take what `gemm`"):
+        with pytest.raises(ProblemError, match=r"d is a .*cannot be written: take what `gemm`"):
             call(t, function, out=out)
     assert not out.any()
 
