@@ -111,7 +111,7 @@ LAZY: dict[str, set[str]] = {
     | {"tuning.measure", "tuning.timing"},
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
-    "jinja2": {"codegen"},
+    "jinja2": {"codegen", "tuning.page"},
     "filelock": {"runtime"},
     "fsspec": {"runtime"},
     "ray": {"ray_prebuild"},
