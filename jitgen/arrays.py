@@ -256,7 +256,8 @@ def check_operands(views: Mapping[str, ArrayView], problem: Gemm, m: int) -> Non
     for name, operand in declared.items():
         view = views[name]
         shape = tuple(extents[axis] for axis in operand.axes)
-        if isinstance(problem, GroupedGemm) and shape and (shape == (n,) or is_masked(problem)):
+        of_group = operand.axes == ("n",) or (bool(shape) and is_masked(problem))
+        if isinstance(problem, GroupedGemm) and of_group:
             shape = (problem.num_groups, *shape)
         one = not shape and view.shape in ((), (1,))
         if view.dtype != operand.dtype or (view.shape != shape and not one):

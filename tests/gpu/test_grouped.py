@@ -21,28 +21,32 @@ from . import grouped_draws as draws  # noqa: E402
 from .draws import bits  # noqa: E402
 
 SEED = int(os.environ.get("JITGEN_TEST_SEED", secrets.randbits(31)))
-NUM_DRAWS, NUM_RESULT_DRAWS, NUM_SMALL_DRAWS = 336, 120, 28
+NUM_DRAWS, NUM_RESULT_DRAWS, NUM_SMALL_DRAWS, NUM_SMALL_RESULT_DRAWS = 336, 120, 28, 12
 
-_rng = random.Random(SEED)
-ALL_DRAWS = [draws.draw(_rng, index) for index in range(NUM_DRAWS)]
-RESULT_DRAWS = [draws.draw_result(_rng, index) for index in range(NUM_RESULT_DRAWS)]
-SMALL_DRAWS = [draws.draw(_rng, index, small=True) for index in range(NUM_SMALL_DRAWS)]
-SMALL_DRAWS += [draws.draw_result(_rng, index, small=True) for index in range(12)]
+
+def rng_of(index: int) -> random.Random:
+    """Draws are made one by one: to list the candidates of all would take each worker a minute."""
+    return random.Random(f"{SEED} {index}")
 
 
 @pytest.mark.parametrize("index", range(NUM_DRAWS))
 def test_grouped_gemm_equals_interpreter(index: int) -> None:
-    draws.run_and_compare(ALL_DRAWS[index])
+    draws.run_and_compare(draws.draw(rng_of(index), index))
 
 
 @pytest.mark.parametrize("index", range(NUM_RESULT_DRAWS))
 def test_grouped_gemm_of_other_results_equals_interpreter(index: int) -> None:
-    draws.run_and_compare(RESULT_DRAWS[index])
+    draws.run_and_compare(draws.draw_result(rng_of(index), index))
 
 
-@pytest.mark.parametrize("index", range(len(SMALL_DRAWS)))
+@pytest.mark.parametrize("index", range(NUM_SMALL_DRAWS))
 def test_grouped_gemm_small_equals_interpreter(index: int) -> None:
-    draws.run_and_compare(SMALL_DRAWS[index], num_runs=2)
+    draws.run_and_compare(draws.draw(rng_of(index), index, small=True), num_runs=2)
+
+
+@pytest.mark.parametrize("index", range(NUM_SMALL_RESULT_DRAWS))
+def test_grouped_gemm_of_other_results_small_equals_interpreter(index: int) -> None:
+    draws.run_and_compare(draws.draw_result(rng_of(index), index, small=True), num_runs=2)
 
 
 @pytest.mark.parametrize(

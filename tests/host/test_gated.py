@@ -175,6 +175,16 @@ def test_row_weights_scale_rows(rng: np.random.Generator, same_bits: SameBits) -
     same_bits(got, plain * weight.astype(np.float32)[:, None])
 
 
+def test_row_weights_of_as_many_rows_as_columns(rng: np.random.Generator) -> None:
+    n = 72
+    a, sfa = jitgen.quantize(rng.standard_normal((n, K)).astype(np.float32))
+    b, sfb = jitgen.quantize(rng.standard_normal((n, K)).astype(np.float32), (128, 128))
+    epilogue = (acc * per_row("w")).bind(w=np.zeros(n, np.float32))
+    layout = Ragged(np.array([0, n], np.int32))
+    d = jitgen.grouped_gemm(a, b[None], (sfa, sfb[None]), layout=layout, epilogue=epilogue)
+    assert (d == 0).all()
+
+
 # --- quantize_rows --------------------------------------------------------------------------------
 
 
