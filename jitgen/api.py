@@ -1,6 +1,6 @@
 """The public API: torch CUDA tensors run on the GPU, NumPy arrays on the interpreter.
 
-What tensors need is in `calls`, the only module of the compiler that imports torch.
+What tensors need is in `calls`; arrays of other libraries become one or the other in `dlpack`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from .arrays import ArrayView, check_gemm, name_arrays
 from .calls import find_call
+from .dlpack import borrow, borrow_call, hand_over, is_foreign, keep_until_done
 from .dtypes import array_dtype
 from .errors import ProblemError, ScheduleError
 from .expr import Bound, Expr, acc, as_expr
@@ -63,6 +64,9 @@ def gemm(
     All are torch CUDA tensors of one device, or all are NumPy arrays. Tensors run on their device,
     ordered on its current stream; arrays run on the interpreter, which predicts the same bits for
     the same schedule: by default that of an H100 SXM. Schedules that split k alike agree in all.
+    Or all are arrays of another library that speaks DLPack, such as CuPy or JAX: on a GPU they run
+    as torch tensors do, without a copy, else on the interpreter. a and b may be uint8 there, the
+    codes of float8_e4m3fn.
 
     Returns
     -------
@@ -171,6 +175,18 @@ def bind(
         raise ProblemError("out is None: give the array that every call writes D to")
     if layout is not None:
         check_layout(layout)
+    if is_foreign(a):
+        loan = borrow_call(a, b, scales, bound, out, layout)
+        run = bind(
+            *(loan.a, loan.b, loan.scales),
+            out=loan.out,
+            epilogue=loan.bound,
+            ue8m0=ue8m0,
+            schedule=schedule,
+            batch_invariant=batch_invariant,
+            layout=loan.layout,
+        )
+        return loan.in_order(run)
     arrays = name_arrays(a, b, scales, bound, out, layout)
     if isinstance(a, np.ndarray):
         return _bind_numpy(arrays, None, bound, schedule, batch_invariant, layout, ue8m0)
@@ -190,12 +206,14 @@ def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
 
     Parameters
     ----------
-    x : float32 or bfloat16 [rows, k]: NumPy array, or torch tensor on any device
+    x : float32 or bfloat16 [rows, k]: NumPy array, torch tensor on any device, or array of another
+        library that speaks DLPack
     block : rows x k elements that share a scale: (1, 128) for activations, (128, 128) for weights
 
     Returns
     -------
-    (float8_e4m3fn [rows, k], float32 [ceil(rows / block[0]), ceil(k / block[1])])
+    (float8_e4m3fn [rows, k], float32 [ceil(rows / block[0]), ceil(k / block[1])]); the codes as
+    uint8 from a library that has no float8
 
     Raises
     ------
@@ -203,9 +221,14 @@ def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
     """
     if isinstance(x, np.ndarray):
         return quantize_blocks(x, block)
+    if is_foreign(x):
+        native = borrow("x", x, x)
+        quantized, scale = quantize(native, block)
+        keep_until_done(native)
+        return hand_over(quantized, x), hand_over(scale, x)
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):
-        raise ProblemError(f"x is a {type(x).__name__}, must be a NumPy array or a torch tensor")
+        raise ProblemError(f"x is a {type(x).__name__}, must be an array")
     check_block(block)
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16):
         raise ProblemError(f"x is {x.dtype}{list(x.shape)}, must be float32 or bfloat16 [rows, k]")
@@ -250,9 +273,18 @@ def _run(
     if isinstance(a, np.ndarray):
         arrays = name_arrays(a, b, scales, bound, out, layout)
         return _bind_numpy(arrays, out_dtype, bound, schedule, batch_invariant, layout, ue8m0)()
-    call, addresses = find_call(
-        a, b, scales, bound, out, out_dtype, schedule, batch_invariant, layout, ue8m0
-    )
+    try:
+        call, addresses = find_call(
+            a, b, scales, bound, out, out_dtype, schedule, batch_invariant, layout, ue8m0
+        )
+    except ProblemError:
+        if not is_foreign(a):
+            raise
+        loan = borrow_call(a, b, scales, bound, out, layout)
+        loan.check_output(out_dtype)
+        operands = (loan.a, loan.b, loan.scales, loan.bound, loan.out)
+        made = _run(*operands, out_dtype, schedule, batch_invariant, loan.layout, ue8m0)
+        return loan.give_back(made)
     if out is None:
         outputs = call.empty()
         addresses += tuple(tensor.data_ptr() for tensor in outputs)
@@ -295,6 +327,8 @@ def _check_values(a: Any, b: Any, layout: GroupLayout) -> None:
     What has not even the right shape is left to the rules that hold without `debug`.
     """
     values = layout.tensor
+    if is_foreign(values):
+        values = borrow("groups", values, a)
     if not isinstance(values, np.ndarray):
         values = values.cpu().numpy()
     if a.ndim < 2 or b.ndim != 3:

@@ -100,8 +100,8 @@ def name_arrays(
     if unknown or (in_numpy and in_torch):
         name = (*unknown, *in_numpy)[0]
         raise ProblemError(
-            f"{name} is a {type(arrays[name]).__name__}: give torch CUDA tensors only, or NumPy"
-            " arrays only"
+            f"{name} is a {type(arrays[name]).__name__}: give torch CUDA tensors only, NumPy arrays"
+            " only, or arrays of one other library that speaks DLPack"
         )
     return arrays
 

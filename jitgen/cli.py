@@ -13,6 +13,7 @@ from .cli_cache import cache_app
 from .cli_explain import explain
 from .cli_prebuild import prebuild
 from .cli_problems import problems
+from .cli_report import report
 from .cli_tune import records_app, tune
 from .console import make_console
 from .dtypes import BF16, dtype_of
@@ -63,6 +64,7 @@ app.add_typer(cache_app, name="cache")
 cache_app.command()(explain)
 app.command()(prebuild)
 app.command()(problems)
+app.command()(report)
 app.command()(tune)
 app.add_typer(records_app, name="records")
 

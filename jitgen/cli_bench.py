@@ -131,7 +131,7 @@ def _write_report(markdown: Path, result: Result) -> None:
     from .tuning import plot, report
 
     picture = markdown.with_suffix(".svg")
-    svg = plot.render_svg(result.rows)
+    svg = plot.over_floor_svg(result.rows)
     if svg:
         write_text(picture, svg)
     else:

@@ -216,10 +216,15 @@ CONFIG_COLUMNS = ("M", "N", "K", "jitgen", "CUTLASS")
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of a table; `is_loss` if it is a peer's that beats jitgen's."""
+    """A figure of a table.
+
+    is_loss : it is a peer's that beats jitgen's
+    heat : from 0, as good as can be, to 1: how strongly a page colours it
+    """
 
     text: str
     is_loss: bool = False
+    heat: float = 0.0
 
 
 def row_cells(row: Row) -> list[Cell]:
@@ -314,17 +319,24 @@ def render_markdown(result: Result, *, plot: str | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _missing_lines(rows: Sequence[Row]) -> Iterator[str]:
+def missing(rows: Sequence[Row]) -> list[str]:
     """What was not measured and why, each reason once."""
     shapes: dict[tuple[str, str], list[Shape]] = {}
     for row in rows:
-        for missing in row.missing.items():
-            shapes.setdefault(missing, []).append(row.shape)
-    if shapes:
-        yield from ("", "Not measured:", "")
-    for (title, reason), found in shapes.items():
-        where = "every shape" if len(found) == len(rows) else ", ".join(map(str, found))
-        yield f"- {title}, {where}: {reason}"
+        for title_and_reason in row.missing.items():
+            shapes.setdefault(title_and_reason, []).append(row.shape)
+    return [
+        f"{title}, {_names(found, rows)}: {reason}" for (title, reason), found in shapes.items()
+    ]
+
+
+def _names(shapes: Sequence[Shape], rows: Sequence[Row]) -> str:
+    return "every shape" if len(shapes) == len(rows) else ", ".join(map(str, shapes))
+
+
+def _missing_lines(rows: Sequence[Row]) -> list[str]:
+    found = missing(rows)
+    return ["", "Not measured:", "", *(f"- {line}" for line in found)] if found else []
 
 
 def section(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Iterator[str]:

@@ -437,7 +437,7 @@ def test_bench_warns_if_the_machine_is_not_like_the_baselines(
 def test_bench_report_writes_the_same_report_again(
     run: Run, measured: list[bench.Shape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plot, "render_svg", lambda rows: f"<svg>{len(rows)}</svg>")
+    monkeypatch.setattr(plot, "over_floor_svg", lambda rows: f"<svg>{len(rows)}</svg>")
     files = tmp_path / "out.json", tmp_path / "first.md", tmp_path / "again.md"
     first = run("bench", "gemm", "--json", files[0], "--markdown", files[1])
     again = run("bench", "report", files[0], "--markdown", files[2])
@@ -451,7 +451,7 @@ def test_bench_report_writes_the_same_report_again(
 def test_bench_report_without_matplotlib_has_no_plot_and_says_so(
     run: Run, measured: list[bench.Shape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plot, "render_svg", lambda rows: None)
+    monkeypatch.setattr(plot, "over_floor_svg", lambda rows: None)
     result = run("bench", "gemm", "--quick", "--markdown", tmp_path / "report.md")
     assert result.exit_code == 0
     assert "warning: no plot without matplotlib" in result.stderr

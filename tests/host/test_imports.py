@@ -54,12 +54,15 @@ ALLOWED |= {
     "tuning.load": _before | {"runtime", "build"},  # of kernels that are compiled
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
     "tuning.plot": {"tuning.bench", "tuning.report"},  # and in a picture
+    "tuning.page": _before
+    | {"runtime", "tuning.bench", "tuning.report", "tuning.plot"},  # and all of it on a page
     "arrays": set(_before),  # the rules that a caller's arrays must keep
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
     "ray_prebuild": _before | {"runtime", "build"},  # the same on many machines
     "control": _before | {"runtime", "build"},  # what calls may compile, and counts
     "calls": _before | {"runtime", "tuning", "arrays", "control"},  # on torch, prepared once
-    "api": _before | {"tuning", "arrays", "calls"},  # what users call
+    "dlpack": set(_before),  # arrays of other libraries
+    "api": _before | {"tuning", "arrays", "calls", "dlpack"},  # what users call
     "plans": _before | {"tuning", "build"},  # finite sets of kernels
     "jitgen": _before | {"runtime", "api", "control", "plans"},  # __init__.py: the public names
     "integrations": _before | {"api"},  # jitgen in other libraries, which each module may import
@@ -84,9 +87,12 @@ ALLOWED |= {
     "cli_tune": _before
     | {"runtime", "build", "console", "jitgen", "problem_list", "tuning", "tuning.measure"},
     "cli_problems": {"problem", "files", "models"},
+    "cli_report": {"cli_cache", "files", "jitgen", "runtime", "tuning"}
+    | {"tuning.page", "tuning.report"},
     "cli": _before
     | {"build", "console", "epilogues", "schedule_text", "tuning", "doctor", "demo"}
-    | {"cli_bench", "cli_cache", "cli_explain", "cli_prebuild", "cli_problems", "cli_tune"},
+    | {"cli_bench", "cli_cache", "cli_explain", "cli_prebuild", "cli_problems", "cli_report"}
+    | {"cli_tune"},
     "__main__": {"cli"},
 }
 
@@ -95,6 +101,7 @@ LAZY: dict[str, set[str]] = {
     "torch": {
         "calls",
         "demo",
+        "dlpack",
         "tuning.bench",
         "tuning.bench_grouped",
         "tuning.host",
@@ -104,7 +111,7 @@ LAZY: dict[str, set[str]] = {
     | {"tuning.measure", "tuning.timing"},
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
-    "jinja2": {"codegen"},
+    "jinja2": {"codegen", "tuning.page"},
     "filelock": {"runtime"},
     "fsspec": {"runtime"},
     "ray": {"ray_prebuild"},
