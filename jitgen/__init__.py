@@ -1,6 +1,6 @@
 """jitgen: a compiler-style JIT kernel generator for NVIDIA Hopper GPUs."""
 
-from .api import bind, gemm, quantize
+from .api import bind, gemm, grouped_gemm, quantize
 from .api_mla import mla_decode
 from .calls_mla import MlaPlan
 from .control import configure, stats
@@ -15,9 +15,10 @@ from .errors import (
     StoreError,
     VerifyError,
 )
-from .expr import acc, cast, gelu, matrix, maximum, relu, scalar, silu, vector
+from .expr import acc, cast, gate, gelu, matrix, maximum, per_row, relu, scalar, silu, up, vector
+from .layouts import Contiguous, Masked, Ragged
 from .plans import Plan, plan
-from .problem import Gemm, ScaleBlock, supports
+from .problem import Gemm, GroupedGemm, ScaleBlock, supports
 from .problem_mla import MlaDecode
 from .runtime.stats import Stats
 from .schedule import Schedule
@@ -31,16 +32,20 @@ __all__ = [
     "F16",
     "F32",
     "CompileError",
+    "Contiguous",
     "DType",
     "DeviceError",
     "Gemm",
+    "GroupedGemm",
     "JitForbiddenError",
     "JitgenError",
+    "Masked",
     "MlaDecode",
     "MlaPlan",
     "MlaSchedule",
     "Plan",
     "ProblemError",
+    "Ragged",
     "ScaleBlock",
     "Schedule",
     "ScheduleError",
@@ -51,11 +56,14 @@ __all__ = [
     "bind",
     "cast",
     "configure",
+    "gate",
     "gelu",
     "gemm",
+    "grouped_gemm",
     "matrix",
     "maximum",
     "mla_decode",
+    "per_row",
     "plan",
     "quantize",
     "relu",
@@ -63,5 +71,6 @@ __all__ = [
     "silu",
     "stats",
     "supports",
+    "up",
     "vector",
 ]

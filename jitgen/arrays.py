@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from .dtypes import BF16, F32, DType, dtype_of
+from .dtypes import BF16, F32, I32, DType, dtype_of
 from .errors import ProblemError
 from .expr import Bound, Expr, operands
-from .problem import MAX_EXTENT, Gemm, check_operand_names, check_problem, check_rows
+from .groups import num_values
+from .layouts import GroupLayout
+from .problem import (
+    D_SCALE,
+    MAX_EXTENT,
+    Gemm,
+    GroupedGemm,
+    check_operand_names,
+    check_problem,
+    check_rows,
+    is_masked,
+)
 
 ADDRESS_UNIT = 16  # bytes; the rules look at addresses modulo this only
 
@@ -35,14 +46,40 @@ class ArrayView:
         """Elements from one row of a matrix to the next; its width if there is one row only."""
         return self.strides[0] if self.shape[0] > 1 else self.shape[1]
 
+    @property
+    def flat(self) -> ArrayView:
+        """The matrices of all groups as one, one below the other; a matrix as it is.
+
+        Raises
+        ------
+        ProblemError : the matrices do not follow one another
+        """
+        if len(self.shape) != 3:
+            return self
+        groups, rows, columns = self.shape
+        stride = self.strides[1] if rows > 1 else self.strides[0]
+        if groups > 1 and self.strides[0] != rows * stride and 0 not in self.shape:
+            raise ProblemError(
+                f"{self}: each matrix must follow the one before, {rows} rows of {stride} elements"
+            )
+        return replace(self, shape=(groups * rows, columns), strides=(stride, self.strides[2]))
+
     def __str__(self) -> str:
         return (
             f"{self.name} is {self.dtype.name}{list(self.shape)} with strides {list(self.strides)}"
         )
 
 
-def name_arrays(a: Any, b: Any, scales: tuple[Any, Any], bound: Bound, out: Any) -> dict[str, Any]:
-    """The arrays of a call by name: a, b, sfa, sfb, operands, and d last if there is `out`.
+def name_arrays(
+    a: Any,
+    b: Any,
+    scales: tuple[Any, Any],
+    bound: Bound,
+    out: Any,
+    layout: GroupLayout | None = None,
+) -> dict[str, Any]:
+    """The arrays of a call by name: a, b, sfa, sfb, groups if there is a layout, operands, and last
+    d if there is `out`, or d and sfd if that is a pair.
 
     Raises
     ------
@@ -50,9 +87,12 @@ def name_arrays(a: Any, b: Any, scales: tuple[Any, Any], bound: Bound, out: Any)
         nor all torch's
     """
     check_operand_names(bound.tensors)
-    arrays = {"a": a, "b": b, "sfa": scales[0], "sfb": scales[1], **bound.tensors}
+    arrays = {"a": a, "b": b, "sfa": scales[0], "sfb": scales[1]}
+    if layout is not None:
+        arrays["groups"] = layout.tensor
+    arrays |= bound.tensors
     if out is not None:
-        arrays["d"] = out
+        arrays |= zip(("d", "sfd"), out if isinstance(out, tuple) else (out,), strict=False)
     torch = sys.modules.get("torch")
     in_numpy = [name for name, array in arrays.items() if isinstance(array, np.ndarray)]
     in_torch = [name for name, array in arrays.items() if torch and isinstance(array, torch.Tensor)]
@@ -60,14 +100,20 @@ def name_arrays(a: Any, b: Any, scales: tuple[Any, Any], bound: Bound, out: Any)
     if unknown or (in_numpy and in_torch):
         name = (*unknown, *in_numpy)[0]
         raise ProblemError(
-            f"{name} is a {type(arrays[name]).__name__}: give torch CUDA tensors only, or NumPy"
-            " arrays only"
+            f"{name} is a {type(arrays[name]).__name__}: give torch CUDA tensors only, NumPy arrays"
+            " only, or arrays of one other library that speaks DLPack"
         )
     return arrays
 
 
-def check_gemm(views: Mapping[str, ArrayView], out_dtype: object, bound: Bound) -> tuple[Gemm, int]:
-    """The problem that named arrays pose, and its m.
+def check_gemm(
+    views: Mapping[str, ArrayView],
+    out_dtype: object,
+    bound: Bound,
+    layout: GroupLayout | None = None,
+    ue8m0: bool = False,
+) -> tuple[Gemm, int]:
+    """The problem that named arrays pose, and its m: rows of A, or of A[g] if A has 3 dimensions.
 
     Raises
     ------
@@ -78,15 +124,24 @@ def check_gemm(views: Mapping[str, ArrayView], out_dtype: object, bound: Bound) 
         d = dtype_of(out_dtype)
     elif "d" in views:
         d = views["d"].dtype
-    problem, m = gemm_problem(views["a"], views["b"], views["sfa"], views["sfb"], d, bound.expr)
+    problem, m = gemm_problem(views, d, bound.expr, layout, ue8m0)
     if "d" in views:
         check_output(views["d"], problem, m)
+        if problem.is_quantized != ("sfd" in views):
+            must = "(d, sfd)" if problem.is_quantized else "one array"
+            raise ProblemError(f"out of D in {problem.d_dtype.name} must be {must}")
+    if "sfd" in views:
+        _check_output_scales(views["sfd"], problem, m)
     check_operands({name: views[name] for name in bound.tensors}, problem, m)
     return problem, m
 
 
 def gemm_problem(
-    a: ArrayView, b: ArrayView, sfa: ArrayView, sfb: ArrayView, d_dtype: DType, epilogue: Expr
+    views: Mapping[str, ArrayView],
+    d_dtype: DType,
+    epilogue: Expr,
+    layout: GroupLayout | None,
+    ue8m0: bool = False,
 ) -> tuple[Gemm, int]:
     """The problem that the arrays pose, and its m.
 
@@ -94,29 +149,83 @@ def gemm_problem(
     ------
     ProblemError : a dtype, shape or stride breaks a rule; says what was expected and what was got
     """
-    for view in (a, b):
-        if len(view.shape) != 2:
-            raise ProblemError(f"{view}: must be a matrix")
-    if a.shape[1] != b.shape[1]:
-        raise ProblemError(f"{a}; {b}: must agree in k, the second dimension of both")
-    (m, k), n = a.shape, b.shape[0]
-    problem = Gemm(n, k, d_dtype, epilogue, a.dtype, b.dtype)
+    a, b, sfa, sfb = (views[name] for name in ("a", "b", "sfa", "sfb"))
+    masked = layout is not None and layout.kind == "masked"
+    for view, rank in ((a, 2 + masked), (b, 2 + (layout is not None))):
+        if len(view.shape) != rank:
+            what = "a matrix" if rank == 2 else "a matrix for each group"
+            raise ProblemError(f"{view}: must be {what}")
+    if a.shape[-1] != b.shape[-1]:
+        raise ProblemError(f"{a}; {b}: must agree in k, the last dimension of both")
+    m, (n, k) = a.shape[-2], b.shape[-2:]
+    problem = Gemm(n, k, d_dtype, epilogue, a.dtype, b.dtype, ue8m0=ue8m0)
+    if layout is not None:
+        problem = GroupedGemm(
+            *(n, k, d_dtype, epilogue, a.dtype, b.dtype),
+            ue8m0=ue8m0,
+            num_groups=b.shape[0],
+            layout=layout.kind,
+            alignment=layout.alignment,
+        )
+    if masked and a.shape[0] != b.shape[0]:
+        raise ProblemError(f"{a}; {b}: must agree in the number of groups, their first dimension")
     check_problem(problem)
-    check_rows(m)
+    check_rows(m * a.shape[0] if masked else m)
     for view in (a, b):
-        check_tma_matrix(view)
-    _check_scales(sfa, problem.a_scale, (-(-m // problem.a_scale.rows), -(-k // problem.a_scale.k)))
-    _check_scales(sfb, problem.b_scale, (-(-n // problem.b_scale.rows), -(-k // problem.b_scale.k)))
-    if sfb.row_stride != sfb.shape[1] or (sfb.shape[1] > 1 and sfb.strides[1] != 1):
-        raise ProblemError(f"{sfb}: must be contiguous, row-major")
+        check_tma_matrix(view.flat)
+    k_blocks = -(-k // problem.a_scale.k)
+    _check_scales(sfa, problem.a_scale, (*a.shape[:-2], -(-m // problem.a_scale.rows), k_blocks))
+    _check_scales(sfb, problem.b_scale, (*b.shape[:-2], -(-n // problem.b_scale.rows), k_blocks))
+    _check_contiguous(sfb)
+    if isinstance(problem, GroupedGemm):
+        _check_groups(views["groups"], problem, m)
     return problem, m
+
+
+def _check_contiguous(view: ArrayView) -> None:
+    rows = view.flat
+    if 0 in rows.shape:
+        return
+    if rows.row_stride != rows.shape[1] or (rows.shape[1] > 1 and rows.strides[1] != 1):
+        raise ProblemError(f"{view}: must be contiguous, row-major")
+
+
+def output_shape(problem: Gemm, m: int) -> tuple[int, ...]:
+    """The shape of D."""
+    if isinstance(problem, GroupedGemm) and is_masked(problem):
+        return problem.num_groups, m, problem.columns
+    return m, problem.columns
+
+
+def output_scale_shape(problem: Gemm, m: int) -> tuple[int, ...]:
+    """The shape of the scales of D, if it has them."""
+    *rows, columns = output_shape(problem, m)
+    return *rows, columns // D_SCALE.k
+
+
+def _check_output_scales(view: ArrayView, problem: Gemm, m: int) -> None:
+    shape = output_scale_shape(problem, m)
+    if view.shape != shape or view.dtype != F32:
+        raise ProblemError(f"{view}: must be {F32.name}{list(shape)}")
+    _check_contiguous(view)
+    if view.address % 4:
+        raise ProblemError(f"{view}: starts at an address that is not a multiple of 4 B")
+
+
+def _check_groups(view: ArrayView, problem: GroupedGemm, m: int) -> None:
+    shape = (num_values(problem, m),)
+    if view.dtype != I32 or view.shape != shape:
+        raise ProblemError(f"{view}: layout {problem.layout} takes {I32.name}{list(shape)}")
+    if (shape[0] > 1 and view.strides != (1,)) or view.address % 4:
+        raise ProblemError(f"{view}: must be contiguous, at an address that is a multiple of 4 B")
 
 
 def check_output(out: ArrayView, problem: Gemm, m: int) -> None:
     """Raise ProblemError unless `out` can hold D."""
-    if out.shape != (m, problem.n) or out.dtype != problem.d_dtype:
-        raise ProblemError(f"{out}: must be {problem.d_dtype.name}[{m}, {problem.n}]")
-    check_tma_matrix(out)
+    shape = output_shape(problem, m)
+    if out.shape != shape or out.dtype != problem.d_dtype:
+        raise ProblemError(f"{out}: must be {problem.d_dtype.name}{list(shape)}")
+    check_tma_matrix(out.flat)
 
 
 def check_tma_matrix(view: ArrayView) -> None:
@@ -142,30 +251,42 @@ def check_operands(views: Mapping[str, ArrayView], problem: Gemm, m: int) -> Non
             f"the epilogue {problem.epilogue} needs operands [{', '.join(declared)}], got"
             f" [{', '.join(views)}]: give them with epilogue.bind(name=tensor)"
         )
-    n = problem.n
+    n = problem.columns
     extents = {"m": m, "n": n}
     for name, operand in declared.items():
         view = views[name]
         shape = tuple(extents[axis] for axis in operand.axes)
+        of_group = operand.axes == ("n",) or (bool(shape) and is_masked(problem))
+        if isinstance(problem, GroupedGemm) and of_group:
+            shape = (problem.num_groups, *shape)
         one = not shape and view.shape in ((), (1,))
         if view.dtype != operand.dtype or (view.shape != shape and not one):
             raise ProblemError(f"{view}: the epilogue declares {operand.dtype.name}{list(shape)}")
+        if len(shape) > 2:
+            view, shape = view.flat, view.flat.shape
         if 0 in shape:
             continue
         if shape and view.strides[-1] != 1 and view.shape[-1] > 1:
             raise ProblemError(f"{view}: its last stride must be 1")
         # The epilogue reads pairs of adjacent columns.
-        if view.address % (2 * view.dtype.size_bytes if shape else view.dtype.size_bytes):
+        pairs = "n" in operand.axes
+        if view.address % (2 * view.dtype.size_bytes if pairs else view.dtype.size_bytes):
             raise ProblemError(
                 f"{view}: starts at an address that is not a multiple of two elements"
             )
+        if operand.axes == ("m",):
+            if len(shape) == 2 and view.row_stride != m:
+                raise ProblemError(f"{view}: must be contiguous")
+            continue
         if len(shape) == 2 and view.row_stride % 2:
             raise ProblemError(f"{view}: its row stride must be even")
+        if operand.axes == ("n",) and len(shape) == 2 and view.row_stride != n:
+            raise ProblemError(f"{view}: must be contiguous, a row for each group")
         if len(shape) == 2 and not n <= view.row_stride <= MAX_EXTENT:
             raise ProblemError(f"{view}: rows must not overlap, nor be {MAX_EXTENT + 1} apart")
 
 
-def _check_scales(view: ArrayView, block: Any, shape: tuple[int, int]) -> None:
+def _check_scales(view: ArrayView, block: Any, shape: tuple[int, ...]) -> None:
     if view.dtype != F32 or view.shape != shape:
         raise ProblemError(f"{view}: one scale a {block} block makes {F32.name}{list(shape)}")
     used = [stride for stride, extent in zip(view.strides, shape, strict=True) if extent > 1]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +17,9 @@ from .runtime.entry import Entry
 from .runtime.key import KernelKey, make_key
 from .runtime.nvrtc import Compiled, compile_cubin, compile_options, compiler_version
 from .runtime.store import KernelStore
+from .runtime.tiers import Tiers
 from .schedule import REGISTER_SPLIT, WARPGROUP_THREADS
+from .schedule_mla import MlaSchedule
 from .verify import verify
 
 
@@ -33,31 +32,58 @@ class Prebuilt:
     compile_seconds: float
 
 
+_configured: Tiers | None = None
+
+
+def configure_store(tiers: Tiers) -> None:
+    """Have `default_store` and `open_shared_store` open these tiers from now on."""
+    global _configured
+    _configured = tiers
+    default_store.cache_clear()
+
+
+def store_tiers() -> Tiers:
+    """The tiers of `configure_store`, or else those of the environment.
+
+    Raises
+    ------
+    StoreError : an environment variable is not understood
+    """
+    return _configured or Tiers.of()
+
+
 @functools.cache
 def default_store() -> KernelStore:
     """The store that `gemm` and the command line share."""
-    return KernelStore()
+    return KernelStore(store_tiers())
 
 
-def open_shared_store(root: Path | None = None) -> KernelStore:
+def open_shared_store(tiers: Tiers | None = None) -> KernelStore:
     """A store on disk, where other processes find what this one compiles.
 
     Parameters
     ----------
-    root : folder of the store, default as for KernelStore
+    tiers : default `store_tiers()`
 
     Raises
     ------
-    StoreError : the folder cannot be trusted, or new kernels cannot be written to it
+    StoreError : a folder cannot be trusted, or new kernels cannot be written to the own one
     """
     with warnings.catch_warnings(record=True) as problems:
         warnings.simplefilter("always")
-        store = KernelStore(root)
-    if problems:
+        store = KernelStore(tiers or store_tiers())
+    if store.root is None:  # the first problem is that of the own folder
         raise StoreError(str(problems[0].message))
-    if store.root is None or not os.access(store.root, os.W_OK):
+    if not os.access(store.root, os.W_OK):
         raise StoreError(f"{store.root} cannot be written: name a folder in JITGEN_CACHE_DIR")
+    _warn_again(str(problem.message) for problem in problems)
     return store
+
+
+def _warn_again(messages: Iterable[str]) -> None:
+    """Pass warnings on, each once."""
+    for message in dict.fromkeys(messages):
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def key_of(kernel: AnyKernel) -> KernelKey:
@@ -142,7 +168,7 @@ def prebuild(
     ----------
     kernels : problems with their schedules; duplicates are built once, and what is in the store is
         not compiled again
-    root : folder of the store, default as for KernelStore
+    root : folder of a store without other tiers, default: the tiers of `store_tiers()`
     num_processes : default one a core, at most one a kernel
     on_done : called with each result as it comes
     on_error : called with each kernel that cannot be built and why; if None, that is raised
@@ -155,36 +181,25 @@ def prebuild(
         on_error is None; the other kernels are finished first
     """
     unfinished = dict.fromkeys(kernels)
-    results: list[Prebuilt] = []
-    if not unfinished:
-        return results
-    store = open_shared_store(root)
-    for kernel in list(unfinished):  # so that a second run starts no process
-        if entry := _find(kernel, store):
-            del unfinished[kernel]
-            results.append(Prebuilt(entry.name, False, entry.resources.compile_seconds))
-            on_done(results[-1])
+    tiers = Tiers(root.absolute()) if root else store_tiers()
+    results = take_present(unfinished, open_shared_store(tiers), on_done)
     if not unfinished:
         return results
     workers = min(num_processes or os.cpu_count() or 1, len(unfinished))
     failure: BaseException | None = None
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures: dict[Future[Prebuilt], tuple[AnyProblem, AnySchedule]] = {}
-        with contextlib.suppress(BrokenProcessPool):  # one may die before all are submitted
-            for kernel in unfinished:
-                futures[pool.submit(_prebuild_one, *kernel, root)] = kernel
-        for future in as_completed(futures):
-            error = future.exception()
-            if isinstance(error, BrokenProcessPool):
-                continue
-            del unfinished[futures[future]]
-            if error is None:
-                results.append(future.result())
-                on_done(results[-1])
-            elif on_error and isinstance(error, JitgenError):
-                on_error(futures[future], error)
+    warned: dict[str, None] = {}
+    with contextlib.closing(_compile_in_processes(list(unfinished), tiers, workers)) as outcomes:
+        for kernel, outcome in outcomes:
+            del unfinished[kernel]
+            if isinstance(outcome, _Made):
+                _warn_again(message for message in outcome.messages if message not in warned)
+                warned |= dict.fromkeys(outcome.messages)
+                results.append(outcome.prebuilt)
+                on_done(outcome.prebuilt)
+            elif on_error and isinstance(outcome, JitgenError):
+                on_error(kernel, outcome)
             else:
-                failure = failure or error
+                failure = failure or outcome
     if unfinished:
         names = ", ".join(lower_any(*kernel).name for kernel in unfinished)
         raise CompileError(
@@ -196,24 +211,81 @@ def prebuild(
     return results
 
 
-def _find(kernel: tuple[AnyProblem, AnySchedule], store: KernelStore) -> Entry | None:
-    """The entry in the store; None too for a kernel that cannot be made."""
-    try:
-        key = key_of(lower_any(*kernel))
-    except JitgenError:
-        return None
-    return store.get(key)
+@dataclass(frozen=True)
+class _Made:
+    """What a process sends: the result, and the warnings on the way to it."""
+
+    prebuilt: Prebuilt
+    messages: tuple[str, ...]
 
 
-def _prebuild_one(problem: AnyProblem, schedule: AnySchedule, root: Path | None) -> Prebuilt:
-    store = _worker_store(root)
-    before = store.stats
-    entry = build(lower_any(problem, schedule), store)
-    return Prebuilt(
-        entry.name, store.stats.compiles > before.compiles, entry.resources.compile_seconds
-    )
+def _compile_in_processes(
+    kernels: Sequence[tuple[AnyProblem, AnySchedule]], tiers: Tiers, num_processes: int
+) -> Generator[tuple[tuple[AnyProblem, AnySchedule], _Made | BaseException]]:
+    """Each kernel with what became of it, as it comes; ends early if a process dies."""
+    # Imported here: most who import jitgen start no process.
+    import multiprocessing
+    from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+        futures: dict[Future[_Made], tuple[AnyProblem, AnySchedule]] = {}
+        with contextlib.suppress(BrokenProcessPool):  # one may die before all are submitted
+            for kernel in slowest_first(kernels):
+                futures[pool.submit(_compile_one, *kernel, tiers)] = kernel
+        for future in as_completed(futures):
+            error = future.exception()
+            if not isinstance(error, BrokenProcessPool):
+                yield futures[future], error or future.result()
+
+
+def take_present(
+    unfinished: dict[tuple[AnyProblem, AnySchedule], None],
+    store: KernelStore,
+    on_done: Callable[[Prebuilt], None],
+) -> list[Prebuilt]:
+    """Take out of `unfinished` what is near (see `KernelStore.peek`), and say what that was.
+
+    So a second run starts no process. A kernel that cannot be made stays.
+    """
+    results = []
+    for kernel in list(unfinished):
+        try:
+            key = key_of(lower_any(*kernel))
+        except JitgenError:
+            continue
+        if entry := store.peek(key):
+            del unfinished[kernel]
+            results.append(Prebuilt(entry.name, False, entry.resources.compile_seconds))
+            on_done(results[-1])
+    return results
+
+
+def slowest_first(
+    kernels: Iterable[tuple[AnyProblem, AnySchedule]],
+) -> list[tuple[AnyProblem, AnySchedule]]:
+    """The kernels in an order in which no process is left with a slow one at the end."""
+
+    def size(schedule: AnySchedule) -> int:
+        if isinstance(schedule, MlaSchedule):
+            return 256 * 256  # as slow to compile as the largest GEMM
+        return schedule.block_m * schedule.block_n
+
+    return sorted(kernels, key=lambda kernel: -size(kernel[1]))
+
+
+def _compile_one(problem: AnyProblem, schedule: AnySchedule, tiers: Tiers) -> _Made:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        store = _worker_store(tiers)
+        before = store.stats.compiles
+        entry = build(lower_any(problem, schedule), store)
+    compiled = store.stats.compiles > before
+    prebuilt = Prebuilt(entry.name, compiled, entry.resources.compile_seconds)
+    return _Made(prebuilt, tuple(str(warning.message) for warning in caught))
 
 
 @functools.cache
-def _worker_store(root: Path | None) -> KernelStore:
-    return KernelStore(root)
+def _worker_store(tiers: Tiers) -> KernelStore:
+    return KernelStore(tiers)

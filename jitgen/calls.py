@@ -13,10 +13,18 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, overload
 
 from . import control
-from .arrays import ADDRESS_UNIT, ArrayView, check_gemm, name_arrays
-from .dtypes import array_dtype, dtype_of
+from .arrays import (
+    ADDRESS_UNIT,
+    ArrayView,
+    check_gemm,
+    name_arrays,
+    output_scale_shape,
+    output_shape,
+)
+from .dtypes import F32, array_dtype, dtype_of
 from .errors import CaptureError, DeviceError
 from .expr import Bound
+from .groups import expected_rows
 from .ir import (
     ExtentParameter,
     Kernel,
@@ -26,12 +34,13 @@ from .ir import (
     TensorMapParameter,
 )
 from .ir_mla import MlaKernel
+from .layouts import GroupLayout
 from .lower import AnyKernel, AnyProblem, AnySchedule
 from .problem import Gemm
 from .problem_mla import MlaDecode
 from .runtime import driver
 from .runtime.launch import Argument, Launch, LaunchPool, Pointer, TensorMap, UInt32
-from .runtime.stats import PROCESS, log
+from .runtime.stats import log
 from .runtime.tensor_map import TensorMapSpec
 from .schedule import Schedule
 from .schedule_mla import MlaSchedule
@@ -42,13 +51,15 @@ if TYPE_CHECKING:
 
 MAX_CALLS = 4096  # signatures that stay prepared
 
-Addresses = tuple[int, ...]  # of a, b, sfa, sfb, the operands as bound, d
+Addresses = tuple[int, ...]  # of a, b, sfa, sfb, groups, the operands as bound, d, sfd
 
 
 class Call:
     """A signature, checked and prepared; safe in threads."""
 
-    def __init__(self, device: torch.device, d: ArrayView, launches: LaunchPool | None) -> None:
+    def __init__(
+        self, device: torch.device, outputs: list[ArrayView], launches: LaunchPool | None
+    ) -> None:
         import torch
 
         self.launches = launches  # None if D is empty
@@ -57,10 +68,18 @@ class Call:
         self._current_stream = torch._C._cuda_getCurrentRawStream
         self._as_current = torch.cuda.device
         # One element with the shape of D: `empty_like` takes half the time of `empty`.
-        like = torch.empty(1, dtype=getattr(torch, d.dtype.name), device=device).expand(d.shape)
-        self.empty = functools.partial(
-            torch.empty_like, like, memory_format=torch.contiguous_format
+        likes = (
+            torch.empty(1, dtype=getattr(torch, out.dtype.name), device=device).expand(out.shape)
+            for out in outputs
         )
+        self._make_outputs = [
+            functools.partial(torch.empty_like, like, memory_format=torch.contiguous_format)
+            for like in likes
+        ]
+
+    def empty(self) -> tuple[torch.Tensor, ...]:
+        """New tensors for d and, if it has scales, sfd."""
+        return tuple(make() for make in self._make_outputs)
 
     def launch(self, addresses: Addresses) -> None:
         """Run on the tensors at `addresses`; DeviceError if the driver refuses."""
@@ -69,16 +88,16 @@ class Call:
             self._run(launch)
             self.launches.give_back(launch)
 
-    def bind(
-        self, addresses: Addresses, arrays: Mapping[str, torch.Tensor]
-    ) -> Callable[[], torch.Tensor]:
-        """What runs on `arrays`, which are at `addresses`, keeps them alive and returns d."""
+    def bind(self, addresses: Addresses, arrays: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
+        """What runs on `arrays`, which are at `addresses`, keeps them alive and returns d, or d and
+        sfd."""
+        result = (arrays["d"], arrays["sfd"]) if "sfd" in arrays else arrays["d"]
         launch = self.launches.make(addresses) if self.launches is not None else None
 
-        def call() -> torch.Tensor:
+        def call(kept: Mapping[str, torch.Tensor] = arrays) -> Any:
             if launch is not None:
                 self._run(launch)
-            return arrays["d"]
+            return result
 
         return call
 
@@ -101,6 +120,8 @@ def find_call(
     out_dtype: object,
     schedule: Schedule | None,
     batch_invariant: bool = False,
+    layout: GroupLayout | None = None,
+    ue8m0: bool = False,
 ) -> tuple[Call, Addresses]:
     """The prepared call of these tensors' signature, and their addresses.
 
@@ -122,6 +143,7 @@ def find_call(
             schedule,
             batch_invariant,
             out_dtype,
+            ue8m0,
             (a.dtype, a.shape, a.is_contiguous() or a.stride(), a.get_device()),
             (b.dtype, b.shape, b.is_contiguous() or b.stride(), b.get_device()),
             (sfa.dtype, sfa.shape, sfa.is_contiguous() or sfa.stride(), sfa.get_device()),
@@ -129,23 +151,30 @@ def find_call(
             (at_a | at_b | at_sfa | at_sfb) % ADDRESS_UNIT
             and tuple(address % ADDRESS_UNIT for address in addresses),
         )
+        if layout is not None:
+            t = layout.tensor
+            addresses += (t.data_ptr(),)
+            view = (t.dtype, t.shape, t.is_contiguous() or t.stride(), t.get_device())
+            signature += (layout.kind, layout.alignment, layout.expected_rows, view)
+            signature += (addresses[-1] % ADDRESS_UNIT,)
         for name, t in bound.tensors.items():
             addresses += (t.data_ptr(),)
-            layout = (t.dtype, t.shape, t.is_contiguous() or t.stride(), t.get_device())
-            signature += (name, layout, addresses[-1] % ADDRESS_UNIT)
+            view = (t.dtype, t.shape, t.is_contiguous() or t.stride(), t.get_device())
+            signature += (name, view, addresses[-1] % ADDRESS_UNIT)
         if out is not None:
-            addresses += (out.data_ptr(),)
-            layout = (out.dtype, out.shape, out.is_contiguous() or out.stride(), out.get_device())
-            signature += (layout, addresses[-1] % ADDRESS_UNIT)
+            for t in out if isinstance(out, tuple) else (out,):
+                addresses += (t.data_ptr(),)
+                view = (t.dtype, t.shape, t.is_contiguous() or t.stride(), t.get_device())
+                signature += (view, addresses[-1] % ADDRESS_UNIT)
         call = _calls.get(signature)
     except (AttributeError, TypeError):
-        name_arrays(a, b, scales, bound, out)  # something is no tensor
+        name_arrays(a, b, scales, bound, out, layout)  # something is no tensor
         if out_dtype is not None:
             dtype_of(out_dtype)  # or neither a dtype nor hashable
         raise
     if call is None:
-        arrays = name_arrays(a, b, scales, bound, out)
-        call = _prepare(arrays, out_dtype, bound, schedule, batch_invariant)
+        arrays = name_arrays(a, b, scales, bound, out, layout)
+        call = _prepare(arrays, out_dtype, bound, schedule, batch_invariant, layout, ue8m0)
         _keep(signature, call)
     return call, addresses
 
@@ -168,6 +197,8 @@ def _prepare(
     bound: Bound,
     schedule: Schedule | None,
     batch_invariant: bool,
+    layout: GroupLayout | None,
+    ue8m0: bool,
 ) -> Call:
     """Check everything, then build, load and lay out the launches of one signature."""
     device = arrays["a"].device
@@ -184,11 +215,14 @@ def _prepare(
         )
         for name, t in arrays.items()
     }
-    problem, m = check_gemm(views, out_dtype, bound)
-    views.setdefault("d", ArrayView("d", problem.d_dtype, (m, problem.n), (problem.n, 1)))
+    problem, m = check_gemm(views, out_dtype, bound, layout, ue8m0)
+    outputs = _outputs(problem, m)
+    for view in outputs:
+        views.setdefault(view.name, view)
     if m == 0:
-        return Call(device, views["d"], None)
-    schedule = schedule or select(problem, m, found.gpu, batch_invariant=batch_invariant)
+        return Call(device, outputs, None)
+    rows = expected_rows(problem, m, layout.expected_rows if layout else None)
+    schedule = schedule or select(problem, rows, found.gpu, batch_invariant=batch_invariant)
     kernel, loaded = load(problem, schedule, device.index)
     launches = LaunchPool(
         loaded,
@@ -196,7 +230,18 @@ def _prepare(
         grid=kernel.num_blocks(m, found.num_sms),
         num_threads=kernel.num_threads,
     )
-    return Call(device, views["d"], launches)
+    return Call(device, outputs, launches)
+
+
+def _outputs(problem: Gemm, m: int) -> list[ArrayView]:
+    """d and, if it has scales, sfd, as new arrays are."""
+    shapes = {"d": (problem.d_dtype, output_shape(problem, m))}
+    if problem.is_quantized:
+        shapes["sfd"] = F32, output_scale_shape(problem, m)
+    return [
+        ArrayView(name, dtype, shape, (m * shape[-1], shape[-1], 1)[-len(shape) :])
+        for name, (dtype, shape) in shapes.items()
+    ]
 
 
 def check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> None:
@@ -238,7 +283,7 @@ def _load(
         entry.cubin, kernel.name, smem_bytes=kernel.smem.total_bytes, ordinal=ordinal
     )
     seconds = time.perf_counter() - started
-    PROCESS.add(loads=1)
+    control.count_load()
     fields = {"kernel": kernel.name, "key": entry.key.digest, "seconds": seconds, "gpu": ordinal}
     log.info("loaded %s onto GPU %d in %.4f s", kernel.name, ordinal, seconds, extra=fields)
     return kernel, loaded
@@ -262,13 +307,16 @@ def _argument(parameter: Parameter, views: Mapping[str, ArrayView], m: int) -> A
         case PointerParameter():
             return Pointer(list(views).index(parameter.tensor.name))
         case StrideParameter():
-            return UInt32(views[parameter.tensor.name].strides[parameter.dim])
+            view, dim = views[parameter.tensor.name], parameter.dim
+            if len(view.shape) == 3 and dim == 1 and view.shape[1] == 1:
+                dim = 0  # what is one row further is in the next group's matrix
+            return UInt32(view.strides[dim])
         case TensorMapParameter():
-            view = views[parameter.tensor.name]
+            view = views[parameter.tensor.name].flat
             size = view.dtype.size_bytes
             box_rows, box_columns = parameter.box
-            if parameter.tensor.dims[0].extent is None:
-                box_rows = min(box_rows, m)
+            if parameter.tensor.dims[-2].extent is None:
+                box_rows = min(box_rows, view.shape[0])
             spec = TensorMapSpec(
                 element_bytes=size,
                 rows=view.shape[0],

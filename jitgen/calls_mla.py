@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .arrays import ADDRESS_UNIT, ArrayView
 from .arrays_mla import MlaCall, check_mla_call, check_mla_out
 from .calls import MAX_CALLS, Call, check_device, load
-from .dtypes import array_dtype
+from .dtypes import F32, array_dtype
 from .errors import CaptureError, DeviceError, ProblemError
 from .ir_mla import LoadKeys, LoadQueries, MlaKernel, walk_mla
 from .problem_mla import HEAD_DIMS
@@ -75,7 +75,6 @@ def mla_on_device(
     schedule: MlaSchedule | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of q, kv_cache, block_table and seqlens_k; as `jitgen.mla_decode`."""
-    import torch
 
     given = tensors if out is None else (*tensors, out)
     try:
@@ -101,11 +100,8 @@ def mla_on_device(
             while len(_calls) > MAX_CALLS:
                 del _calls[next(iter(_calls))]
     call, about = found
-    problem, device = about.problem, tensors[0].device
-    o = call.empty() if out is None else out
-    lse = torch.empty(
-        about.batch, problem.num_heads, problem.num_queries, dtype=torch.float32, device=device
-    )
+    device = tensors[0].device
+    o, lse = call.empty() if out is None else (out, *call.empty())
     if about.batch:
         plan = _plan_of_stream(device) if plan is None else plan
         if plan.device != device:
@@ -153,9 +149,10 @@ def _prepare(
     shape = (about.batch, problem.num_queries, problem.num_heads, problem.head_dim_v)
     if out is not None:
         check_mla_out(views["out"], problem, about.batch)
-    o = ArrayView("o", problem.dtype, shape, ())
+    outputs = [] if out is not None else [ArrayView("o", problem.dtype, shape, ())]
+    outputs.append(ArrayView("lse", F32, (shape[0], shape[2], shape[1]), ()))
     if about.batch == 0:
-        return Call(device, o, None), about
+        return Call(device, outputs, None), about
     kernel, loaded = load(problem, schedule or select_mla(problem), device.index)
     launches = LaunchPool(
         loaded,
@@ -164,7 +161,7 @@ def _prepare(
         num_threads=kernel.num_threads,
         is_cooperative=True,
     )
-    return Call(device, o, launches), about
+    return Call(device, outputs, launches), about
 
 
 def _arguments(kernel: MlaKernel, about: MlaCall) -> list[Argument]:

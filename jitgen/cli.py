@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -15,11 +13,12 @@ from .cli_cache import cache_app
 from .cli_explain import explain
 from .cli_prebuild import prebuild
 from .cli_problems import problems
+from .cli_report import report
 from .cli_tune import records_app, tune
 from .console import make_console
 from .dtypes import BF16, dtype_of
+from .epilogues import EPILOGUE_HELP, Epilogue
 from .errors import CompileError, JitgenError, one_line
-from .expr import Expr, acc, gelu, matrix, relu, silu, vector
 from .problem import Gemm, check_problem
 from .schedule_text import SCHEDULE_HELP, schedule_for
 
@@ -65,6 +64,7 @@ app.add_typer(cache_app, name="cache")
 cache_app.command()(explain)
 app.command()(prebuild)
 app.command()(problems)
+app.command()(report)
 app.command()(tune)
 app.add_typer(records_app, name="records")
 
@@ -77,38 +77,13 @@ def main() -> None:
 # --- show -----------------------------------------------------------------------------------------
 
 
-class Epilogue(str, Enum):
-    """Epilogues that `show` knows by name."""
-
-    none = "none"
-    bias = "bias"
-    bias_relu = "bias-relu"
-    bias_gelu = "bias-gelu"
-    bias_silu = "bias-silu"
-    residual = "residual"
-
-    @property
-    def expr(self) -> Expr:
-        if self is Epilogue.none:
-            return acc
-        if self is Epilogue.residual:
-            return acc + matrix("residual")
-        biased = acc + vector("bias")
-        functions: dict[Epilogue, Callable[[Expr], Expr]] = {
-            Epilogue.bias_relu: relu,
-            Epilogue.bias_gelu: gelu,
-            Epilogue.bias_silu: silu,
-        }
-        return functions[self](biased) if self in functions else biased
-
-
 @app.command()
 def show(
     n: Annotated[int, typer.Option(help="Columns of D.")],
     k: Annotated[int, typer.Option(help="Columns of A and of B.")],
     m: Annotated[int, typer.Option(min=1, help="Rows that the schedule is chosen for.")] = 128,
     out_dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = BF16.name,
-    epilogue: Annotated[Epilogue, typer.Option(help="What is fused.")] = Epilogue.none,
+    epilogue: Annotated[Epilogue, typer.Option(help=EPILOGUE_HELP)] = Epilogue.none,
     schedule: Annotated[str | None, typer.Option(help=SCHEDULE_HELP)] = None,
     source: Annotated[bool, typer.Option(help="Print the CUDA source too.")] = True,
 ) -> None:

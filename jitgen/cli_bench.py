@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
     from .tuning.bench import Shape
     from .tuning.bench_mla import MlaRow
     from .tuning.report import Result
+
+
+class Layout(str, Enum):
+    """How the rows of a grouped GEMM lie, of those that are measured."""
+
+    group_of_row = "group_of_row"
+    ragged = "ragged"
+    masked = "masked"
+
 
 bench_app = typer.Typer(help="Measure on this machine's GPU.", no_args_is_help=True)
 
@@ -63,6 +73,44 @@ def bench_gemm(
     report.print_result(make_console(), result)
 
 
+@bench_app.command("grouped")
+def bench_grouped(
+    layout: Annotated[
+        list[Layout] | None, typer.Option(help="Only these layouts; repeatable.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="N = 4096, K = 2048 only.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here, after each shape.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write a report here, after each shape.")
+    ] = None,
+) -> None:
+    """Kernel times of the grouped FP8 GEMM beside DeepGEMM (from a file)."""
+    from . import __version__
+    from .tuning import bench, bench_grouped, report, report_grouped
+
+    shapes = [
+        shape
+        for shape in bench_grouped.grid_grouped()
+        if (not layout or shape.layout in [chosen.value for chosen in layout])
+        and (not quick or (shape.n, shape.k) == (4096, 2048))
+    ]
+    device = bench.check_machine()
+    meta = report.collect_meta(device, version=__version__, arguments=sys.argv[1:])
+    live = bench_grouped.live_over_baseline(device)
+    result = report_grouped.GroupedResult(meta, (), live)
+    console = make_console(stderr=True)
+    for row in bench_grouped.bench_grouped(shapes, device):
+        result = replace(result, rows=(*result.rows, row))
+        if json_file:
+            write_text(json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+        if markdown:
+            write_text(markdown, report_grouped.render_markdown(result))
+        console.print(f"{row.shape}: {row.jitgen.kernel_us:.2f} us", highlight=False)
+    report_grouped.print_result(make_console(), result)
+
+
 @bench_app.command("report")
 def bench_report(
     json_file: Annotated[Path, typer.Argument(help="What `bench gemm --json` wrote.")],
@@ -84,7 +132,7 @@ def _write_report(markdown: Path, result: Result) -> None:
     from .tuning import plot, report
 
     picture = markdown.with_suffix(".svg")
-    svg = plot.render_svg(result.rows)
+    svg = plot.over_floor_svg(result.rows)
     if svg:
         write_text(picture, svg)
     else:
@@ -148,6 +196,42 @@ def bench_mla(
 
 def _with_b(rows: Sequence[MlaRow], b: int) -> list[MlaRow]:
     return [row for row in rows if row.shape.b == b]
+
+
+@bench_app.command("load")
+def bench_load(
+    n: Annotated[int, typer.Option(min=8, help="Columns of D.")] = 2112,
+    k: Annotated[int, typer.Option(min=16, help="Columns of A and of B.")] = 7168,
+    rounds: Annotated[int, typer.Option(min=1, help="Each opens the store anew.")] = 20,
+) -> None:
+    """From a kernel in the store to its function handle, and from a problem to a miss.
+
+    Compiles the kernels of every m into the store first.
+    """
+    from . import build
+    from .plans import plan
+    from .problem import Gemm
+    from .runtime import driver
+    from .tuning import bench, load
+
+    device = bench.check_machine()
+    driver.make_current(device.ordinal)
+    kernels = plan(Gemm(n, k), range(1, 8193)).kernels
+    build.prebuild(kernels)
+    times = load.measure_loads(
+        kernels,
+        build.open_shared_store,
+        lambda entry, kernel: driver.load(
+            entry.cubin,
+            kernel.name,
+            smem_bytes=kernel.smem.total_bytes,
+            ordinal=device.ordinal,
+        ),
+        num_rounds=rounds,
+    )
+    console = make_console()
+    console.print(f"n = {n}, k = {k}, {len(kernels)} kernels on {device.name}", highlight=False)
+    load.print_load_times(console, times)
 
 
 @bench_app.command("host")

@@ -15,6 +15,7 @@ from .problem_list import GPU_HELP, NUM_SMS_HELP, PROBLEMS_HELP, read_problems, 
 if TYPE_CHECKING:
     from .runtime.bundle import Toolchain
     from .runtime.entry import Entry
+    from .runtime.eviction import Usage
     from .runtime.store import KernelStore
     from .target import Gpu
 
@@ -31,7 +32,7 @@ def list_entries() -> None:
     from rich.text import Text
 
     store, root = _open_store()
-    rows = _rows(store, root)
+    rows = _rows(store)
     console = make_console()
     if not console.is_terminal:
         for row in rows:
@@ -45,16 +46,39 @@ def list_entries() -> None:
     typer.echo(f"kernels: {len(rows)}, {_size(sum(int(row[1]) for row in rows))}, {root}")
 
 
-def _rows(store: KernelStore, root: Path) -> list[tuple[str, ...]]:
+def stored_kernels(store: KernelStore) -> list[tuple[Usage, Entry]]:
+    """The sound kernels of the store on disk, least recently used first; none without a disk."""
     from .runtime.eviction import list_usage
 
     entries = {entry.path: entry for entry in store.entries()}
-    rows: list[tuple[str, ...]] = []
-    for usage in list_usage(root):
-        if entry := entries.get(usage.path):
-            key, size = entry.key, str(usage.num_bytes)
-            rows.append((key.digest, size, usage.last_used, key.compiler_version, entry.name))
-    return rows
+    usages = list_usage(store.root) if store.root else []
+    return [(usage, entries[usage.path]) for usage in usages if usage.path in entries]
+
+
+def _rows(store: KernelStore) -> list[tuple[str, ...]]:
+    return [
+        (e.key.digest, str(usage.num_bytes), usage.last_used, e.key.compiler_version, e.name)
+        for usage, e in stored_kernels(store)
+    ]
+
+
+@cache_app.command("stats")
+def print_stats() -> None:
+    """What all processes did with the store since it was made, and what is in it.
+
+    A process adds its counts when it ends. `jitgen.stats()` has those of a process that runs.
+    """
+    from dataclasses import asdict
+
+    from .runtime.eviction import list_usage
+    from .runtime.history import read
+
+    _, root = _open_store()
+    usages = list_usage(root)
+    counts = asdict(read(root)) | {"kernels": len(usages)}
+    counts["bytes"] = sum(usage.num_bytes for usage in usages)
+    for name, count in counts.items():
+        typer.echo(f"{name:<16}{count:.2f}" if name.endswith("_seconds") else f"{name:<16}{count}")
 
 
 @cache_app.command()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .dtypes import BF16, dtype_of
+from .epilogues import EPILOGUE_HELP, Epilogue
+from .expr import acc
 from .problem import Gemm, check_problem
 from .schedule_text import SCHEDULE_HELP, schedule_for
 
@@ -26,9 +28,12 @@ def explain(
     k: Annotated[int | None, typer.Option(help="Columns of A and of B.")] = None,
     m: Annotated[int, typer.Option(min=1, help="Rows that the schedule is chosen for.")] = 128,
     out_dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = BF16.name,
+    epilogue: Annotated[Epilogue, typer.Option(help=EPILOGUE_HELP)] = Epilogue.none,
     schedule: Annotated[str | None, typer.Option(help=SCHEDULE_HELP)] = None,
 ) -> None:
     """Whether a kernel is in the store; if not, the nearest that is, and what differs in its key.
+
+    The store is all that a call looks in: the own folder, lower ones, the shared one, the remote.
 
     Exit code 0 if it is there, 1 if not.
     """
@@ -44,12 +49,12 @@ def explain(
             typer.echo(f"not in the store: {key}, {store.root or 'in memory only'}")
             typer.echo("A key alone does not tell which kernel it is of: give --n, --k and --m.")
     else:
-        problem = Gemm(n or 0, k or 0, dtype_of(out_dtype))
+        problem = Gemm(n or 0, k or 0, dtype_of(out_dtype), epilogue.expr)
         check_problem(problem)
         entry = _look_up(store, problem, schedule_for(problem, m, named_gpu(), schedule))
     if entry is None:
         raise typer.Exit(1)
-    _print_entry(store, entry)
+    _print_entry(entry)
 
 
 def _find(store: KernelStore, prefix: str) -> Entry | None:
@@ -65,22 +70,25 @@ def _find(store: KernelStore, prefix: str) -> Entry | None:
 def _look_up(store: KernelStore, problem: Gemm, schedule: Schedule) -> Entry | None:
     """The entry of a kernel; without one, prints why there is none."""
     from .build import key_of
-    from .control import prebuild_command
+    from .control import prebuild_command, remedy
     from .lower import lower
 
     kernel = lower(problem, schedule)
     key = key_of(kernel)
     entries = list(store.entries())
-    for entry in entries:
+    for entry in entries:  # which does not count as a use
         if entry.key == key:
             return entry
+    if fetched := store.get(key):  # from the remote store
+        return fetched
     typer.echo(f"not in the store: {kernel.name}, {store.root or 'in memory only'}")
     _print_row("key", key.digest)
     if entries:
         _print_nearest(entries, kernel.name, key)
     else:
         typer.echo("nearest: none, the store is empty")
-    typer.echo(f"make it: {prebuild_command(problem, schedule)}")
+    command = prebuild_command if problem.epilogue == acc else remedy
+    typer.echo(f"make it: {command(problem, schedule)}")
     return None
 
 
@@ -100,8 +108,8 @@ def _print_nearest(entries: list[Entry], name: str, key: KernelKey) -> None:
         _print_row("stored", stored)
 
 
-def _print_entry(store: KernelStore, entry: Entry) -> None:
-    from .runtime.eviction import list_usage
+def _print_entry(entry: Entry) -> None:
+    from .runtime.eviction import usage_of
 
     typer.echo(f"in the store: {entry.name}")
     _print_row("key", entry.key.digest)
@@ -111,11 +119,11 @@ def _print_entry(store: KernelStore, entry: Entry) -> None:
     _print_row("options", " ".join(entry.key.options))
     _print_row("compiler_version", entry.key.compiler_version)
     _print_row("arch", entry.key.arch)
-    for usage in list_usage(store.root) if store.root else ():
-        if usage.path == entry.path:
-            _print_row("last use", usage.last_used)
-            _print_row("size", f"{usage.num_bytes} B")
-            _print_row("path", str(usage.path))
+    if entry.path:
+        usage = usage_of(entry.path)
+        _print_row("last use", usage.last_used)
+        _print_row("size", f"{usage.num_bytes} B")
+        _print_row("path", str(usage.path))
 
 
 def _print_row(name: str, value: str) -> None:

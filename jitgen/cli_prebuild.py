@@ -41,6 +41,10 @@ def prebuild(
         str | None, typer.Option(metavar="I/N", help="Only part I of N, 0 <= I < N, for rank I.")
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Default: one a core.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help='A Ray cluster to compile on: "auto", "host:6379".'),
+    ] = None,
     gpu: Annotated[str | None, typer.Option(help=GPU_HELP)] = None,
     num_sms: Annotated[int | None, typer.Option(min=1, help=NUM_SMS_HELP)] = None,
     batch_invariant: Annotated[
@@ -50,7 +54,8 @@ def prebuild(
 ) -> None:
     """Compile kernels into the store, in parallel and without a GPU.
 
-    --tp, --ep and --m-max go with --model; their defaults are those of `jitgen problems`.
+    --tp, --ep and --m-max go with --model; their defaults are those of `jitgen problems`. With
+    --ray the kernels come back into the store of this machine.
     """
     from .tuning.select import named_gpu
 
@@ -59,6 +64,8 @@ def prebuild(
         raise typer.BadParameter("give one of --grid, --problems or --model")
     if model is None and (tp, ep, m_max) != (None, None, None):
         raise typer.BadParameter("--tp, --ep and --m-max go with --model")
+    if ray and processes:
+        raise typer.BadParameter("--processes is of this machine: give it without --ray")
     if model:
         pairs = _problems_of_model(model, tp or 1, ep or 1, m_max or DEFAULT_M_MAX)
     else:
@@ -69,7 +76,7 @@ def prebuild(
     else:
         pinned = ((problem, parse_schedule(schedule, problem)) for problem, _ in pairs)
         kernels = list(dict.fromkeys(pinned))
-    _compile(kernels[part], processes)
+    _compile(kernels[part], processes, ray)
 
 
 def _parse_shard(text: str | None) -> slice:
@@ -87,7 +94,7 @@ def _problems_of_model(config: Path, tp: int, ep: int, m_max: int) -> list[tuple
     return [(problem, m) for problem in model.problems for m in extents]
 
 
-def _compile(kernels: list[tuple[Gemm, Schedule]], processes: int | None) -> None:
+def _compile(kernels: list[tuple[Gemm, Schedule]], processes: int | None, ray: str | None) -> None:
     from rich.progress import Progress
 
     from . import build
@@ -104,7 +111,12 @@ def _compile(kernels: list[tuple[Gemm, Schedule]], processes: int | None) -> Non
                 done.append(prebuilt)
                 progress.advance(task)
 
-            build.prebuild(kernels, num_processes=processes, on_done=on_done)
+            if ray:
+                from .ray_prebuild import prebuild_on_ray
+
+                prebuild_on_ray(kernels, ray, on_done=on_done)
+            else:
+                build.prebuild(kernels, num_processes=processes, on_done=on_done)
     finally:
         num_compiled = sum(prebuilt.compiled for prebuilt in done)
         seconds = time.perf_counter() - started

@@ -120,6 +120,20 @@ def _read_pairs(
     out_dtype: str,
 ) -> list[tuple[Gemm, int]]:
     """Each problem with each m, from the one of three sources that was given."""
+    pairs = _read_source(grid, problems, n, k, m, out_dtype)
+    if any(problem.is_quantized for problem, _ in pairs):
+        raise typer.BadParameter("only D in bfloat16 or float32 is tuned")
+    return pairs
+
+
+def _read_source(
+    grid: Grid | None,
+    problems: Path | None,
+    n: int | None,
+    k: int | None,
+    m: str,
+    out_dtype: str,
+) -> list[tuple[Gemm, int]]:
     if ((grid is None) + (problems is None) + (n is None)) != 2 or (n is None) != (k is None):
         raise typer.BadParameter("give one of --grid, --problems, or --n with --k")
     if grid:

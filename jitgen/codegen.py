@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from .codegen_mla import mla_context
-from .expr import Accumulator, Apply, Cast, Constant, Expr, Operand, acc
+from .expr import Accumulator, Apply, Cast, Constant, Expr, Half, Operand, acc
 from .ir import (
     Evaluate,
     ExtentParameter,
@@ -27,6 +27,7 @@ from .ir import (
     walk,
 )
 from .ir_mla import MlaKernel
+from .problem import GroupedGemm, Layout, is_masked
 from .schedule import (
     REGISTER_SPLIT,
     UNROLL_K,
@@ -45,16 +46,19 @@ def render(kernel: Kernel | MlaKernel) -> str:
     template = _environment().get_template(f"{kernel.family}.cu.j2")
     if isinstance(kernel, MlaKernel):
         return template.render(kernel=kernel, **mla_context(kernel))
-    evaluate = _evaluate(kernel)
+    evaluate, is_grouped = _evaluate(kernel), kernel.body.groups is not None
     operand_parameters = [p for p in kernel.parameters if p.name.startswith("operand_")]
     return template.render(
         kernel=kernel,
-        d_type=evaluate.dst.dtype.cuda,
+        d_type=kernel.problem.d_dtype.cuda,
         constants=constants(kernel),
         parameters=[declaration(p) for p in kernel.parameters],
         operand_parameters=[declaration(p) for p in operand_parameters],
         operand_arguments=", ".join(p.name for p in operand_parameters),
-        epilogue=render_expr(evaluate.expr),
+        epilogue=render_expr(evaluate.expr, is_grouped),
+        is_grouped=is_grouped,
+        is_masked=is_masked(kernel.problem),
+        is_quantized=kernel.problem.is_quantized,
     )
 
 
@@ -76,7 +80,7 @@ def fingerprint() -> str:
     Timings made with different ones are those of different kernels.
     """
     package, templates = resources.files("jitgen"), resources.files("jitgen.templates")
-    files = [package / f"{name}.py" for name in ("schedule", "ir", "lower", "codegen")]
+    files = [package / f"{name}.py" for name in ("groups", "schedule", "ir", "lower", "codegen")]
     files += sorted(
         (file for file in templates.iterdir() if file.name.endswith(".j2")),
         key=lambda file: file.name,
@@ -87,17 +91,30 @@ def fingerprint() -> str:
 
 def constants(kernel: Kernel) -> dict[str, int]:
     """Every number that the source takes from the kernel, by its CUDA name."""
-    schedule, traversal = kernel.schedule, kernel.body.traversal
+    problem, schedule, traversal = kernel.problem, kernel.schedule, kernel.body.traversal
     *_, chunks, blocks = (stmt for stmt in walk(kernel.body.body) if isinstance(stmt, ForK))
     loads = {stmt.src.name: stmt for stmt in walk(kernel.body.body) if isinstance(stmt, Load)}
     promote = next(stmt for stmt in blocks.body if isinstance(stmt, Promote))
     store = next(stmt for stmt in walk(kernel.body.body) if isinstance(stmt, Store))
     producer_registers, math_registers = REGISTER_SPLIT[schedule.num_math_warpgroups]
-    return {
-        "kN": kernel.problem.n,
+    special = {"kNumMatrices": 1}  # of A and D
+    if isinstance(problem, GroupedGemm):
+        special = {
+            "kNumMatrices": problem.num_groups if is_masked(problem) else 1,
+            "kNumGroups": problem.num_groups,
+            "kGroupLayout": get_args(Layout).index(problem.layout),
+            "kAlignment": problem.alignment,
+            "kSmemGroups": kernel.smem.groups,
+        }
+    if problem.is_quantized:
+        special["kUe8m0"] = int(problem.ue8m0)
+    return special | {
+        "kN": problem.columns,
         "kK": kernel.problem.k,
         "kBlockM": traversal.block_m,
-        "kBlockN": traversal.block_n,
+        "kBlockN": schedule.block_n,
+        "kHalves": problem.num_halves,
+        "kOutN": traversal.block_n,
         "kBlockK": blocks.step,
         "kNumStages": schedule.num_stages,
         "kNumMathWarpgroups": schedule.num_math_warpgroups,
@@ -114,6 +131,7 @@ def constants(kernel: Kernel) -> dict[str, int]:
         "kSliceColumns": slice_columns(schedule),
         "kRasterGroup": traversal.group,
         "kPlainEpilogue": int(_evaluate(kernel).expr == acc),
+        "kQuantize": int(problem.is_quantized),
         "kScaleN": promote.windows[1].block,
         "kNumSfbRows": loads["sfb"].dst.shape[0],
         "kScaleBlocks": loads["sfa"].dst.shape[1],
@@ -139,28 +157,36 @@ def declaration(parameter: Parameter) -> str:
         case TensorMapParameter():
             return f"const __grid_constant__ TensorMap {parameter.name}"
         case PointerParameter():
-            return f"const {parameter.tensor.dtype.cuda}* {parameter.name}"
+            const = "" if parameter.is_output else "const "
+            return f"{const}{parameter.tensor.dtype.cuda}* {parameter.name}"
         case StrideParameter() | ExtentParameter():
             return f"u32 {parameter.name}"
 
 
-def render_expr(expr: Expr) -> str:
-    """`expr` for a pair of adjacent columns, as C++ over acc, operands, row, column and valid."""
+def render_expr(expr: Expr, is_grouped: bool = False) -> str:
+    """`expr` for a pair of adjacent columns, as C++ over acc, up, operands, row, column, group."""
     match expr:
         case Accumulator():
             return "acc"
+        case Half():
+            return "up" if expr.name == "up" else "acc"
         case Constant():
             return f"epilogue::constant({_float_literal(expr.value)})"
         case Operand():
             pointer = f"operands.{operand_parameter(expr.name)}"
             if not expr.axes:
                 return f"epilogue::load_scalar({pointer})"
-            index = "column" if expr.axes == ("n",) else f"u64(row) * {pointer}_stride + column"
+            if expr.axes == ("m",):
+                return f"epilogue::load_scalar({pointer} + row)"
+            index = f"u64(row) * {pointer}_stride + column"
+            if expr.axes == ("n",):
+                index = "group * kN + column" if is_grouped else "column"
             return f"epilogue::load_pair({pointer}, {index})"
         case Apply():
-            return f"epilogue::{expr.op}({', '.join(render_expr(arg) for arg in expr.args)})"
+            arguments = (render_expr(arg, is_grouped) for arg in expr.args)
+            return f"epilogue::{expr.op}({', '.join(arguments)})"
         case Cast():
-            return f"epilogue::cast<{expr.dtype.cuda}>({render_expr(expr.arg)})"
+            return f"epilogue::cast<{expr.dtype.cuda}>({render_expr(expr.arg, is_grouped)})"
     raise TypeError(f"no rendering of {type(expr).__name__}")
 
 

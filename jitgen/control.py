@@ -12,7 +12,7 @@ import os
 import shlex
 import warnings
 
-from .build import build, default_store, key_of
+from .build import build, configure_store, default_store, key_of
 from .errors import JitForbiddenError, JitgenError
 from .expr import acc
 from .lower import AnyKernel, AnyProblem, AnySchedule, lower_any
@@ -21,15 +21,27 @@ from .problem_mla import MlaDecode
 from .runtime.entry import Entry
 from .runtime.key import KernelKey
 from .runtime.stats import PROCESS, Stats
+from .runtime.tiers import Tiers
 
 JIT_MODES = ("allow", "warn", "forbid")
 
 _configured: str | None = None
+_places: dict[str, str] = {}  # of the store, that `configure` was given
 pdl_enabled = False  # whether kernels are launched under programmatic dependent launch
 
 
-def configure(*, jit: str | None = None, pdl: bool | None = None) -> None:
-    """How `gemm` and `bind` compile and launch, from now on in this process.
+def configure(
+    *,
+    jit: str | None = None,
+    pdl: bool | None = None,
+    cache_dir: str | None = None,
+    cache_lower: str | None = None,
+    cache_shared: str | None = None,
+    cache_remote: str | None = None,
+    cache_remote_write: str | None = None,
+    cache_remote_timeout: str | None = None,
+) -> None:
+    """How `gemm` and `bind` find, compile and launch kernels, from now on in this process.
 
     Parameters
     ----------
@@ -39,6 +51,9 @@ def configure(*, jit: str | None = None, pdl: bool | None = None) -> None:
     pdl : launch under programmatic dependent launch, in CUDA graphs too: a kernel is set up while
         the one before it on the stream ends, and waits for its results. It pays where small kernels
         follow one another in a graph; a launch without a graph costs the host more. Default: False.
+    cache_dir, cache_lower, cache_shared, cache_remote, cache_remote_write, cache_remote_timeout :
+        where kernels are kept, each spelled as the environment variable of its name,
+        $JITGEN_CACHE_DIR and so on, and in its place: see `jitgen.runtime.tiers.Tiers.of`
 
     What is None stays as it was. `prebuild` and `Plan.prebuild` compile in every mode, and a call
     that is prepared already runs.
@@ -46,12 +61,25 @@ def configure(*, jit: str | None = None, pdl: bool | None = None) -> None:
     Raises
     ------
     JitgenError : `jit` is none of these, or `pdl` is no bool
+    StoreError : a cache parameter is not understood
     """
     global _configured, pdl_enabled
     if pdl is not None and not isinstance(pdl, bool):
         raise JitgenError(f"pdl is {pdl!r:.80}, must be True or False")
-    if jit is not None:
-        _configured = _check_mode(jit, "jit")
+    mode = _configured if jit is None else _check_mode(jit, "jit")
+    places = {
+        "cache_dir": cache_dir,
+        "cache_lower": cache_lower,
+        "cache_shared": cache_shared,
+        "cache_remote": cache_remote,
+        "cache_remote_write": cache_remote_write,
+        "cache_remote_timeout": cache_remote_timeout,
+    }
+    given = _places | {name: text for name, text in places.items() if text is not None}
+    if given != _places:
+        configure_store(Tiers.of(**given))
+        _places.update(given)
+    _configured = mode
     if pdl is not None:
         pdl_enabled = pdl
 
@@ -73,6 +101,11 @@ def stats() -> Stats:
     counts of their own.
     """
     return PROCESS.stats
+
+
+def count_load() -> None:
+    """Count a kernel that was loaded onto a GPU."""
+    default_store().count_load()
 
 
 def build_for_call(problem: AnyProblem, schedule: AnySchedule) -> tuple[AnyKernel, Entry]:

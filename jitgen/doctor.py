@@ -16,15 +16,18 @@ import numpy as np
 
 from . import __version__
 from .api import gemm
-from .build import open_shared_store
+from .build import open_shared_store, store_tiers
 from .codegen import headers, render
 from .control import jit_mode
 from .dtypes import E4M3
-from .errors import DeviceError, JitgenError, one_line
+from .errors import DeviceError, JitgenError, StoreError, one_line
 from .lower import lower
 from .problem import Gemm
 from .runtime import driver
 from .runtime.nvrtc import compile_cubin, compiler_version
+from .runtime.remote import RemoteTier
+from .runtime.stats import Counters
+from .runtime.tiers import LowerTier, SharedTier, Tiers, list_folders
 from .tuning.model import choose
 
 MIN_CUDA_MAJOR = 13  # of the NVRTC that pyproject.toml asks for: a driver runs no newer cubins
@@ -58,8 +61,9 @@ def diagnose() -> Diagnosis:
     gpus = [_find(f"GPU {i}", functools.partial(_look_at_gpu, i)) for i in ordinals]
     python, nvrtc = _find("Python", _look_at_python), _find("NVRTC", _look_at_nvrtc)
     store, jit = _find("kernel store", _look_at_store), _find("JIT", _look_at_jit)
+    tiers = _look_at_tiers()
     return Diagnosis(
-        findings=(python, interpreter, nvrtc, compiler, store, jit, cuda, *gpus, torch),
+        findings=(python, interpreter, nvrtc, compiler, store, *tiers, jit, cuda, *gpus, torch),
         can_interpret=interpreter.is_ok,
         can_compile=compiler.is_ok,
         can_launch=cuda.is_ok and torch.is_ok and any(gpu.is_ok for gpu in gpus),
@@ -108,6 +112,40 @@ def _look_at_store() -> str:
         count = sum(1 for _ in store.entries())
     damaged = f", damaged: {len(damages)}" if damages else ""
     return f"{store.root}, writable, kernels: {count}{damaged}"
+
+
+def _look_at_tiers() -> list[Finding]:
+    """A finding for each tier beyond the own folder."""
+    try:
+        tiers = store_tiers()
+    except StoreError:  # said of the kernel store
+        return []
+    looks: list[tuple[str, Callable[[], str]]] = [
+        ("lower store", functools.partial(_look_at_folder, root, LowerTier)) for root in tiers.lower
+    ]
+    if tiers.shared:
+        looks.append(("shared store", functools.partial(_look_at_folder, tiers.shared, SharedTier)))
+    if tiers.remote:
+        looks.append(("remote store", functools.partial(_look_at_remote, tiers)))
+    return [_find(name, look) for name, look in looks]
+
+
+def _look_at_folder(root: Path, tier: Callable[[Path], object]) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            tier(root)
+        except RuntimeWarning as problem:
+            raise StoreError(str(problem)) from None
+    return f"{root}, kernels: {len(list_folders(root))}"
+
+
+def _look_at_remote(tiers: Tiers) -> str:
+    remote = RemoteTier(
+        tiers.remote, write=False, timeout_s=tiers.remote_timeout_s, counters=Counters()
+    )
+    mode = "read and written" if tiers.remote_write else "read"
+    return f"{remote.check()}, {mode}"
 
 
 def _look_at_jit() -> str:

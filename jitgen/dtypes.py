@@ -32,6 +32,7 @@ E4M3 = DType("float8_e4m3fn", "e4m3", 1, "fp8_e4m3")
 BF16 = DType("bfloat16", "bf16", 2, "bf16")
 F16 = DType("float16", "f16", 2, "fp16")
 F32 = DType("float32", "f32", 4, "float")
+I32 = DType("int32", "i32", 4, "int")  # of counts and positions; no problem computes in it
 
 ALL = (E4M3, BF16, F16, F32)
 
@@ -57,7 +58,7 @@ def dtype_of(spec: object) -> DType:
 def array_dtype(spec: object, size_bytes: int) -> DType:
     """The DType of an array, which may be one that no problem of jitgen takes."""
     name = _name(spec)
-    known = (dtype for dtype in ALL if dtype.name == name)
+    known = (dtype for dtype in (*ALL, I32) if dtype.name == name)
     return next(known, DType(name, name, size_bytes, cuda=""))
 
 

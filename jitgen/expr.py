@@ -40,7 +40,7 @@ OPERATIONS: dict[str, tuple[int, int]] = {
 }
 
 
-OPERAND_AXES = ((), ("n",), ("m", "n"))
+OPERAND_AXES = ((), ("n",), ("m",), ("m", "n"))
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,20 @@ class Accumulator(Expr):
 
     def __str__(self) -> str:
         return "acc"
+
+
+@dataclass(frozen=True)
+class Half(Expr):
+    """The promoted accumulator of one half of B's rows: D has half as many columns as B has rows.
+
+    Column c of `gate` is that of row c of B, column c of `up` that of row n / 2 + c: both weights
+    stacked, as torch.cat((gate_proj, up_proj)) does it.
+    """
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +155,7 @@ class Bound:
 
 
 acc = Accumulator()
+gate, up = Half("gate"), Half("up")
 
 
 def vector(name: str, dtype: object = BF16) -> Expr:
@@ -151,6 +166,11 @@ def vector(name: str, dtype: object = BF16) -> Expr:
 def matrix(name: str, dtype: object = BF16) -> Expr:
     """An operand [m, n], row-major: one value per output element, such as a residual."""
     return Operand(name, dtype_of(dtype), ("m", "n"))
+
+
+def per_row(name: str, dtype: object = F32) -> Expr:
+    """An operand [m]: one value per output row, such as a token's routing weight."""
+    return Operand(name, dtype_of(dtype), ("m",))
 
 
 def scalar(name: str) -> Expr:
@@ -214,6 +234,11 @@ def operands(expr: Expr) -> tuple[Operand, ...]:
     return tuple(dict.fromkeys(node for node in walk(expr) if isinstance(node, Operand)))
 
 
+def is_gated(expr: Expr) -> bool:
+    """Whether the expression is one of `gate` and `up`."""
+    return any(isinstance(node, Half) for node in walk(expr))
+
+
 def is_exact(expr: Expr) -> bool:
     """Whether the GPU's result must equal the interpreter's bit for bit."""
     return all(OPERATIONS[node.op][1] == 0 for node in walk(expr) if isinstance(node, Apply))
@@ -226,6 +251,8 @@ def check_expr(expr: object) -> None:
             f"epilogue must be an expression of jitgen.acc, got {type(expr).__name__}"
         )
     seen: dict[str, Operand] = {}
+    if is_gated(expr) and any(isinstance(node, Accumulator) for node in walk(expr)):
+        raise ProblemError("an epilogue takes either acc, or gate and up")
     for node in walk(expr):
         match node:
             case Apply():
@@ -238,7 +265,7 @@ def check_expr(expr: object) -> None:
                     raise ProblemError(f"epilogue casts to bfloat16 or float32, not to {got}")
             case Constant():
                 as_expr(node.value)
-            case Accumulator():
+            case Accumulator() | Half("gate" | "up"):
                 pass
             case _:
                 raise ProblemError(f"epilogue node {node!r} has no meaning: build on jitgen.acc")
@@ -263,8 +290,8 @@ def _check_operand(node: Operand, seen: dict[str, Operand]) -> None:
         )
     if node.axes not in OPERAND_AXES:
         raise ProblemError(
-            f"epilogue operand {node}: its axes must be one of {OPERAND_AXES}: use scalar, vector"
-            " or matrix"
+            f"epilogue operand {node}: its axes must be one of {OPERAND_AXES}: use scalar, vector,"
+            " per_row or matrix"
         )
     if seen.setdefault(node.name, node) != node:
         raise ProblemError(

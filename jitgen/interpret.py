@@ -8,7 +8,7 @@ when D is stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from .dtypes import F32, DType
 from .errors import ProblemError
-from .expr import Accumulator, Apply, Cast, Constant, Expr, Operand
+from .expr import Accumulator, Apply, Cast, Constant, Expr, Half, Operand
+from .groups import Rows, rows_of_groups
 from .ir import (
     Axis,
     Evaluate,
@@ -26,14 +27,17 @@ from .ir import (
     Load,
     Mma,
     Promote,
+    Quantize,
     Reduce,
     Stmt,
     Store,
     Tensor,
+    Tile,
     Window,
     Zero,
 )
-from .numerics import NAN_F32, fma_f32, round_to, wgmma_e4m3
+from .numerics import NAN_F32, fma_f32, quantize_rows, round_to, wgmma_e4m3
+from .problem import D_SCALE, Gemm, GroupedGemm
 from .schedule import BLOCK_K
 
 Array = NDArray[Any]
@@ -45,45 +49,86 @@ def interpret(
     tensors: Mapping[str, Array],
     *,
     numerics: Numerics = "hopper",
-    tiles: Iterable[tuple[int, int]] | None = None,
-) -> Array:
+    tiles: Iterable[tuple[int, int] | Tile] | None = None,
+    out: Any = None,
+) -> Any:
     """D [m, n] in the problem's dtype, computed tile by tile as the kernel says.
 
     Parameters
     ----------
     tensors : the kernel's tensors by name, d left out: a float8_e4m3fn [m, k],
         b float8_e4m3fn [n, k], sfa float32 [m, ceil(k/128)],
-        sfb float32 [ceil(n/128), ceil(k/128)], and the epilogue's operands
+        sfb float32 [ceil(n/128), ceil(k/128)], and the epilogue's operands; those of a grouped
+        problem as `GroupedGemm` says, and groups int32
     numerics : "hopper" or "exact", see above
-    tiles : origins (row, column) of the tiles to compute, the rest of D is NaN; None for all
+    tiles : the tiles to compute, or their origins (row, column); None for all of `tiles_of`
+    out : where to put D; by default a new array, NaN where no tile is. A pair of arrays if D has
+        scales: what comes back is D and sfd float32 [m, columns / 128] then
 
     Raises
     ------
     ProblemError : a tensor is missing, or has another dtype or shape than the kernel's
     """
     m = _check_tensors(kernel, tensors)
+    problem = kernel.problem
     if numerics not in ("hopper", "exact"):
         raise ProblemError(f'numerics must be "hopper" or "exact", got {numerics!r}')
-    n = kernel.problem.n
-    d = np.full((m, n), np.nan, kernel.problem.d_dtype.numpy)
-    if tiles is None:
-        tiles = kernel.body.traversal.tiles(m, n)
-    for row, column in tiles:
+    rows = tensors["a"].shape[:-1]
+    if out is None:
+        out = np.full((*rows, problem.columns), np.nan, problem.d_dtype.numpy)
+        if problem.is_quantized:
+            out = out, np.full((*rows, problem.columns // D_SCALE.k), np.nan, np.float32)
+    results = dict(zip(("d", "sfd"), out if problem.is_quantized else (out,), strict=False))
+    arrays = {t.name: _in_halves(t, {**tensors, **results}[t.name]) for t in kernel.tensors}
+    # The part of each tensor that a tile of a group sees.
+    parts = {t.name for t in kernel.tensors if t.dims and t.dims[0].axis == "g"}
+    for tile in tiles_of(kernel, tensors) if tiles is None else tiles:
+        row, column, group, end = Tile(*tile)
         origin: dict[Axis, int] = {"m": row, "n": column, "k": 0}
-        machine = _Machine(tensors, d, origin, numerics == "exact", kernel.problem.k)
+        seen = {name: t[group] if name in parts else t for name, t in arrays.items()}
+        named = seen["groups"] == group if _names_rows(problem) else None
+        end = m if end is None else end
+        machine = _Machine(seen, origin, numerics == "exact", problem.k, end, named)
         machine.run(kernel.body.body)
-    return d
+    return out
+
+
+def _in_halves(tensor: Tensor, array: Array) -> Array:
+    """The array with an axis of its halves, if the tensor has one."""
+    axes = [dim.axis for dim in tensor.dims]
+    if "h" not in axes:
+        return array
+    at = axes.index("h")
+    return array.reshape(*array.shape[:at], 2, array.shape[at] // 2, *array.shape[at + 1 :])
+
+
+def tiles_of(kernel: Kernel, tensors: Mapping[str, Array]) -> Iterator[Tile]:
+    """The tiles of D in the order of the traversal, those outside D included."""
+    m, problem = tensors["a"].shape[-2], kernel.problem
+    rows = [Rows(0, m)]
+    if isinstance(problem, GroupedGemm):
+        rows = rows_of_groups(problem, tensors["groups"], m)
+    return kernel.body.tiles(problem.columns, rows)
+
+
+def _names_rows(problem: Gemm) -> bool:
+    return isinstance(problem, GroupedGemm) and problem.layout == "group_of_row"
 
 
 @dataclass
 class _Machine:
-    """One thread block at work on one tile: its buffers, and the tile's origin in each axis."""
+    """One thread block at work on one tile: its buffers, and the tile's origin in each axis.
+
+    Rows of the tile end at `end_m`; if `named` is given, those are written that it is true for.
+    """
 
     tensors: Mapping[str, Array]
-    d: Array
     origin: dict[Axis, int]
     exact: bool
     k_end: int  # of the step of the loop at hand
+    end_m: int
+    named: Array | None
+    columns: int = 0  # of D in the tile
     buffers: dict[str, Array] = field(default_factory=dict)
     loaded_k: dict[str, int] = field(default_factory=dict)
 
@@ -113,13 +158,14 @@ class _Machine:
                         sums = self.apply("add", self.buffers[stmt.dst.name], sums)
                     self.buffers[stmt.dst.name] = sums
                 case Evaluate():
+                    self.columns = stmt.dst.shape[1]
                     value = self.evaluate(stmt.expr, self.buffers[stmt.src.name])
                     value = np.broadcast_to(self.rounded(value, stmt.dst.dtype), stmt.dst.shape)
                     self.buffers[stmt.dst.name] = value
+                case Quantize():
+                    self.quantize(stmt)
                 case Store():
-                    target = self.clipped(stmt.dst, stmt.windows, self.d.shape)
-                    rows, columns = (s.stop - s.start for s in target)
-                    self.d[target] = self.buffers[stmt.src.name][:rows, :columns]
+                    self.put(stmt.dst, stmt.windows, self.buffers[stmt.src.name])
 
     @property
     def real(self) -> np.dtype[Any]:
@@ -134,18 +180,38 @@ class _Machine:
     def load(self, op: Load) -> None:
         """The windows of a tensor; zeros beyond its end."""
         source = self.tensors[op.src.name]
-        inside = source[self.clipped(op.src, op.windows, source.shape)]
-        tile = np.zeros(op.dst.shape, op.dst.dtype.numpy)
-        tile[: inside.shape[0], : inside.shape[1]] = inside
-        self.buffers[op.dst.name] = tile
+        rows, columns = self.clipped(op.windows, source.shape[-2:])
+        inside = source[..., rows, columns]
+        halves, (height, width) = source.shape[:-2], op.dst.shape
+        tile = np.zeros((*halves, height // math.prod(halves), width), op.dst.dtype.numpy)
+        tile[..., : inside.shape[-2], : inside.shape[-1]] = inside
+        self.buffers[op.dst.name] = tile.reshape(op.dst.shape)
         self.loaded_k[op.dst.name] = self.origin["k"]
 
-    def clipped(
-        self, tensor: Tensor, windows: tuple[Window, ...], shape: tuple[int, ...]
-    ) -> tuple[slice, ...]:
-        """The slices of `tensor` that the windows cover."""
+    def put(self, tensor: Tensor, windows: tuple[Window, ...], value: Array) -> None:
+        """tensor[windows] = value, in the rows of the tile's group."""
+        target = self.tensors[tensor.name]
+        rows, columns = self.clipped(windows, target.shape)
+        value = value[: rows.stop - rows.start, : columns.stop - columns.start]
+        if self.named is not None:
+            named = self.named[rows]
+            target[rows, columns][named] = value[named]
+        else:
+            target[rows, columns] = value
+
+    def quantize(self, op: Quantize) -> None:
+        blocks = self.buffers[op.src.name]
+        blocks = blocks.reshape(len(blocks), -1, D_SCALE.k)
+        values, scales = quantize_rows(blocks, op.power_of_two)
+        self.buffers[op.dst.name] = values.reshape(op.dst.shape)
+        self.put(op.scales, op.windows, scales)
+
+    def clipped(self, windows: tuple[Window, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """The slices that the windows cover, up to the tensor's end and that of the rows."""
         slices = []
         for window, extent in zip(windows, shape, strict=True):
+            if window.axis == "m":
+                extent = min(extent, -(-self.end_m // window.block))
             start = self.origin[window.axis] // window.block
             stop = (self.origin[window.axis] + window.size - 1) // window.block + 1
             slices.append(slice(min(start, extent), min(stop, extent)))
@@ -159,8 +225,11 @@ class _Machine:
             index = (first + np.arange(window.size)) // window.block - first // window.block
             block = (self.origin["k"] - self.loaded_k[scale.name]) // BLOCK_K
             values = self.buffers[scale.name][:, block].astype(self.real)
+            # Each half has rows of its own, one half below the other.
+            halves = self.buffers[op.part.name].shape[1] // window.size if window.axis == "n" else 1
+            values = values.reshape(halves, -1)
             # Positions beyond the tensor take any scale: they are not stored.
-            spread.append(values[np.minimum(index, len(values) - 1)])
+            spread.append(values[:, np.minimum(index, values.shape[1] - 1)].ravel())
         with np.errstate(over="ignore", invalid="ignore"):
             scale = spread[0][:, None] * spread[1][None, :]
             acc, part = self.buffers[op.acc.name], self.buffers[op.part.name]
@@ -178,8 +247,11 @@ class _Machine:
                 return acc
             case Constant():
                 return np.asarray(expr.value, self.real)
+            case Half():
+                first = 0 if expr.name == "gate" else self.columns
+                return acc[:, first : first + self.columns]
             case Operand():
-                return self.operand(expr, acc.shape)
+                return self.operand(expr, (len(acc), self.columns))
             case Apply():
                 return self.apply(expr.op, *(self.evaluate(arg, acc) for arg in expr.args))
             case Cast():
@@ -198,15 +270,15 @@ class _Machine:
         source = self.tensors[operand.name]
         if not operand.axes:
             return np.asarray(source, self.real).reshape(())
-        value = np.zeros(shape[-len(operand.axes) :], self.real)
         sizes = dict(zip(("m", "n"), shape, strict=True))
+        value = np.zeros([sizes[axis] for axis in operand.axes], self.real)
         slices = tuple(
             slice(self.origin[axis], min(self.origin[axis] + sizes[axis], extent))  # type: ignore[index]
             for axis, extent in zip(operand.axes, source.shape, strict=True)
         )
         inside = source[slices]
         value[tuple(slice(0, extent) for extent in inside.shape)] = inside
-        return value
+        return value[:, None] if operand.axes == ("m",) else value
 
 
 def _matmul_f64(a: Array, b: Array) -> Array:
@@ -262,15 +334,23 @@ _OPERATIONS: dict[str, Callable[..., Array]] = {
 
 def _check_tensors(kernel: Kernel, tensors: Mapping[str, Array]) -> int:
     """The run-time extent m; raises unless every tensor is as the kernel declares it."""
-    expected = {tensor.name: tensor for tensor in kernel.tensors if tensor.name != "d"}
+    expected = {t.name: t for t in kernel.tensors if t.name not in ("d", "sfd")}
     if set(tensors) != set(expected):
         raise ProblemError(f"kernel takes tensors {', '.join(expected)}; got {', '.join(tensors)}")
-    m = tensors["a"].shape[0]
+    a = tensors["a"]
+    m = a.shape[-2] if a.ndim >= 2 else 0
     for name, tensor in expected.items():
         array = tensors[name]
-        shape = tuple(
+        shape: tuple[int | None, ...] = tuple(
             -(-m // dim.block) if dim.extent is None else dim.num_elements for dim in tensor.dims
         )
+        if any(dim.axis == "h" for dim in tensor.dims):
+            *groups, halves, rows, columns = tensor.dims
+            shape = (
+                *(dim.num_elements for dim in groups),
+                (halves.num_elements or 0) * (rows.num_elements or 0),
+                columns.num_elements,
+            )
         is_scalar = not shape and array.shape == (1,)
         if (array.shape != shape and not is_scalar) or array.dtype != tensor.dtype.numpy:
             raise ProblemError(

@@ -1,7 +1,7 @@
 """The tile IR: the program of one thread block, which is interpreted, rendered and verified.
 
     kernel ::= Kernel(name, problem, schedule, tensors, smem, body)
-    body   ::= ForTiles(traversal, stmt*, num_turns)
+    body   ::= ForTiles(traversal, stmt*, num_turns, groups)
     stmt   ::= ForK(extent, step, stmt*, num_blocks) | op
     op     ::= Zero(dst)                     dst = 0
              | Load(dst, src, windows, ...)  dst = src[windows], 0 beyond the tensor's end
@@ -9,26 +9,32 @@
              | Promote(acc, part, scales)    acc = fma(rn(scales[0] * scales[1]), part, acc)
              | Reduce(dst, src, ...)         dst = src in the first part of k, then rn(dst + src)
              | Evaluate(dst, src, expr)      dst = expr(src), rounded to dst's dtype
-             | Store(dst, src, windows)      dst[windows] = src, clipped at the tensor's end
+             | Quantize(dst, scales, src)    dst, scales = src as E4M3 with a scale a 1x128 block
+             | Store(dst, src, windows)      dst[windows] = src, clipped at the end of its rows
 
 A Window says which elements of one tensor dimension belong to the current tile: those that scale or
 hold the tile's `size` positions along `axis`, one element for every `block` positions. Promote
 takes the scales of the K block at hand.
+
+A tensor with an `h` axis, of two halves, takes part with the same window of each, one below the
+other; see jitgen.expr.Half. With `groups` a tile is of one group: of tensors that have a `g` axis,
+the first, it sees that group's part, and it neither reads nor writes rows that are not the group's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .dtypes import DType
 from .expr import Expr
-from .problem import Gemm
+from .groups import Rows, max_tile_rows
+from .problem import Gemm, GroupedGemm
 from .schedule import WARPGROUP_THREADS, Schedule, SmemPlan
 from .target import Target
 
-Axis = Literal["m", "n", "k"]
+Axis = Literal["g", "h", "m", "n", "k"]
 
 
 @dataclass(frozen=True)
@@ -132,8 +138,9 @@ class Load:
 
     @property
     def box(self) -> tuple[int, ...]:
-        """The part of the tile that one block of the cluster loads."""
-        return (self.dst.shape[0] // self.multicast, *self.dst.shape[1:])
+        """The part of the tile that one copy loads: a block's share, of one half at a time."""
+        parts = max(self.multicast, 2) if _has_halves(self.src) else self.multicast
+        return (self.dst.shape[0] // parts, *self.dst.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -202,17 +209,44 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Quantize:
+    """dst = src * rn(448 / amax) as E4M3, and scales[windows] = rn(amax / 448), for every block.
+
+    amax is that of the block, 448 * 2^-63 at least. `power_of_two`: scales are rounded up to one,
+    and dst = src / scale.
+    """
+
+    dst: Buffer
+    scales: Tensor
+    src: Buffer
+    windows: tuple[Window, ...]
+    power_of_two: bool
+
+    def __str__(self) -> str:
+        where = f"{self.scales.name}[{', '.join(map(str, self.windows))}]"
+        note = " to powers of two" if self.power_of_two else ""
+        return f"{self.dst.name}, {where} = quantize({self.src.name}){note}"
+
+
+@dataclass(frozen=True)
 class Store:
-    """dst[windows] = src; `box` is the part of the tile that one TMA store writes."""
+    """dst[windows] = src; `box` is the part of the tile that one TMA store writes.
+
+    `by_row`: where rows of the box are another group's, or none's, those of the tile's group are
+    written one by one instead.
+    """
 
     dst: Tensor
     src: Buffer
     windows: tuple[Window, ...]
     box: tuple[int, int]
+    by_row: bool = False
 
     def __str__(self) -> str:
+        note = ", at a group's end by row" if self.by_row else ""
         return (
             f"store {self.dst.name}[{', '.join(map(str, self.windows))}] = {self.src.name} via tma"
+            f"{note}"
         )
 
 
@@ -266,25 +300,47 @@ class Traversal:
                 yield row * self.block_m, column * self.block_n
 
 
+class Tile(NamedTuple):
+    """A block's tile: its origin in D; its group, and where that one's rows end (by default D's).
+
+    If D has a matrix for each group, it is the origin in the group's.
+    """
+
+    row: int
+    column: int
+    group: int = 0
+    end: int | None = None
+
+
 @dataclass(frozen=True)
 class ForTiles:
-    """`body` for each tile; `num_turns` tiles of a block are at work at once.
+    """`body` for every tile of D or, with the tensor `groups`, of every group's rows in turn.
 
-    Their K loops run one after the other, each under the end of the tile before, on math warpgroups
-    and with a buffer for the result of their own.
+    `num_turns` tiles of a block are at work at once: their K loops run one after the other, each
+    under the end of the tile before, on math warpgroups and with a buffer for the result of their
+    own.
     """
 
     traversal: Traversal
     body: tuple[Stmt, ...]
     num_turns: int = 1
+    groups: Tensor | None = None
+
+    def tiles(self, n: int, groups: Sequence[Rows]) -> Iterator[Tile]:
+        """The tiles in order, group by group, so that those of one B are walked together."""
+        for group, (begin, end) in enumerate(groups):
+            for row, column in self.traversal.tiles(end - begin, n):
+                yield Tile(begin + row, column, group, end)
 
 
-Stmt = Zero | Load | Mma | Promote | Reduce | Evaluate | Store | ForK
+Stmt = Zero | Load | Mma | Promote | Reduce | Evaluate | Quantize | Store | ForK
 
 
 @dataclass(frozen=True)
 class TensorMapParameter:
     """A TMA descriptor of `tensor`: `box` rows x columns, swizzled over `swizzle_bytes`.
+
+    The matrices of all groups are one, one below the other.
 
     If the tensor's rows are known at run time only, a box has at most as many: rows beyond the end
     would take time to fill.
@@ -305,6 +361,7 @@ class PointerParameter:
 
     tensor: Tensor
     name: str
+    is_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -343,9 +400,11 @@ class Kernel:
         """Blocks of a launch for `m` rows of D, at least one, on a GPU with `num_sms` SMs.
 
         Persistent clusters walk the tiles; where blocks share the k of a tile, a cluster has one.
+        What the device alone knows of groups does not matter: there may be blocks without a tile.
         """
-        rows, columns = self.body.traversal.grid(m, self.problem.n)
-        size = self.schedule.cluster_size
+        traversal, size = self.body.traversal, self.schedule.cluster_size
+        rows = max_tile_rows(self.problem, traversal.block_m * traversal.cluster_m, m)
+        columns = traversal.grid(m, self.problem.columns)[1]
         if self.schedule.split_k > 1:
             return rows * columns * size
         return min(rows * columns, num_sms // size) * size
@@ -357,10 +416,16 @@ class Kernel:
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """The kernel's arguments, in order: TMA maps, scales with strides, extents, operands."""
+        """The kernel's arguments, in order: TMA maps, scales with strides, extents, operands.
+
+        Behind the extents, if there are groups: their tensor, and D to write rows one by one.
+        """
         maps: list[Parameter] = []
         scales: list[Parameter] = []
+        groups: list[Parameter] = []
         epilogue: list[Parameter] = []
+        if self.body.groups:
+            groups.append(PointerParameter(self.body.groups, "groups"))
         for stmt in walk(self.body.body):
             if isinstance(stmt, Load) and stmt.via == "tma":
                 maps.append(TensorMapParameter(stmt.src, stmt.box, stmt.dst.swizzle_bytes))
@@ -374,13 +439,25 @@ class Kernel:
                     ]
             elif isinstance(stmt, Store):
                 maps.append(TensorMapParameter(stmt.dst, stmt.box, stmt.src.swizzle_bytes))
+                if stmt.by_row:
+                    groups.append(PointerParameter(stmt.dst, "d", is_output=True))
+                    groups.append(StrideParameter(stmt.dst, len(stmt.dst.dims) - 2, "d_stride"))
+            elif isinstance(stmt, Quantize):
+                groups.append(PointerParameter(stmt.scales, "sfd", is_output=True))
             elif isinstance(stmt, Evaluate):
                 for tensor in stmt.operands:
                     name = operand_parameter(tensor.name)
                     epilogue.append(PointerParameter(tensor, name))
-                    if len(tensor.dims) == 2:
-                        epilogue.append(StrideParameter(tensor, 0, f"{name}_stride"))
-        return (*maps, *scales, ExtentParameter("m"), *epilogue)
+                    axes = [dim.axis for dim in tensor.dims]
+                    if axes[-2:] == ["m", "n"]:
+                        stride = StrideParameter(tensor, len(axes) - 2, f"{name}_stride")
+                        epilogue.append(stride)
+        return (*maps, *scales, ExtentParameter("m"), *groups, *epilogue)
+
+    def _of_groups(self) -> str:
+        if not isinstance(self.problem, GroupedGemm):
+            return ""
+        return f", of each of {self.problem.num_groups} groups"
 
     def __str__(self) -> str:
         lines = [f"kernel {self.name}({', '.join(map(str, self.tensors))})"]
@@ -389,7 +466,7 @@ class Kernel:
         turns = f", {self.body.num_turns} in turns" if self.body.num_turns > 1 else ""
         lines.append(
             f"  for tile m:{t.block_m} n:{t.block_n} cluster {t.cluster_m}x{t.cluster_n}"
-            f" in groups of {t.group} rows{turns}:"
+            f" in groups of {t.group} rows{self._of_groups()}{turns}:"
         )
         lines += _format(self.body.body, 4)
         return "\n".join(lines)
@@ -410,6 +487,10 @@ def walk(stmts: tuple[Stmt, ...]) -> Iterator[Stmt]:
         yield stmt
         if isinstance(stmt, ForK):
             yield from walk(stmt.body)
+
+
+def _has_halves(tensor: Tensor) -> bool:
+    return any(dim.axis == "h" for dim in tensor.dims)
 
 
 def _format(stmts: tuple[Stmt, ...], indent: int) -> list[str]:

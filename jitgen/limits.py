@@ -12,6 +12,7 @@ from .schedule import (
     SWIZZLE_ATOM_BYTES,
     WARPGROUP_THREADS,
     accumulator_registers,
+    group_table_bytes,
     num_barriers,
     num_scale_stages,
     part_columns,
@@ -52,6 +53,7 @@ def check_smem(kernel: Kernel, buffers: dict[str, Buffer]) -> None:
         ("d", plan.d, kernel.body.num_turns * num_bytes["result"], SWIZZLE_ATOM_BYTES),
         ("inbox", plan.inbox, num_bytes.get("inbox", 0), 16),
         ("scales", plan.scales, num_scale_stages(kernel.schedule) * scales, 16),
+        ("groups", plan.groups, group_table_bytes(kernel.problem), 16),
         ("barriers", plan.barriers, 8 * num_barriers(kernel.schedule), 8),
     )
     end = 0

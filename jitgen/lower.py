@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from .dtypes import F32
+from .dtypes import F32, I32
 from .errors import ScheduleError
 from .expr import Operand, acc, operands
+from .groups import num_values
 from .ir import (
     Buffer,
     Dim,
@@ -17,6 +18,7 @@ from .ir import (
     Load,
     Mma,
     Promote,
+    Quantize,
     Reduce,
     Stmt,
     Store,
@@ -27,7 +29,7 @@ from .ir import (
 )
 from .ir_mla import MlaKernel
 from .lower_mla import lower_mla
-from .problem import Gemm, check_problem
+from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_masked
 from .problem_mla import MlaDecode
 from .schedule import (
     BLOCK_K,
@@ -39,6 +41,7 @@ from .schedule import (
     slice_columns,
     smem_plan,
     split_blocks,
+    tile_columns,
 )
 from .schedule_mla import MlaSchedule
 from .target import SM90A, Target
@@ -57,30 +60,17 @@ def lower(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> Kernel:
     """
     check_problem(problem)
     check_schedule(problem, schedule, target)
-    m, n, k = Dim("m", None), Dim("n", problem.n), Dim("k", problem.k)
-    a = Tensor("a", problem.a_dtype, (m, k))
-    b = Tensor("b", problem.b_dtype, (n, k))
-    sfa = Tensor(
-        "sfa", F32, (Dim("m", None, problem.a_scale.rows), Dim("k", problem.k, problem.a_scale.k))
-    )
-    sfb = Tensor(
-        "sfb",
-        F32,
-        (Dim("n", problem.n, problem.b_scale.rows), Dim("k", problem.k, problem.b_scale.k)),
-    )
-    d = Tensor("d", problem.d_dtype, (m, n))
-    extra = tuple(
-        _operand_tensor(operand, {"m": m, "n": n}) for operand in operands(problem.epilogue)
-    )
+    tensors, groups = _tensors(problem), _groups_tensor(problem)
+    extra = tuple(_operand_tensor(problem, operand) for operand in operands(problem.epilogue))
     return Kernel(
         name=kernel_name(problem, schedule),
         family="gemm",
         problem=problem,
         schedule=schedule,
         target=target,
-        tensors=(a, b, sfa, sfb, d, *extra),
+        tensors=(*tensors, *_scales_of_d(problem), *([groups] if groups else []), *extra),
         smem=smem_plan(problem, schedule),
-        body=_gemm_body(problem, schedule, (a, b, sfa, sfb, d), extra),
+        body=_gemm_body(problem, schedule, tensors, extra, groups),
     )
 
 
@@ -102,21 +92,26 @@ def lower_any(problem: AnyProblem, schedule: AnySchedule) -> AnyKernel:
 def kernel_name(problem: Gemm, schedule: Schedule) -> str:
     """The kernel's `extern "C"` name: stable, and telling in a profiler."""
     s = schedule
+    family = "gemm"
+    if isinstance(problem, GroupedGemm):
+        aligned = f"_{problem.alignment}" if problem.layout == "group_ends" else ""
+        family = f"grouped_gemm_{problem.layout}{aligned}_g{problem.num_groups}"
     name = (
-        f"gemm_{problem.a_dtype}_{problem.d_dtype}_n{problem.n}_k{problem.k}"
+        f"{family}_{problem.a_dtype}_{problem.d_dtype}_n{problem.n}_k{problem.k}"
         f"_{s.block_m}x{s.block_n}x{BLOCK_K}_s{s.num_stages}_w{s.num_math_warpgroups}"
         f"_c{s.cluster_m}x{s.cluster_n}_g{s.raster_group}_k{s.split_k}_{s.promotion}"
         f"{'_swap' * s.swap_ab}{'_pingpong' * s.pingpong}"
     )
+    name += "_ue8m0" * problem.ue8m0 + "_gated" * (problem.num_halves > 1)
     return name if problem.epilogue == acc else f"{name}_epilogue"
 
 
-def store_box(schedule: Schedule, element_bytes: int) -> tuple[int, int]:
+def store_box(schedule: Schedule, element_bytes: int, num_halves: int = 1) -> tuple[int, int]:
     """Rows and columns of a TMA store: of one warpgroup's rows, or of one block's with swap_ab.
 
     Its columns are the widest swizzle span that divides what a block of a split cluster stores.
     """
-    unit = math.gcd(schedule.mma_tile[1], slice_columns(schedule))
+    unit = math.gcd(schedule.mma_tile[1] // num_halves, slice_columns(schedule))
     rows, columns = schedule.block_m // schedule.tile_warpgroups, unit
     if schedule.swap_ab:
         rows, columns = unit, WGMMA_M
@@ -124,19 +119,64 @@ def store_box(schedule: Schedule, element_bytes: int) -> tuple[int, int]:
     return rows, span // element_bytes
 
 
-def _operand_tensor(operand: Operand, dims: dict[str, Dim]) -> Tensor:
-    return Tensor(operand.name, operand.dtype, tuple(dims[axis] for axis in operand.axes))
+def _tensors(problem: Gemm) -> tuple[Tensor, ...]:
+    """a, b, sfa, sfb and d."""
+    m, n, k = Dim("m", None), Dim("n", problem.columns), Dim("k", problem.k)
+    sfa = Dim("m", None, problem.a_scale.rows), Dim("k", problem.k, problem.a_scale.k)
+    sfb = Dim("n", problem.columns, problem.b_scale.rows), Dim("k", problem.k, problem.b_scale.k)
+    halves = (Dim("h", problem.num_halves),) if problem.num_halves > 1 else ()
+    return (
+        Tensor("a", problem.a_dtype, _of_groups(problem, (m, k))),
+        Tensor("b", problem.b_dtype, _of_groups(problem, (*halves, n, k))),
+        Tensor("sfa", F32, _of_groups(problem, sfa)),
+        Tensor("sfb", F32, _of_groups(problem, (*halves, *sfb))),
+        Tensor("d", problem.d_dtype, _of_groups(problem, (m, n))),
+    )
+
+
+def _scales_of_d(problem: Gemm) -> tuple[Tensor, ...]:
+    """sfd, if D has scales."""
+    if not problem.is_quantized:
+        return ()
+    dims = Dim("m", None, D_SCALE.rows), Dim("n", problem.columns, D_SCALE.k)
+    return (Tensor("sfd", F32, _of_groups(problem, dims)),)
+
+
+def _groups_tensor(problem: Gemm) -> Tensor | None:
+    if not isinstance(problem, GroupedGemm):
+        return None
+    if problem.layout == "group_of_row":
+        return Tensor("groups", I32, (Dim("m", None),))
+    return Tensor("groups", I32, (Dim("g", num_values(problem, 0)),))
+
+
+def _operand_tensor(problem: Gemm, operand: Operand) -> Tensor:
+    dims: dict[str, Dim] = {"m": Dim("m", None), "n": Dim("n", problem.columns)}
+    axes = tuple(dims[axis] for axis in operand.axes)
+    return Tensor(operand.name, operand.dtype, _of_groups(problem, axes))
+
+
+def _of_groups(problem: Gemm, dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """`dims`, once for every group if the tensor does not span the rows that groups share."""
+    if not isinstance(problem, GroupedGemm) or not dims:
+        return dims
+    shared = dims[0].axis == "m" and not is_masked(problem)
+    return dims if shared else (Dim("g", problem.num_groups), *dims)
 
 
 def _gemm_body(
-    problem: Gemm, schedule: Schedule, tensors: tuple[Tensor, ...], extra: tuple[Tensor, ...]
+    problem: Gemm,
+    schedule: Schedule,
+    tensors: tuple[Tensor, ...],
+    extra: tuple[Tensor, ...],
+    groups: Tensor | None,
 ) -> ForTiles:
     d = tensors[-1]
-    rows, columns = schedule.block_m, schedule.block_n
-    box = store_box(schedule, problem.d_dtype.size_bytes)
+    rows, columns = schedule.block_m, tile_columns(problem, schedule)
+    box = store_box(schedule, problem.d_dtype.size_bytes, problem.num_halves)
     span = box[1] * problem.d_dtype.size_bytes
     smem_d = Buffer("smem_d", d.dtype, (rows, columns), "smem", swizzle_bytes=span)
-    sums = Buffer("acc", F32, (rows, columns), "registers")
+    sums = Buffer("acc", F32, (rows, schedule.block_n), "registers")
     k_loop = _k_loop(problem, schedule, tensors, sums)
     if schedule.split_k > 1:
         part_sums = sums
@@ -152,14 +192,29 @@ def _gemm_body(
                 num_blocks=schedule.split_k,
             ),
         )
+    finish: tuple[Stmt, ...] = (Evaluate(smem_d, sums, problem.epilogue, extra),)
+    for sfd in _scales_of_d(problem):
+        value = Buffer("value", F32, (rows, columns), "registers")
+        windows = Window("m", rows, D_SCALE.rows), Window("n", columns, D_SCALE.k)
+        finish = (
+            Evaluate(value, sums, problem.epilogue, extra),
+            Quantize(smem_d, sfd, value, windows, problem.ue8m0),
+        )
     return ForTiles(
         Traversal(rows, columns, schedule.cluster_m, schedule.cluster_n, schedule.raster_group),
         (
             *k_loop,
-            Evaluate(smem_d, sums, problem.epilogue, extra),
-            Store(d, smem_d, (Window("m", rows), Window("n", columns)), box),
+            *finish,
+            Store(
+                d,
+                smem_d,
+                (Window("m", rows), Window("n", columns)),
+                box,
+                by_row=groups is not None,
+            ),
         ),
         schedule.num_turns,
+        groups,
     )
 
 
@@ -177,9 +232,10 @@ def _k_loop(
     sfb_shape = (num_sfb_rows(problem, columns), SCALE_BLOCKS)
     smem_sfb = Buffer("smem_sfb", F32, sfb_shape, "smem", pipelined=True)
     part = Buffer("part", F32, (rows, columns), "registers")
-    over_m, over_n, over_k = Window("m", rows), Window("n", columns), Window("k", BLOCK_K)
+    of_d = tile_columns(problem, schedule)
+    over_m, over_n, over_k = Window("m", rows), Window("n", of_d), Window("k", BLOCK_K)
     scale_m = Window("m", rows, problem.a_scale.rows)
-    scale_n = Window("n", columns, problem.b_scale.rows)
+    scale_n = Window("n", of_d, problem.b_scale.rows)
     scale_k = Window("k", BLOCK_K * SCALE_BLOCKS, problem.a_scale.k)
     block_loop = ForK(
         scale_k.size,

@@ -226,6 +226,32 @@ def round_to(x: NDArray[Any], dtype: DType) -> NDArray[Any]:
     return out
 
 
+def quantize_rows(x: NDArray[Any], power_of_two: bool = False) -> tuple[NDArray[Any], F32Array]:
+    """E4M3 values and one float32 scale a row of the last axis, as a GEMM's epilogue makes them.
+
+    amax = max(|x|, AMAX_FLOOR), scale = rn(amax / 448) and q = E4M3 satfinite of rn(x * rn(448 /
+    amax)): one division a row, where `quantize_blocks` has one an element, and so perhaps another
+    last bit. `power_of_two` rounds the scale up to a power of two, by which x is divided exactly.
+    A row with a NaN gets a scale of NaN, and NaN wherever x is.
+
+    Parameters
+    ----------
+    x : float32 or, for exact numerics, float64 [..., n]
+    """
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        amax = np.maximum(np.abs(x).max(axis=-1), x.dtype.type(AMAX_FLOOR)).astype(np.float32)
+        scale: F32Array = amax / np.float32(E4M3_MAX)
+        inverse: F32Array = np.float32(E4M3_MAX) / amax
+        if power_of_two:
+            bits = scale.view(np.uint32)
+            rounded = (bits + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
+            scale = np.where(np.isfinite(scale), rounded.view(np.float32), scale)
+            inverse = np.float32(1) / scale
+        scaled = (x * inverse[..., None].astype(x.dtype)).astype(np.float32)
+    np.copyto(scale, NAN_F32, where=np.isnan(scale))
+    return round_to(scaled, E4M3), scale
+
+
 def check_block(block: object) -> None:
     """Raise ProblemError unless `block` is a pair of positive ints: rows and columns of a block."""
     pair = block if isinstance(block, tuple) else ()

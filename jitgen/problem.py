@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, get_args
 
 from .dtypes import BF16, E4M3, F32, DType
 from .errors import ProblemError
-from .expr import Expr, acc, check_expr, operands
+from .expr import Expr, acc, check_expr, gate, is_gated, operands, up
 
 MAX_EXTENT = 2**31 - 1  # coordinates of a TMA box are int32
-TENSOR_NAMES = ("a", "b", "sfa", "sfb", "d")  # of a GEMM: not for an epilogue's operands
+MAX_GROUPS = 512
+TENSOR_NAMES = ("a", "b", "sfa", "sfb", "d", "sfd", "groups")  # not for an epilogue's operands
+
+# How the groups' rows lie in A and D, and what the int32 tensor `groups` says of them:
+#   ragged        A [m, k]; rows groups[g] .. groups[g + 1] are group g's
+#   group_ends    A [m, k]; group g begins at the first multiple of `alignment` from groups[g - 1]
+#                 on and ends at groups[g]
+#   group_of_row  A [m, k]; row r is group groups[r]'s, or none's if that is -1
+#   masked        A [num_groups, m, k]; the first groups[g] rows of A[g] are group g's
+Layout = Literal["ragged", "group_ends", "group_of_row", "masked"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +34,19 @@ class ScaleBlock:
         return f"{self.rows}x{self.k}"
 
 
+D_SCALE = ScaleBlock(1, 128)
+
+
 @dataclass(frozen=True)
 class Gemm:
     """D = epilogue((A * sfa) @ (B * sfb)^T): A [m, k], B [n, k], both K-major; m is run-time.
 
     sfa is float32 [m, ceil(k / a_scale.k)],
     sfb float32 [ceil(n / b_scale.rows), ceil(k / b_scale.k)].
+
+    An epilogue of `gate` and `up` makes one column of D of two rows of B. D in E4M3 gets scales of
+    its own, float32 [m, columns / 128]: amax / 448 of each 1x128 block; with ue8m0 rounded up to
+    powers of two.
     """
 
     n: int
@@ -40,14 +57,66 @@ class Gemm:
     b_dtype: DType = E4M3
     a_scale: ScaleBlock = ScaleBlock(1, 128)
     b_scale: ScaleBlock = ScaleBlock(128, 128)
+    ue8m0: bool = False
+
+    @property
+    def num_halves(self) -> int:
+        """Rows of B that make a column of D."""
+        return 2 if is_gated(self.epilogue) else 1
+
+    @property
+    def columns(self) -> int:
+        """Columns of D."""
+        return self.n // self.num_halves
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether D has scales."""
+        return self.d_dtype == E4M3
 
     def __str__(self) -> str:
+        scaled = f" scaled {D_SCALE}{' ue8m0' * self.ue8m0}" if self.is_quantized else ""
         text = (
             f"gemm {self.a_dtype}[m, {self.k}] scaled {self.a_scale}"
             f" x {self.b_dtype}[{self.n}, {self.k}] scaled {self.b_scale}"
-            f" -> {self.d_dtype}[m, {self.n}]"
+            f" -> {self.d_dtype}[m, {self.columns}]{scaled}"
         )
         return text if self.epilogue == acc else f"{text}, {self.epilogue}"
+
+
+@dataclass(frozen=True)
+class GroupedGemm(Gemm):
+    """A Gemm for each group of rows, with a B of its own: B [num_groups, n, k], sfb accordingly.
+
+    The rows of each group are known on the device only; `Layout` says how. Rows of no group are
+    neither read into a result nor written. An epilogue's vectors are [num_groups, n]; its matrices
+    have the rows of D.
+
+    alignment : of group_ends, a multiple of which each group begins at; 1 for other layouts
+    """
+
+    num_groups: int = field(default=1, kw_only=True)
+    layout: Layout = field(default="ragged", kw_only=True)
+    alignment: int = field(default=1, kw_only=True)
+
+    def __str__(self) -> str:
+        how = f"{self.layout} to {self.alignment}" if self.alignment > 1 else self.layout
+        return f"{self.num_groups} groups, {how}, of {super().__str__()}"
+
+    @property
+    def of_one_group(self) -> Gemm:
+        """What is computed for the rows of each group."""
+        return Gemm(**{field.name: getattr(self, field.name) for field in fields(Gemm)})
+
+
+def without_epilogue(problem: Gemm) -> Gemm:
+    """The problem with the least epilogue of as many columns: what schedules are chosen for."""
+    return replace(problem, epilogue=gate * up if is_gated(problem.epilogue) else acc)
+
+
+def is_masked(problem: Gemm) -> bool:
+    """Whether A and D are a matrix for each group; else all groups share their m rows."""
+    return isinstance(problem, GroupedGemm) and problem.layout == "masked"
 
 
 @dataclass(frozen=True)
@@ -74,14 +143,15 @@ def check_problem(problem: Gemm) -> None:
     """Raise ProblemError, naming the rule and what is legal, unless `problem` keeps all rules."""
     if not isinstance(problem, Gemm):
         raise ProblemError(f"a problem is a Gemm, got {type(problem).__name__}")
-    _check_extent("n", problem.n, 8, "rows of D are stored in units of 16 bytes")
+    check_expr(problem.epilogue)
+    _check_extent("n", problem.n, *_unit_of_n(problem))
     _check_extent("k", problem.k, 16, "rows of A and B are loaded in units of 16 bytes")
     for name, dtype in (("a", problem.a_dtype), ("b", problem.b_dtype)):
         if dtype != E4M3:
             raise ProblemError(f"{name} has dtype {_name(dtype)}, must be {E4M3.name}")
-    if problem.d_dtype not in (BF16, F32):
+    if problem.d_dtype not in (BF16, F32, E4M3):
         raise ProblemError(
-            f"d has dtype {_name(problem.d_dtype)}, must be {BF16.name} or {F32.name}"
+            f"d has dtype {_name(problem.d_dtype)}, must be {BF16.name}, {F32.name} or {E4M3.name}"
         )
     for name, block, legal in (
         ("a_scale", problem.a_scale, ScaleBlock(1, 128)),
@@ -89,8 +159,20 @@ def check_problem(problem: Gemm) -> None:
     ):
         if block != legal:
             raise ProblemError(f"{name} has one scale a {block} block, must be {legal}")
-    check_expr(problem.epilogue)
     check_operand_names(operand.name for operand in operands(problem.epilogue))
+    if problem.ue8m0 and not problem.is_quantized:
+        raise ProblemError(f"ue8m0 is of the scales of D, which {problem.d_dtype.name} has not")
+    if isinstance(problem, GroupedGemm):
+        _check_groups(problem)
+
+
+def _unit_of_n(problem: Gemm) -> tuple[int, str]:
+    """What n must be a multiple of, and why."""
+    if problem.num_halves > 1:
+        return 2 * D_SCALE.k, "gate and up are whole 128x128 blocks of B"
+    if problem.is_quantized:
+        return D_SCALE.k, "D is quantized in blocks of 128 columns"
+    return 8, "rows of D are stored in units of 16 bytes"
 
 
 def check_operand_names(names: Iterable[str]) -> None:
@@ -98,6 +180,21 @@ def check_operand_names(names: Iterable[str]) -> None:
     for name in names:
         if name in TENSOR_NAMES:
             raise ProblemError(f"epilogue operand {name}: the GEMM's own tensors have that name")
+
+
+def _check_groups(problem: GroupedGemm) -> None:
+    groups, alignment = problem.num_groups, problem.alignment
+    if type(groups) is not int or not 1 <= groups <= MAX_GROUPS:
+        raise ProblemError(f"num_groups = {groups!r} must be an int in 1..{MAX_GROUPS}")
+    if groups * problem.n > MAX_EXTENT:
+        raise ProblemError(
+            f"num_groups * n = {groups * problem.n} rows of B must be {MAX_EXTENT} at most"
+        )
+    if problem.layout not in get_args(Layout):
+        raise ProblemError(f"layout {problem.layout!r} must be one of {get_args(Layout)}")
+    legal = (1, 64, 128) if problem.layout == "group_ends" else (1,)
+    if alignment not in legal:
+        raise ProblemError(f"alignment = {alignment!r} of {problem.layout} must be one of {legal}")
 
 
 def check_rows(m: int) -> None:
@@ -134,13 +231,17 @@ def _nearest(problem: Gemm) -> Gemm | None:
         or not isinstance(problem.k, int)
     ):
         return None
+    try:
+        check_expr(problem.epilogue)
+    except ProblemError:
+        return None
     fixed = replace(
         problem,
-        n=_nearest_multiple(problem.n, 8),
+        n=_nearest_multiple(problem.n, _unit_of_n(problem)[0]),
         k=_nearest_multiple(problem.k, 16),
         a_dtype=E4M3,
         b_dtype=E4M3,
-        d_dtype=problem.d_dtype if problem.d_dtype in (BF16, F32) else BF16,
+        d_dtype=problem.d_dtype if problem.d_dtype in (BF16, F32, E4M3) else BF16,
         a_scale=ScaleBlock(1, 128),
         b_scale=ScaleBlock(128, 128),
     )

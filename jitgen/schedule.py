@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from .dtypes import F32
 from .errors import ScheduleError
-from .problem import Gemm
+from .problem import D_SCALE, Gemm, GroupedGemm
 from .target import SM90A, Target
 
 BLOCK_K = 128  # bytes of an SW128 row of E4M3, and elements between two promotions
@@ -34,6 +34,8 @@ ACCUMULATOR_REGISTERS = {1: 192, 2: 192, 3: 100}
 TWO_WAVES_TWO_ROWS_ACCUMULATOR_REGISTERS = 152
 F32_TWO_WAVES_ACCUMULATOR_REGISTERS = 128
 F32_TWO_ROWS_ACCUMULATOR_REGISTERS = 136
+# With groups, 128 rows a warpgroup and two stages, whose addresses are kept.
+GROUPED_TWO_STAGES_ACCUMULATOR_REGISTERS = 176
 
 Promotion = Literal["overlapped", "serial"]
 
@@ -117,6 +119,7 @@ class SmemPlan:
     d: int
     inbox: int
     scales: int
+    groups: int
     barriers: int
     total_bytes: int
 
@@ -124,10 +127,17 @@ class SmemPlan:
 def num_sfb_rows(problem: Gemm, block_n: int) -> int:
     """Most rows of sfb that a tile of `block_n` columns touches."""
     rows = problem.b_scale.rows
+    if problem.num_halves > 1:
+        return problem.num_halves
     starts = range(0, min(problem.n, math.lcm(rows, block_n)), block_n)  # the pattern repeats there
     return max(
         (min(start + block_n, problem.n) - 1) // rows - start // rows + 1 for start in starts
     )
+
+
+def tile_columns(problem: Gemm, schedule: Schedule) -> int:
+    """Columns of D that a tile of `block_n` rows of B makes."""
+    return schedule.block_n // problem.num_halves
 
 
 def num_scale_stages(schedule: Schedule) -> int:
@@ -140,18 +150,27 @@ def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
     sizes = {
         "a": schedule.num_stages * schedule.block_m * BLOCK_K * problem.a_dtype.size_bytes,
         "b": schedule.num_stages * schedule.block_n * BLOCK_K * problem.b_dtype.size_bytes,
-        "d": schedule.num_turns * schedule.block_m * schedule.block_n * problem.d_dtype.size_bytes,
+        "d": schedule.num_turns
+        * schedule.block_m
+        * tile_columns(problem, schedule)
+        * problem.d_dtype.size_bytes,
         "inbox": (schedule.split_k - 1) * schedule.mma_tile[0] * slice_columns(schedule) * 4,
         "scales": num_scale_stages(schedule) * _scale_stage_bytes(problem, schedule),
+        "groups": group_table_bytes(problem),
         "barriers": 8 * num_barriers(schedule),
     }
     offset, offsets = 0, {}
     for name, size in sizes.items():
-        alignment = 16 if name in ("scales", "barriers") else SWIZZLE_ATOM_BYTES
+        alignment = 16 if name in ("scales", "groups", "barriers") else SWIZZLE_ATOM_BYTES
         offset = -(-offset // alignment) * alignment
         offsets[name] = offset
         offset += size
     return SmemPlan(**offsets, total_bytes=offset)
+
+
+def group_table_bytes(problem: Gemm) -> int:
+    """Where each group's rows begin and end, their runs, and the tile rows before: 4 bytes each."""
+    return 4 * (4 * problem.num_groups + 1) if isinstance(problem, GroupedGemm) else 0
 
 
 def num_barriers(schedule: Schedule) -> int:
@@ -198,6 +217,8 @@ def accumulator_registers(problem: Gemm, schedule: Schedule) -> int:
         limits.append(F32_TWO_WAVES_ACCUMULATOR_REGISTERS)
     if problem.d_dtype == F32 and two_rows:
         limits.append(F32_TWO_ROWS_ACCUMULATOR_REGISTERS)
+    if isinstance(problem, GroupedGemm) and two_waves and schedule.num_stages == 2:
+        limits.append(GROUPED_TWO_STAGES_ACCUMULATOR_REGISTERS)
     return min(limits)
 
 
@@ -234,6 +255,7 @@ def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) ->
     _check_turns(schedule)
     _check_clusters(schedule)
     _check_split(problem, schedule)
+    _check_columns(problem, schedule)
     rows = num_sfb_rows(problem, schedule.block_n)
     if rows > 2:
         raise ScheduleError(
@@ -308,11 +330,40 @@ def _check_registers(problem: Gemm, schedule: Schedule) -> None:
         )
 
 
+def _check_columns(problem: Gemm, schedule: Schedule) -> None:
+    columns = tile_columns(problem, schedule)
+    if problem.num_halves > 1 and (schedule.block_n not in (32, 64, 128, 256)):
+        raise ScheduleError(
+            f"block_n = {schedule.block_n} is half gate, half up, each in one row of sfb: it must"
+            " be 32, 64, 128 or 256"
+        )
+    if problem.num_halves > 1 and schedule.split_k > 1:
+        raise ScheduleError(
+            f"split_k = {schedule.split_k} gives gate and up to different blocks: it must be 1"
+        )
+    if schedule.swap_ab and (problem.num_halves > 1 or problem.is_quantized):
+        raise ScheduleError(
+            "swap_ab leaves the columns of D to different threads: it must be False where gate and"
+            " up meet, or where D is quantized"
+        )
+    if problem.is_quantized and (columns % D_SCALE.k or schedule.split_k > 1):
+        raise ScheduleError(
+            f"a tile of {columns} columns, split_k = {schedule.split_k}: D is quantized in blocks"
+            f" of {D_SCALE.k} columns, which one tile must have all of: raise block_n"
+            f" ({schedule.block_n}) to a multiple of {D_SCALE.k * problem.num_halves}, split_k = 1"
+        )
+
+
 def _check_split(problem: Gemm, schedule: Schedule) -> None:
     if schedule.split_k > 1 and schedule.cluster_m * schedule.cluster_n > 1:
         raise ScheduleError(
             f"split_k = {schedule.split_k} takes the whole cluster: cluster_m ="
             f" {schedule.cluster_m} and cluster_n = {schedule.cluster_n} must be 1"
+        )
+    if schedule.split_k > 1 and isinstance(problem, GroupedGemm):
+        raise ScheduleError(
+            f"split_k = {schedule.split_k} gives every tile a cluster, but the tiles of groups are"
+            " counted on the device: it must be 1"
         )
     used = -(-num_k_blocks(problem) // split_blocks(problem, schedule))
     if used < schedule.split_k:

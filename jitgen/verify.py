@@ -10,7 +10,8 @@ still of the tile or K block at hand:
     Zero      -> zeros                    before the K loops
     Promote   -> sums                     zeros, product, tile of sfa, tile of sfb
     Reduce    -> sums                     partial sums, where blocks share the k of a tile
-    Evaluate  -> result                   sums, after the K loops
+    Evaluate  -> result                   sums, after the K loops; values, if D has scales
+    Quantize  -> result                   values
     Store                                 result
 
 It trusts no field that it can derive. What a problem and a schedule must be is left to
@@ -22,7 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from .dtypes import E4M3, F32
+from .dtypes import E4M3, F32, I32
 from .errors import ProblemError, ScheduleError, VerifyError
 from .expr import operands
 from .ir import (
@@ -35,6 +36,7 @@ from .ir import (
     Load,
     Mma,
     Promote,
+    Quantize,
     Reduce,
     Stmt,
     Store,
@@ -45,7 +47,7 @@ from .ir import (
 )
 from .ir_mla import MlaKernel
 from .limits import check_registers, check_smem, check_tma, require
-from .problem import Gemm, check_problem
+from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_masked
 from .schedule import (
     BLOCK_K,
     SCALE_BLOCKS,
@@ -54,6 +56,7 @@ from .schedule import (
     part_columns,
     slice_columns,
     split_blocks,
+    tile_columns,
 )
 from .verify_mla import verify_mla
 
@@ -79,11 +82,14 @@ def verify(kernel: Kernel | MlaKernel) -> None:
     tensors = _tensors(kernel.problem)
     arguments = tuple(tensors.values())
     require(kernel.tensors == arguments, kernel.name, f"takes {kernel.tensors}, not {arguments}")
+    groups = kernel.body.groups
+    require(groups == tensors.get("groups"), kernel.name, f"walks the groups of {groups}")
     schedule = kernel.schedule
-    _check_traversal(kernel.body.traversal, schedule)
+    columns = tile_columns(kernel.problem, schedule)
+    _check_traversal(kernel.body.traversal, schedule, columns)
     turns = kernel.body.num_turns
     require(turns == schedule.num_turns, kernel.name, f"takes {turns} turns, not as {schedule}")
-    tile: dict[Axis, int] = {"m": schedule.block_m, "n": schedule.block_n, "k": kernel.problem.k}
+    tile: dict[Axis, int] = {"m": schedule.block_m, "n": columns, "k": kernel.problem.k}
     block = _Block(kernel, tensors, tile)
     block.run(kernel.body.body)
     block.end(kernel.name)
@@ -100,26 +106,42 @@ def _require_same(got: Buffer | Tensor, expected: Buffer | Tensor, op: object) -
 
 def _tensors(problem: Gemm) -> dict[str, Tensor]:
     """The tensors of `problem` by name."""
-    m, n = Dim("m", None), Dim("n", problem.n)
+    m, n = Dim("m", None), Dim("n", problem.columns)
     a_scale, b_scale = problem.a_scale, problem.b_scale
+    of_group: tuple[Dim, ...] = ()  # of what each group has; and of A and D, which may be shared
+    of_rows: tuple[Dim, ...] = ()
+    groups = []
+    if isinstance(problem, GroupedGemm):
+        of_group = (Dim("g", problem.num_groups),)
+        of_rows = of_group if is_masked(problem) else ()
+        count = Dim("g", problem.num_groups + (problem.layout == "ragged"))
+        groups = [Tensor("groups", I32, (m if problem.layout == "group_of_row" else count,))]
+    sfa = replace(m, block=a_scale.rows), Dim("k", problem.k, a_scale.k)
+    sfb = replace(n, block=b_scale.rows), Dim("k", problem.k, b_scale.k)
+    halves = (Dim("h", 2),) if problem.num_halves == 2 else ()
+    sfd = replace(m, block=D_SCALE.rows), replace(n, block=D_SCALE.k)
+    scales = [Tensor("sfd", F32, (*of_rows, *sfd))] if problem.is_quantized else []
     tensors = [
-        Tensor("a", problem.a_dtype, (m, Dim("k", problem.k))),
-        Tensor("b", problem.b_dtype, (n, Dim("k", problem.k))),
-        Tensor("sfa", F32, (replace(m, block=a_scale.rows), Dim("k", problem.k, a_scale.k))),
-        Tensor("sfb", F32, (replace(n, block=b_scale.rows), Dim("k", problem.k, b_scale.k))),
-        Tensor("d", problem.d_dtype, (m, n)),
+        Tensor("a", problem.a_dtype, (*of_rows, m, Dim("k", problem.k))),
+        Tensor("b", problem.b_dtype, (*of_group, *halves, n, Dim("k", problem.k))),
+        Tensor("sfa", F32, (*of_rows, *sfa)),
+        Tensor("sfb", F32, (*of_group, *halves, *sfb)),
+        Tensor("d", problem.d_dtype, (*of_rows, m, n)),
+        *scales,
+        *groups,
     ]
     for operand in operands(problem.epilogue):
         dims = tuple(m if axis == "m" else n for axis in operand.axes)
-        tensors.append(Tensor(operand.name, operand.dtype, dims))
+        outer = of_rows if m in dims else of_group if dims else ()
+        tensors.append(Tensor(operand.name, operand.dtype, (*outer, *dims)))
     return {tensor.name: tensor for tensor in tensors}
 
 
-def _check_traversal(traversal: Traversal, schedule: Schedule) -> None:
+def _check_traversal(traversal: Traversal, schedule: Schedule, columns: int) -> None:
     """It walks the schedule's tiles, and visits each one of a few small and odd grids once."""
     t, s = traversal, schedule
     walked = (t.block_m, t.block_n, t.cluster_m, t.cluster_n, t.group)
-    planned = (s.block_m, s.block_n, s.cluster_m, s.cluster_n, s.raster_group)
+    planned = (s.block_m, columns, s.cluster_m, s.cluster_n, s.raster_group)
     require(walked == planned, traversal, f"is not that of the schedule {schedule}")
     # A group of 1024 rows is walked like one of 3, which takes less time to try.
     small = replace(traversal, group=min(t.group, 3))
@@ -183,6 +205,8 @@ class _Block:
                     self.reduce(stmt)
                 case Evaluate():
                     self.evaluate(stmt)
+                case Quantize():
+                    self.quantize(stmt)
                 case Store():
                     self.store(stmt)
 
@@ -249,12 +273,14 @@ class _Block:
         self.tile["k"], self.depth = around, self.depth - 1
 
     def windows(self, tensor: Tensor) -> tuple[Window, ...]:
-        """Those of the tile and K block at hand."""
-        return tuple(Window(dim.axis, self.tile[dim.axis], dim.block) for dim in tensor.dims)
+        """Those of the tile and K block at hand, in the part of the tensor that is its group's."""
+        dims = (dim for dim in tensor.dims if dim.axis not in ("g", "h"))
+        return tuple(Window(dim.axis, self.tile[dim.axis], dim.block) for dim in dims)
 
     def accumulator(self, buffer: Buffer) -> Buffer:
         """What an accumulator called like `buffer` must be."""
-        return Buffer(buffer.name, F32, (self.tile["m"], self.tile["n"]), "registers")
+        columns = self.tile["n"] * self.kernel.problem.num_halves
+        return Buffer(buffer.name, F32, (self.tile["m"], columns), "registers")
 
     def load(self, op: Load) -> None:
         name = op.src.name
@@ -272,13 +298,15 @@ class _Block:
         shares = sharing if is_tile else 1
         require(op.multicast == shares, op, f"must be multicast {shares}")
         require(op.any_strides == (name == "sfa"), op, "only sfa has any strides")
-        shape = tuple(map(_num_elements, windows, op.src.dims))
+        rows, width = map(_num_elements, windows, op.src.dims[-2:])
+        shape = rows * (2 if any(dim.axis == "h" for dim in op.src.dims) else 1), width
         swizzle_bytes = SWIZZLE_BYTES if is_tile else 0
         expected = Buffer(op.dst.name, op.src.dtype, shape, "smem", True, swizzle_bytes)
         self.write(op, f"tile of {name}", op.dst, expected)
         if is_tile:
             # A share of the tile must begin on a swizzle atom of 8 rows.
             require(shape[0] % (8 * op.multicast) == 0, op, f"{shape[0]} rows cannot be split")
+            require(op.box[0] % 8 == 0, op, f"boxes of {op.box[0]} rows split swizzle atoms")
             check_tma(op, op.src, op.dst, op.box)
         else:
             chunk = SCALE_BLOCKS * BLOCK_K
@@ -291,7 +319,7 @@ class _Block:
         schedule = self.kernel.schedule
         require(op.swap_ab == schedule.swap_ab, op, f"swap_ab must be {schedule.swap_ab}")
         columns = part_columns(self.kernel.problem, schedule) or 0
-        tile = (self.tile["m"], self.tile["n"])
+        tile = (self.tile["m"], self.tile["n"] * self.kernel.problem.num_halves)
         wide, narrow = tile[::-1] if op.swap_ab else tile
         require(
             wide % 64 == 0
@@ -318,7 +346,7 @@ class _Block:
         windows = (self.windows(sfa)[0], self.windows(sfb)[0])
         require(op.windows == windows, op, f"scales by {', '.join(map(str, windows))}")
         require(
-            self.tile["k"] == sfa.dims[1].block == sfb.dims[1].block == BLOCK_K,
+            self.tile["k"] == sfa.dims[-1].block == sfb.dims[-1].block == BLOCK_K,
             op,
             f"takes one scale for {self.tile['k']} of k",
         )
@@ -334,10 +362,29 @@ class _Block:
         require(op.expr == problem.epilogue, op, f"the epilogue is {problem.epilogue}")
         tensors = tuple(self.tensors[operand.name] for operand in operands(op.expr))
         require(op.operands == tensors, op, f"reads {', '.join(map(str, tensors)) or 'nothing'}")
-        span, shape = op.dst.swizzle_bytes, (self.tile["m"], self.tile["n"])
-        require(span in SWIZZLE_SPANS, op, f"swizzles {op.dst.name} over {span} bytes")
-        expected = Buffer(op.dst.name, problem.d_dtype, shape, "smem", swizzle_bytes=span)
-        self.write(op, "result", op.dst, expected)
+        shape = (self.tile["m"], self.tile["n"])
+        if problem.is_quantized:
+            self.write(op, "values", op.dst, Buffer(op.dst.name, F32, shape, "registers"))
+        else:
+            self.write_result(op, op.dst)
+
+    def quantize(self, op: Quantize) -> None:
+        problem = self.kernel.problem
+        require(problem.is_quantized, op, "D has no scales")
+        self.read(op, "values", op.src, 0)
+        _require_same(op.scales, self.tensors["sfd"], op)
+        windows = self.windows(op.scales)
+        require(op.windows == windows, op, f"the tile is [{', '.join(map(str, windows))}]")
+        require(self.tile["n"] % D_SCALE.k == 0, op, "a block of 128 columns is not of one tile")
+        require(op.power_of_two == problem.ue8m0, op, "rounds scales otherwise than the problem")
+        self.write_result(op, op.dst)
+
+    def write_result(self, op: Evaluate | Quantize, buffer: Buffer) -> None:
+        problem, shape = self.kernel.problem, (self.tile["m"], self.tile["n"])
+        span = buffer.swizzle_bytes
+        require(span in SWIZZLE_SPANS, op, f"swizzles {buffer.name} over {span} bytes")
+        expected = Buffer(buffer.name, problem.d_dtype, shape, "smem", swizzle_bytes=span)
+        self.write(op, "result", buffer, expected)
 
     def store(self, op: Store) -> None:
         require(self.depth == 0, op, "must come after the K loop")
@@ -350,11 +397,14 @@ class _Block:
         # Who stores what: a warpgroup its rows, a block of a split cluster its slice of the columns
         # of wgmma, which are the tile's rows if A and B are swapped.
         of_warpgroup = schedule.mma_tile[0] // schedule.tile_warpgroups
-        of_block = math.gcd(schedule.mma_tile[1], slice_columns(schedule))
+        columns_of_mma = schedule.mma_tile[1] // self.kernel.problem.num_halves
+        of_block = math.gcd(columns_of_mma, slice_columns(schedule))
         parts = (of_block, of_warpgroup) if schedule.swap_ab else (of_warpgroup, of_block)
         require(op.box == (parts[0], columns), op, f"box {op.box} must be ({parts[0]}, {columns})")
         require(parts[1] % columns == 0, op, f"boxes of {columns} columns do not tile {parts[1]}")
         check_tma(op, op.dst, op.src, op.box)
+        grouped = "groups" in self.tensors
+        require(op.by_row == grouped, op, "must write by row at a group's end, and there only")
 
 
 def _num_elements(window: Window, dim: Dim) -> int:

@@ -30,7 +30,7 @@ from .entry import FILES, DamagedError, Entry, parse_entry
 from .key import sha256_hex
 from .store import KernelStore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20  # of some 100,000 kernels
 MAX_FILE_BYTES = 64 << 20  # a cubin has some 50 KiB

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import StoreError
-from .key import KernelKey, sha256_hex
-from .nvrtc import Compiled, Resources
+from .key import KernelKey, json_sha256, sha256_hex
+from .nvrtc import Resources
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CUBIN, SOURCE, MANIFEST = "kernel.cubin", "kernel.cu", "entry.json"
 FILES = (CUBIN, SOURCE, MANIFEST)
-_MANIFEST_FIELDS = {"format_version", "name", "key", "cubin_sha256", "resources", "log"}
+_MANIFEST_FIELDS = {"format_version", "name", "key", "cubin_sha256", "resources", "log", "sha256"}
 
 # A rename onto an entry that another process published first, or into a folder that one took away.
 _LOST_RACE = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT}
@@ -39,6 +39,7 @@ class Entry:
     cubin: bytes
     source: str
     resources: Resources
+    log: str  # the compiler's
     path: Path | None
 
 
@@ -49,13 +50,36 @@ def make_private(*folders: Path) -> None:
             os.mkdir(folder, 0o700)
 
 
-def distrust(info: os.stat_result, is_kind: Callable[[int], bool]) -> str:
-    """Why something on disk, seen by lstat, is not to be used; empty if it may be."""
+def work_folder(root: Path, name: str) -> Path:
+    """A private folder of the store's own use, made in place of whatever else is there."""
+    folder = root / name
+    clear_stray(folder, stat.S_ISDIR)
+    make_private(folder)
+    return folder
+
+
+def clear_stray(path: Path, is_kind: Callable[[int], bool]) -> None:
+    """Remove what is at `path` if it is of another kind, which no store made."""
+    with contextlib.suppress(OSError):  # gone already, or a folder that is not empty
+        mode = os.lstat(path).st_mode
+        if not is_kind(mode):
+            os.rmdir(path) if stat.S_ISDIR(mode) else os.unlink(path)
+
+
+def distrust(info: os.stat_result, is_kind: Callable[[int], bool], *, or_root: bool = False) -> str:
+    """Why something on disk, seen by lstat, is not to be used; empty if it may be.
+
+    Parameters
+    ----------
+    info : from lstat
+    is_kind : stat.S_ISDIR or stat.S_ISREG
+    or_root : it may belong to root instead of this user, as the files of an image do
+    """
     if stat.S_ISLNK(info.st_mode):
         return "is a symlink"
     if not is_kind(info.st_mode):
         return "is not a folder" if is_kind is stat.S_ISDIR else "is not a regular file"
-    if info.st_uid != os.geteuid():
+    if info.st_uid != os.geteuid() and not (or_root and info.st_uid == 0):
         return f"belongs to user {info.st_uid}, not to {os.geteuid()}"
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"may be written by others (mode {stat.S_IMODE(info.st_mode):o})"
@@ -63,8 +87,8 @@ def distrust(info: os.stat_result, is_kind: Callable[[int], bool]) -> str:
 
 
 def scratch_path(root: Path, name: str) -> Path:
-    """A path of its own in the store's `tmp`, for an entry on its way in or out."""
-    return root / "tmp" / f"{name[:64]}.{os.getpid()}.{secrets.token_hex(4)}"
+    """A path of its own in the store's `tmp`, which is made, for an entry on its way in or out."""
+    return work_folder(root, "tmp") / f"{name[:64]}.{os.getpid()}.{secrets.token_hex(4)}"
 
 
 def entry_folder(root: Path, digest: str) -> Path:
@@ -72,19 +96,20 @@ def entry_folder(root: Path, digest: str) -> Path:
     return root / digest[:2] / digest
 
 
-def entry_files(key: KernelKey, name: str, source: str, compiled: Compiled) -> dict[str, bytes]:
-    """The contents of an entry's FILES."""
+def entry_files(entry: Entry) -> dict[str, bytes]:
+    """The contents of an entry's FILES; `parse_entry` reads them back."""
     manifest = {
         "format_version": FORMAT_VERSION,
-        "name": name,
-        "key": key.to_json(),
-        "cubin_sha256": sha256_hex(compiled.cubin),
-        "resources": asdict(compiled.resources),
-        "log": compiled.log,
+        "name": entry.name,
+        "key": entry.key.to_json(),
+        "cubin_sha256": sha256_hex(entry.cubin),
+        "resources": asdict(entry.resources),
+        "log": entry.log,
     }
+    manifest["sha256"] = json_sha256(manifest)
     return {
-        CUBIN: compiled.cubin,
-        SOURCE: source.encode(),
+        CUBIN: entry.cubin,
+        SOURCE: entry.source.encode(),
         MANIFEST: json.dumps(manifest, indent=1).encode(),
     }
 
@@ -104,9 +129,10 @@ def publish_entry(root: Path, digest: str, files: Mapping[str, bytes], *, heal: 
     OSError : the folder cannot be written
     """
     final = entry_folder(root, digest)
+    make_private(root)
     scratch = scratch_path(root, digest)
     try:
-        make_private(root, scratch.parent, scratch)
+        make_private(scratch)
         _write_files(scratch, files)
         if heal:
             remove_damaged(root, final)
@@ -132,8 +158,8 @@ def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
             os.fsync(descriptor)
 
 
-def read_entry(folder: Path) -> Entry | None:
-    """The entry in `folder`, all of it checked.
+def read_entry(folder: Path, *, or_root: bool = False) -> Entry | None:
+    """The entry in `folder`, all of it checked; `or_root` as for `distrust`.
 
     None if there is no such folder, or if it was moved away (see eviction.py) in the meantime.
 
@@ -146,9 +172,9 @@ def read_entry(folder: Path) -> Entry | None:
         for path in (folder.parent, folder):
             if not os.path.lexists(path):
                 return None
-            _check_trust(path, stat.S_ISDIR)
+            _check_trust(path, stat.S_ISDIR, or_root)
         for file in FILES:
-            _check_trust(folder / file, stat.S_ISREG)
+            _check_trust(folder / file, stat.S_ISREG, or_root)
         files = {file: (folder / file).read_bytes() for file in FILES}
         return parse_entry(folder.name, files, folder)
     except (OSError, ValueError, DamagedError) as error:
@@ -165,8 +191,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return info.st_dev, info.st_ino
 
 
-def _check_trust(path: Path, is_kind: Callable[[int], bool]) -> None:
-    if reason := distrust(os.lstat(path), is_kind):
+def _check_trust(path: Path, is_kind: Callable[[int], bool], or_root: bool) -> None:
+    if reason := distrust(os.lstat(path), is_kind, or_root=or_root):
         raise ValueError(f"{path.name} {reason}")
 
 
@@ -206,7 +232,10 @@ def _parse_entry(digest: str, files: Mapping[str, bytes], path: Path | None) -> 
     if sha256_hex(source) != key.source_sha256:
         raise ValueError(f"{SOURCE} has another SHA-256 than {MANIFEST} says")
     resources = Resources.from_json(data["resources"])
-    return Entry(key, data["name"], cubin, source.decode(), resources, path)
+    said = data.pop("sha256")
+    if json_sha256(data) != said:
+        raise ValueError(f"{MANIFEST} has another SHA-256 than it says")
+    return Entry(key, data["name"], cubin, source.decode(), resources, data["log"], path)
 
 
 def remove_damaged(root: Path, folder: Path) -> None:
@@ -226,7 +255,6 @@ def remove(root: Path, path: Path) -> None:
     OSError : it could not be moved; FileNotFoundError: another process was faster
     """
     grave = scratch_path(root, path.name)
-    make_private(grave.parent)
     os.rename(path, grave)
     if grave.is_dir() and not grave.is_symlink():
         shutil.rmtree(grave, ignore_errors=True)

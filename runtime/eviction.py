@@ -18,8 +18,10 @@ from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
-from .entry import make_private, remove
+from ..errors import StoreError
+from .entry import remove, work_folder
 
+DEFAULT_MAX_BYTES = 2 << 30
 IN_USE_S = 300.0
 MARK_S = 60.0  # a use is marked once in this time; well below IN_USE_S
 LEFTOVER_S = 3600.0  # a writer needs `tmp` for milliseconds; what is this old has no writer
@@ -52,6 +54,19 @@ class Collected:
     left_bytes: int
 
 
+def default_max_bytes() -> int:
+    """$JITGEN_CACHE_MAX_BYTES, or else 2 GiB; 0 is no cap.
+
+    Raises
+    ------
+    StoreError : the variable is set to something else than a number of bytes
+    """
+    text = os.environ.get("JITGEN_CACHE_MAX_BYTES") or str(DEFAULT_MAX_BYTES)
+    if not (text.isascii() and text.isdigit()):
+        raise StoreError(f"JITGEN_CACHE_MAX_BYTES is {text!r}: give bytes, or 0 for no cap")
+    return int(text)
+
+
 def list_usage(root: Path) -> list[Usage]:
     """All entries on disk, damaged ones too, least recently used first."""
     found = []
@@ -59,8 +74,13 @@ def list_usage(root: Path) -> list[Usage]:
         if not shard.is_symlink() and shard.is_dir():
             for path in shard.iterdir():
                 with contextlib.suppress(FileNotFoundError):  # evicted since
-                    found.append(Usage(path, num_bytes(path), os.lstat(path).st_mtime))
+                    found.append(usage_of(path))
     return sorted(found, key=lambda usage: (usage.last_use, usage.path))
+
+
+def usage_of(path: Path) -> Usage:
+    """The usage of one entry; FileNotFoundError if it is gone."""
+    return Usage(path, num_bytes(path), os.lstat(path).st_mtime)
 
 
 def num_bytes(path: Path) -> int:
@@ -145,8 +165,7 @@ def _remove_leftovers(root: Path, now: float) -> int:
 
 def _now(root: Path) -> float:
     """The time by the clock that sets the mtimes, which may be that of a file server."""
-    make_private(root / "tmp")
-    with tempfile.TemporaryFile(dir=root / "tmp") as file:
+    with tempfile.TemporaryFile(dir=work_folder(root, "tmp")) as file:
         return os.fstat(file.fileno()).st_mtime
 
 

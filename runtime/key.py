@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import StoreError
@@ -26,14 +26,16 @@ class KernelKey:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of all fields, in hex: the kernel's place in the store."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
-        return sha256_hex(text.encode())
+        return json_sha256(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; `from_json` reads them back."""
-        return asdict(self) | {
+        return {
+            "source_sha256": self.source_sha256,
             "headers": [list(header) for header in self.headers],
             "options": list(self.options),
+            "compiler_version": self.compiler_version,
+            "arch": self.arch,
         }
 
     @classmethod
@@ -131,6 +133,11 @@ def make_key(
 def sha256_hex(data: bytes) -> str:
     """SHA-256 of `data` in hex."""
     return hashlib.sha256(data).hexdigest()
+
+
+def json_sha256(value: object) -> str:
+    """SHA-256 of the canonical JSON of `value`, in hex."""
+    return sha256_hex(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _are_texts(values: Sequence[object]) -> bool:

@@ -1,23 +1,83 @@
-"""Lock files: one process at a time makes a kernel, and those who wait learn which."""
+"""Single flight: one thread of one process makes a kernel, and those who wait learn which."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-import socket
+import stat
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import filelock
+from typing import TYPE_CHECKING
 
 from ..errors import StoreError
-from .entry import make_private
+from .entry import clear_stray, make_private, work_folder
 from .stats import Counters, log
+
+if TYPE_CHECKING:
+    import filelock
 
 # What a file system without working locks answers.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+
+
+class SingleFlight:
+    """The locks of a store, one a kernel, between threads and, with lock files, processes.
+
+    Parameters
+    ----------
+    timeout_s : longest wait for whoever holds a lock
+    counters : for waits
+    on_unwritable : told why, where lock files cannot be written; the work goes on without
+    """
+
+    def __init__(
+        self, *, timeout_s: float, counters: Counters, on_unwritable: Callable[[str], None]
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._counters = counters
+        self._on_unwritable = on_unwritable
+        self._mutex = threading.Lock()  # guards the locks between threads
+        self._locks: dict[str, threading.Lock] = {}
+
+    @contextlib.contextmanager
+    def hold(self, digest: str, name: str, root: Path | None) -> Iterator[None]:
+        """Hold the locks of one kernel.
+
+        Parameters
+        ----------
+        digest : of its key
+        name : of the kernel, for people
+        root : folder of the store, for the lock file; None for none
+
+        Raises
+        ------
+        StoreError : a lock was not released in time, or the file system has no locks
+        """
+        deadline = time.monotonic() + self._timeout_s
+        with self._mutex:
+            lock = self._locks.setdefault(digest, threading.Lock())
+        if not lock.acquire(timeout=self._timeout_s):
+            raise StoreError(
+                f"kernel {digest} is still being compiled by another thread of this process"
+                f" ({os.getpid()}) after {self._timeout_s:g} s: raise lock_timeout_s"
+            )
+        try:
+            with contextlib.ExitStack() as held:
+                if root:
+                    left_s = deadline - time.monotonic()
+                    file_lock = hold_lock(
+                        root, digest, name, timeout_s=left_s, counters=self._counters
+                    )
+                    try:
+                        held.enter_context(file_lock)
+                    except OSError as error:
+                        self._on_unwritable(str(error))
+                yield
+        finally:
+            lock.release()
 
 
 @contextlib.contextmanager
@@ -37,9 +97,13 @@ def hold_lock(
     StoreError : the lock was not released in time, or the file system has no locks
     OSError : the lock's folder cannot be written
     """
-    folder = root / "locks"
-    make_private(root, folder)
-    lock = filelock.FileLock(folder / f"{digest}.lock", mode=0o600)
+    import filelock  # here, for those who compile nothing
+
+    make_private(root)
+    folder = work_folder(root, "locks")
+    path = folder / f"{digest}.lock"
+    clear_stray(path, stat.S_ISREG)
+    lock = filelock.FileLock(path, mode=0o600)
     try:
         _acquire(lock, digest, name, timeout_s, counters)
     except filelock.Timeout:
@@ -47,8 +111,8 @@ def hold_lock(
     except (OSError, NotImplementedError) as error:
         if isinstance(error, NotImplementedError) or error.errno in _NO_LOCKS:
             raise StoreError(
-                f"no file locks in {folder} ({error}): use another JITGEN_CACHE_DIR, or"
-                " locking=False"
+                f"no file locks in {folder} ({error}): use another JITGEN_CACHE_DIR, or do without"
+                " locks (JITGEN_CACHE_LOCKING=0)"
             ) from error
         raise
     try:
@@ -61,6 +125,8 @@ def hold_lock(
 def _acquire(
     lock: filelock.BaseFileLock, digest: str, name: str, timeout_s: float, counters: Counters
 ) -> None:
+    import filelock
+
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
@@ -82,7 +148,7 @@ def _timeout_message(folder: Path, digest: str, timeout_s: float) -> str:
     return (
         f"kernel {digest} is still locked by {holder or 'an unknown process'} after"
         f" {timeout_s:.3g} s: end that process if it hangs, raise lock_timeout_s if it"
-        " is compiling, or do without locks (locking=False)"
+        " is compiling, or do without locks (JITGEN_CACHE_LOCKING=0)"
     )
 
 
@@ -90,7 +156,7 @@ def _timeout_message(folder: Path, digest: str, timeout_s: float) -> str:
 def _holder_file(path: Path) -> Iterator[None]:
     """A file, there as long as the lock is held, that names this process to those who wait."""
     with contextlib.suppress(OSError):
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        path.write_text(f"process {os.getpid()} on {os.uname().nodename}")
     try:
         yield
     finally:

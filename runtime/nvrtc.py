@@ -22,7 +22,9 @@ DEFAULT_OPTIONS = ("-std=c++17", "--no-source-include", "--no-cache", "--ptxas-o
 _PATH_OPTIONS = ("-I", "--include-path", "-include", "--pre-include")
 _REMEDY = "pip install nvidia-cuda-nvrtc cuda-bindings"
 
-_COMMENT = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])')|//[^\n]*|/\*.*?\*/""", re.DOTALL)
+_COMMENT = re.compile(
+    r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])')|//[^\n]*|/\*.*?(?:\*/|\Z)""", re.DOTALL
+)
 _INCLUDE = re.compile(
     r'^[ \t]*#[ \t]*include[ \t]*(?:"([^"\n]+)"|<([^>\n]+)>|([^\n]*))', re.MULTILINE
 )
@@ -235,7 +237,16 @@ def _read(
 
 @functools.lru_cache(maxsize=64)
 def _includes(text: str) -> list[tuple[str, str, str]]:
-    """The includes of a text: kept, for headers come again with every kernel."""
+    """The includes of a text: kept, for headers come again with every kernel.
+
+    Read as far as the line with the last of them: the regex takes a millisecond a thousand lines.
+    """
+    last = text.rfind("include")
+    end = text.find("\n", last)
+    if last < 0:
+        return []
+    if end > 0 and "/*" not in text[last:end]:
+        text = text[:end]
     return _INCLUDE.findall(_COMMENT.sub(lambda match: match[1] or " ", text))
 
 

@@ -15,16 +15,22 @@ log.addHandler(logging.NullHandler())
 class Stats:
     """Counts since a store was opened or, of `jitgen.stats()`, since the process started.
 
-    A lookup in a store is one of memory hit, disk hit, miss. Seconds do not count in a comparison.
+    A lookup in a store is a hit in one tier (see tiers.py) or a miss. Seconds do not count in a
+    comparison.
     """
 
     compiles: int = 0
     compile_seconds: float = field(default=0.0, compare=False)
     memory_hits: int = 0
-    disk_hits: int = 0
+    disk_hits: int = 0  # in the own folder
+    lower_hits: int = 0
+    shared_hits: int = 0
+    remote_hits: int = 0
     misses: int = 0
-    heals: int = 0  # damaged entries on disk replaced by a fresh compile
+    heals: int = 0  # damaged entries on disk replaced by a fresh compile, or a copy from a tier
     waits: int = 0  # for another process that compiled the same kernel
+    uploads: int = 0  # to the remote store
+    outages: int = 0  # of the remote store: it failed, or did not answer in time
     loads: int = 0  # of kernels onto a GPU, which no store does
 
 

@@ -3,6 +3,7 @@
     <root>/<digest[:2]>/<digest>/   kernel.cubin   kernel.cu (source)   entry.json (manifest)
     <root>/locks/                   <digest>.lock and, while a process compiles, <digest>.holder
     <root>/tmp/                     entries being written; what a killed process left is not read
+    <root>/stats.jsonl              what processes did with the store, see history.py
 
 An entry appears by one rename, is never changed afterwards, and goes by one rename (eviction.py),
 so readers take no lock.
@@ -12,21 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import platformdirs
 
 from ..errors import StoreError
 from .entry import (
     DamagedError,
     Entry,
-    distrust,
     entry_files,
     entry_folder,
     make_private,
@@ -35,13 +32,13 @@ from .entry import (
     read_entry,
     remove_damaged,
 )
-from .eviction import SHARDS, Collected, evict, mark_used, num_bytes, remove_all
+from .eviction import Collected, default_max_bytes, evict, mark_used, num_bytes, remove_all
+from .history import record
 from .key import KernelKey, sha256_hex
-from .locks import hold_lock
+from .locks import SingleFlight
 from .nvrtc import Compiled
 from .stats import PROCESS, Counters, Stats, log
-
-DEFAULT_MAX_BYTES = 2 << 30
+from .tiers import Tier, Tiers, check_folder, list_folders, open_tiers, switch
 
 
 @dataclass(frozen=True)
@@ -57,41 +54,51 @@ class KernelStore:
 
     Parameters
     ----------
-    root : folder of the store, made (0700) if missing; default: `kernels` in $JITGEN_CACHE_DIR or,
-        without it, in the user's cache folder. One that cannot be made or written (read-only file
-        system, no HOME) costs a warning, and new kernels are kept in memory only.
-    locking : False to take no lock files, where the file system has none that work. Entries stay
-        correct: processes may compile the same kernel twice, and each uses what it compiled.
+    tiers : where kernels are kept, default `Tiers.of()`; a path is that of the own folder alone.
+        An own folder that cannot be made or written (read-only file system, no HOME) costs a
+        warning, and new kernels are kept in memory only.
+    locking : False to take no lock files, where the file system has none that work; default:
+        $JITGEN_CACHE_LOCKING is not 0. Entries stay correct: processes may compile the same kernel
+        twice, and each uses what it compiled.
     lock_timeout_s : longest wait for another thread or process that compiles the same kernel
-    max_bytes : size of the entries on disk beyond which a publish evicts those least recently used
-        (by the rule of eviction.py); 0 for no cap; default: $JITGEN_CACHE_MAX_BYTES or 2 GiB
+    max_bytes : size of the entries in the own folder beyond which a publish evicts those least
+        recently used (by the rule of eviction.py); 0 for no cap; default: $JITGEN_CACHE_MAX_BYTES
+        or 2 GiB
 
     Raises
     ------
-    StoreError : the root is a symlink, belongs to another user, or others may write to it; the cap
-        is no number of bytes
+    StoreError : a folder is a symlink, belongs to another user, or others may write to it; an
+        environment variable is not understood
     """
 
     def __init__(
         self,
-        root: Path | None = None,
+        tiers: Tiers | Path | None = None,
         *,
-        locking: bool = True,
+        locking: bool | None = None,
         lock_timeout_s: float = 120.0,
         max_bytes: int | None = None,
     ) -> None:
-        self._locking = locking
-        self._lock_timeout_s = lock_timeout_s
+        if not isinstance(tiers, Tiers):
+            tiers = Tiers.of() if tiers is None else Tiers(Path(tiers).absolute())
+        self._locking = switch("JITGEN_CACHE_LOCKING", True) if locking is None else locking
         self._max_bytes = default_max_bytes() if max_bytes is None else max_bytes
         if self._max_bytes < 0:
             raise StoreError(f"max_bytes = {max_bytes} must be a number of bytes, or 0 for no cap")
-        self._mutex = threading.Lock()  # guards the four fields below
+        self._mutex = threading.Lock()  # guards the three fields below
         self._unchecked_bytes = self._max_bytes  # published since the cap was last looked at
         self._memory: dict[str, Entry] = {}
-        self._compiling: dict[str, threading.Lock] = {}
         self._writable = True
         self._counters = Counters(PROCESS)
-        self._root = self._open_root(default_root() if root is None else Path(root).absolute())
+        self._flights = SingleFlight(
+            timeout_s=lock_timeout_s, counters=self._counters, on_unwritable=self._fall_back
+        )
+        self._configured = tiers
+        self._root = self._open_root(tiers.own)
+        self._tiers = open_tiers(tiers, self._counters)
+        self._near = [tier for tier in self._tiers if not tier.is_far]
+        if self._root:
+            weakref.finalize(self, record, self._root, self._counters, os.getpid())
 
     @property
     def root(self) -> Path | None:
@@ -103,19 +110,29 @@ class KernelStore:
         """The counters as they are now."""
         return self._counters.stats
 
+    def count_load(self) -> None:
+        """Count a kernel of this store that was loaded onto a GPU."""
+        self._counters.add(loads=1)
+
     def get(self, key: KernelKey) -> Entry | None:
-        """The entry of `key`, or None; one that is damaged on disk warns and counts as a miss."""
-        entry, damage = self._lookup(key)
-        if damage:
-            _warn(f"{damage}; it is not used")
+        """The entry of `key`, or None; what is damaged on the way to it warns, and is a miss."""
+        entry, damages = self._look_up(key.digest, self._tiers)
+        _warn_of(damages, "it is not used")
         if not entry:
             self._counters.add(misses=1)
         return entry
 
+    def peek(self, key: KernelKey) -> Entry | None:
+        """The entry of `key`, if it is near: in memory, in the own folder or in a lower one.
+
+        For those who go on to `get_or_compile`: it warns of nothing, and counts no miss.
+        """
+        return self._look_up(key.digest, self._near)[0]
+
     def get_or_compile(
         self, key: KernelKey, compile: Callable[[], Compiled], *, name: str, source: str
     ) -> Entry:
-        """The entry of `key`, from memory, from disk, or from `compile()`, which is then published.
+        """The entry of `key`, from a tier, or from `compile()`, which is then published.
 
         Of all threads and processes that ask for a new key at once, one compiles (see `locking`).
 
@@ -131,34 +148,33 @@ class KernelStore:
         StoreError : `source` is not the key's, a lock was not released in time, or the file system
             has no locks
         """
-        entry, _ = self._lookup(key)
+        entry, damages = self._look_up(key.digest, self._near)
         if entry:
+            _warn_of(damages, "it is not used")
             return entry
         if sha256_hex(source.encode()) != key.source_sha256:
             raise StoreError(f"source of {name} is not the one its key was made of: use make_key")
         with self._single_flight(key.digest, name):
-            entry, damage = self._lookup(key)
+            entry, damages = self._look_up(key.digest, self._tiers)
+            _warn_of(damages, "it is not used" if entry else "compiling it again")
             if entry:
                 return entry
-            if damage:
-                _warn(f"{damage}; compiling it again")
             self._counters.add(misses=1)
             compiled = compile()
             seconds = compiled.resources.compile_seconds
             self._counters.add(compiles=1, compile_seconds=seconds)
             fields = {"kernel": name, "key": key.digest, "seconds": seconds}
             log.info("compiled %s in %.2f s", name, seconds, extra=fields)
-            files = entry_files(key, name, source, compiled)
-            path = self._publish(key.digest, name, files, heal=bool(damage))
-            entry = Entry(key, name, compiled.cubin, source, compiled.resources, path)
-            with self._mutex:
-                entry = self._memory.setdefault(key.digest, entry)
-        if path:
-            self._keep_to_cap(num_bytes(path))
+            entry = Entry(key, name, compiled.cubin, source, compiled.resources, compiled.log, None)
+            entry = self._keep(entry, heal=None in damages)
+        for tier in self._tiers:
+            tier.save(entry, heal=tier in damages)
         return entry
 
     def add(self, digest: str, files: Mapping[str, bytes]) -> bool:
-        """Publish an entry that another store made; False if a sound one is there, which stays.
+        """Publish an entry that another store made, in all tiers that are written to.
+
+        False if the own folder has a sound one, which stays.
 
         Parameters
         ----------
@@ -170,8 +186,8 @@ class KernelStore:
         DamagedError : the entry is not sound; nothing is published
         StoreError : the store cannot be written, or a lock was not released in time
         """
-        name = parse_entry(digest, files).name
-        with self._writing() as root, self._single_flight(digest, name):
+        entry = parse_entry(digest, files)
+        with self._writing() as root, self._single_flight(digest, entry.name):
             path = entry_folder(root, digest)
             mark_used(path)  # before it is read, so that it stays
             damage = ""
@@ -182,20 +198,25 @@ class KernelStore:
                 damage = str(error)
             published = publish_entry(root, digest, files, heal=bool(damage))
             if published and damage:
-                self._record_heal(digest, name)
+                self._record_heal(digest, entry.name)
         self._keep_to_cap(num_bytes(path))
+        for tier in self._tiers:
+            tier.save(entry, heal=False)
         return published
 
     def entries(self) -> Iterator[Entry]:
-        """All entries, on disk and in memory; damaged ones are left out with a warning."""
+        """All entries in folders and in memory; damaged ones are left out with a warning.
+
+        Those of the remote store are not listed.
+        """
         seen = set()
-        for folder in self._folders():
+        for folder, or_root in self._folders():
             try:
-                entry = read_entry(folder)
+                entry = read_entry(folder, or_root=or_root)
             except DamagedError as damage:
                 _warn(f"{damage}; it is left out")
             else:
-                if entry:
+                if entry and entry.key.digest not in seen:
                     seen.add(entry.key.digest)
                     yield entry
         with self._mutex:
@@ -210,7 +231,7 @@ class KernelStore:
         StoreError : a damaged entry could not be removed
         """
         num_sound, damages = 0, []
-        for folder in self._folders():
+        for folder in list_folders(self._root) if self._root else ():
             try:
                 num_sound += read_entry(folder) is not None
             except DamagedError as damage:
@@ -245,14 +266,17 @@ class KernelStore:
         with self._writing() as root:
             return remove_all(root)
 
-    def _folders(self) -> list[Path]:
-        return sorted(self._root.glob(f"{SHARDS}/*")) if self._root else []
-
     def require_root(self) -> Path:
         """The folder, for work that has no use without one; StoreError if there is none."""
         if self._root is None:
             raise StoreError("there is no kernel store on disk: name a folder in JITGEN_CACHE_DIR")
         return self._root
+
+    def _folders(self) -> Iterator[tuple[Path, bool]]:
+        """The folders of entries in all tiers, and whether they may be root's."""
+        for root in (self._root, *self._configured.lower, self._configured.shared):
+            for folder in list_folders(root) if root else ():
+                yield folder, root in self._configured.lower
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Path]:
@@ -269,66 +293,64 @@ class KernelStore:
         try:
             root.parent.mkdir(parents=True, exist_ok=True)
             make_private(root)
-            reason = distrust(os.lstat(root), stat.S_ISDIR)
+            os.lstat(root)
         except OSError as error:
             self._fall_back(str(error))
             return None
-        if reason:
-            raise StoreError(
-                f"kernel store {root} {reason}: it must be a folder of your own that only you can"
-                " write to; `chmod go-w` it, or name another one in JITGEN_CACHE_DIR"
-            )
+        check_folder(root, "JITGEN_CACHE_DIR")
         return root
 
-    def _lookup(self, key: KernelKey) -> tuple[Entry | None, str]:
-        """The entry, or None and what is damaged about the one on disk."""
+    def _look_up(
+        self, digest: str, tiers: Sequence[Tier]
+    ) -> tuple[Entry | None, dict[Tier | None, str]]:
+        """The entry, or None; and what is damaged about it, by tier, None for the own folder."""
         with self._mutex:
-            if entry := self._memory.get(key.digest):
+            if entry := self._memory.get(digest):
                 self._counters.add(memory_hits=1)
-                return entry, ""
-        if not self._root:
-            return None, ""
-        folder = entry_folder(self._root, key.digest)
-        mark_used(folder)  # before it is read, so that it stays
-        try:
-            entry = read_entry(folder)
-        except DamagedError as damage:
-            return None, str(damage)
-        if entry:
-            self._counters.add(disk_hits=1)
-            with self._mutex:
-                entry = self._memory.setdefault(key.digest, entry)
-        return entry, ""
+                return entry, {}
+        damages: dict[Tier | None, str] = {}
+        if self._root:
+            folder = entry_folder(self._root, digest)
+            mark_used(folder)  # before it is read, so that it stays
+            try:
+                entry = read_entry(folder)
+            except DamagedError as damage:
+                damages[None] = str(damage)
+            if entry:
+                self._counters.add(disk_hits=1)
+                return self._remember(entry), damages
+        for tier in tiers:
+            try:
+                entry = tier.load(digest)
+            except DamagedError as damage:
+                damages[tier] = str(damage)
+            else:
+                if entry:
+                    self._counters.add(**{tier.hits: 1})
+                    if tier.is_far or None in damages:
+                        return self._keep(entry, heal=None in damages), damages
+                    return self._remember(entry), damages
+        return None, damages
+
+    def _remember(self, entry: Entry) -> Entry:
+        """The entry from now on in memory, which may be that of a faster thread."""
+        with self._mutex:
+            return self._memory.setdefault(entry.key.digest, entry)
 
     @contextlib.contextmanager
     def _single_flight(self, digest: str, name: str) -> Iterator[None]:
-        deadline = time.monotonic() + self._lock_timeout_s
-        with self._mutex:
-            lock = self._compiling.setdefault(digest, threading.Lock())
-        if not lock.acquire(timeout=self._lock_timeout_s):
-            raise StoreError(
-                f"kernel {digest} is still being compiled by another thread of this process"
-                f" ({os.getpid()}) after {self._lock_timeout_s:g} s: raise lock_timeout_s"
-            )
-        try:
-            with self._file_lock(digest, name, deadline):
-                yield
-        finally:
-            lock.release()
-
-    @contextlib.contextmanager
-    def _file_lock(self, digest: str, name: str, deadline: float) -> Iterator[None]:
-        with contextlib.ExitStack() as held:
-            if self._root and self._locking and self._writable:
-                left_s = deadline - time.monotonic()
-                lock = hold_lock(
-                    self._root, digest, name, timeout_s=left_s, counters=self._counters
-                )
-                try:
-                    held.enter_context(lock)
-                except OSError as error:
-                    self._fall_back(str(error))
+        root = self._root if self._locking and self._writable else None
+        with self._flights.hold(digest, name, root):
             yield
+
+    def _keep(self, entry: Entry, *, heal: bool) -> Entry:
+        """The entry from now on in memory and, if it can be written, in the own folder."""
+        files = entry_files(entry)
+        path = self._publish(entry.key.digest, entry.name, files, heal=heal)
+        entry = self._remember(replace(entry, path=path or entry.path))
+        if path:
+            self._keep_to_cap(num_bytes(path))
+        return entry
 
     def _publish(
         self, digest: str, name: str, files: Mapping[str, bytes], *, heal: bool
@@ -373,28 +395,9 @@ class KernelStore:
             )
 
 
-def default_max_bytes() -> int:
-    """$JITGEN_CACHE_MAX_BYTES, or else 2 GiB; 0 is no cap.
-
-    Raises
-    ------
-    StoreError : the variable is set to something else than a number of bytes
-    """
-    text = os.environ.get("JITGEN_CACHE_MAX_BYTES") or str(DEFAULT_MAX_BYTES)
-    if not (text.isascii() and text.isdigit()):
-        raise StoreError(f"JITGEN_CACHE_MAX_BYTES is {text!r}: give bytes, or 0 for no cap")
-    return int(text)
-
-
-def default_root() -> Path | None:
-    """`kernels` in $JITGEN_CACHE_DIR or else in the user's cache folder; None if there is none."""
-    if base := os.environ.get("JITGEN_CACHE_DIR"):
-        return Path(base).absolute() / "kernels"
-    try:  # neither HOME nor an account: older platformdirs leave "~", newer ones raise
-        root = Path(platformdirs.user_cache_dir("jitgen")) / "kernels"
-    except RuntimeError:
-        return None
-    return root if root.is_absolute() else None
+def _warn_of(damages: Mapping[Tier | None, str], consequence: str) -> None:
+    for damage in damages.values():
+        _warn(f"{damage}; {consequence}")
 
 
 def _warn(message: str) -> None:

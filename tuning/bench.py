@@ -77,6 +77,10 @@ class Shape:
         return self.m * self.k + self.n * self.k + 2 * self.m * self.n + scales
 
     @property
+    def flops_per_byte(self) -> float:
+        return self.flops / self.num_bytes
+
+    @property
     def floor_us(self) -> float:
         """No kernel runs much faster than this on an H100."""
         memory, compute = self.num_bytes / FLOOR_BYTES_PER_US, self.flops / FLOOR_FLOPS_PER_US

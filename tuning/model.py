@@ -13,11 +13,10 @@ import bisect
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
-from ..expr import acc
+from ..groups import typical_rows
 from ..ir import Traversal
-from ..problem import MAX_EXTENT, Gemm
+from ..problem import MAX_EXTENT, Gemm, without_epilogue
 from ..schedule import (
     BLOCK_K,
     WGMMA_M,
@@ -55,13 +54,20 @@ M_BUCKETS = (16, 32, *sorted(base << i for i in range(11) for base in (64, 96))[
 
 def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.num_sms) -> float:
     """Predicted kernel time in microseconds."""
-    s = schedule
+    return _predict_us(problem, schedule, m, num_sms, block_clocks(problem, schedule))
+
+
+def _predict_us(problem: Gemm, s: Schedule, m: int, num_sms: int, clocks_per_block: float) -> float:
+    """`predict_us`, with the part that is the same for every m."""
     tiles = Traversal(s.block_m, s.block_n, s.cluster_m, s.cluster_n, s.raster_group)
-    rows, columns = tiles.grid(m, problem.n)
+    # Of groups as large as each other.
+    groups, of_group = typical_rows(problem, m)
+    rows, columns = tiles.grid(of_group, problem.n)
+    rows *= groups
     clusters = max_clusters(s.cluster_size, num_sms)
     rounds = -(-rows * columns // clusters) if clusters else math.inf
     load_clocks = (min(m, s.block_m) + s.block_n) * BLOCK_K / LOAD_BYTES_PER_CLOCK
-    k_loop = split_blocks(problem, s) * _soft_max(block_clocks(problem, s), load_clocks)
+    k_loop = split_blocks(problem, s) * _soft_max(clocks_per_block, load_clocks)
     stored = s.mma_tile[0] * slice_columns(s)
     end = stored * EPILOGUE_CLOCKS_PER_ELEMENT
     if s.split_k > 1:
@@ -70,7 +76,7 @@ def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.n
     # Tiles in turns overlap; the end of the last one does not.
     tile = max(k_loop + TURN_CLOCKS, (k_loop + end) / 2) if s.pingpong else k_loop + end
     compute_us = (rounds * tile + (end if s.pingpong else 0.0)) / CLOCKS_PER_US
-    bytes_moved = (m + problem.n) * problem.k + m * problem.n * problem.d_dtype.size_bytes
+    bytes_moved = (m + groups * problem.n) * problem.k + m * problem.n * problem.d_dtype.size_bytes
     return FIXED_US + _soft_max(compute_us, bytes_moved / HBM_BYTES_PER_US)
 
 
@@ -109,18 +115,18 @@ def block_clocks(problem: Gemm, schedule: Schedule) -> float:
 
 def choose(problem: Gemm, m: int, num_sms: int = SM90A.num_sms, target: Target = SM90A) -> Schedule:
     """The schedule with the least predicted time for `m` rows; one for all m of a bucket."""
-    return _choose(replace(problem, epilogue=acc), m_bucket(m), num_sms, target)
+    return _choose(without_epilogue(problem), m_bucket(m), num_sms, target)
 
 
 def rank(problem: Gemm, m: int, num_sms: int = SM90A.num_sms) -> dict[Schedule, float]:
     """Every candidate with its predicted microseconds, the fastest first."""
-    found = {s: predict_us(problem, s, m, num_sms) for s in _candidates(problem)}
+    found = {s: _predict_us(problem, s, m, num_sms, c) for s, c in _candidates(problem)}
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def choose_for_all(problem: Gemm, num_sms: int = SM90A.num_sms) -> Schedule:
     """One schedule for every m: it loses least to the choice of each bucket, in geometric mean."""
-    return _choose_for_all(replace(problem, epilogue=acc), num_sms)
+    return _choose_for_all(without_epilogue(problem), num_sms)
 
 
 def m_bucket(m: int) -> int:
@@ -147,21 +153,23 @@ def _soft_max(a: float, b: float) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def _candidates(problem: Gemm, target: Target = SM90A) -> tuple[Schedule, ...]:
-    """All candidates, which every bucket chooses from."""
-    return tuple(candidates(problem, target))
+def _candidates(problem: Gemm, target: Target = SM90A) -> tuple[tuple[Schedule, float], ...]:
+    """All candidates, which every bucket chooses from, with their block_clocks."""
+    return tuple((s, block_clocks(problem, s)) for s in candidates(problem, target))
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: Gemm, m: int, num_sms: int, target: Target) -> Schedule:
-    return min(
-        _candidates(problem, target), key=lambda schedule: predict_us(problem, schedule, m, num_sms)
-    )
+    def predicted(candidate: tuple[Schedule, float]) -> float:
+        return _predict_us(problem, candidate[0], m, num_sms, candidate[1])
+
+    return min(_candidates(problem, target), key=predicted)[0]
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose_for_all(problem: Gemm, num_sms: int) -> Schedule:
-    def total(schedule: Schedule) -> float:
-        return sum(math.log(predict_us(problem, schedule, m, num_sms)) for m in M_BUCKETS)
+    def total(candidate: tuple[Schedule, float]) -> float:
+        s, clocks = candidate
+        return sum(math.log(_predict_us(problem, s, m, num_sms, clocks)) for m in M_BUCKETS)
 
-    return min(_candidates(problem), key=total)
+    return min(_candidates(problem), key=total)[0]

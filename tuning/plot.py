@@ -1,11 +1,16 @@
-"""The picture of a benchmark: time over floor by M, of jitgen and its peers."""
+"""Pictures of benchmarks, of the cost model and of compile times, as SVG; None without matplotlib.
+
+The same figures give the same text.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from .bench import Row
+from .bench import FLOOR_BYTES_PER_US, FLOOR_FLOPS_PER_US, Row
+from .regret import Regret
 from .report import TITLES, summarize
 
 # Colour and marker by name: the markers tell apart what some eyes take for one colour.
@@ -16,6 +21,8 @@ STYLES = {
     "cublaslt_blockwise": ("#b8860b", "D"),
     "cutlass": ("#7a5aa6", "v"),
 }
+OURS = STYLES["jitgen"][0]
+SIZE = (7.5, 4.2)  # inches
 
 
 def series(rows: Sequence[Row]) -> tuple[list[str], Mapping[str, list[float | None]]]:
@@ -26,18 +33,12 @@ def series(rows: Sequence[Row]) -> tuple[list[str], Mapping[str, list[float | No
     return [summary.label for summary in summaries], known
 
 
-def render_svg(rows: Sequence[Row]) -> str | None:
-    """The plot as SVG, the same text for the same rows; None without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
+def over_floor_svg(rows: Sequence[Row]) -> str | None:
+    """Time over floor by M, of jitgen and its peers."""
     extents, lines = series(rows)
     positions = range(len(extents))
-    with matplotlib.rc_context({"svg.hashsalt": "jitgen", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-        axes = figure.subplots()
+
+    def paint(axes: Any) -> None:
         for name, values in lines.items():
             color, marker = STYLES[name]
             axes.plot(
@@ -53,9 +54,101 @@ def render_svg(rows: Sequence[Row]) -> str | None:
         axes.set_xlabel("M")
         axes.set_ylabel("time / floor, geometric mean (lower is better)")
         axes.set_ylim(bottom=1)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
+
+    return _draw(paint)
+
+
+def roofline_svg(rows: Sequence[Row]) -> str | None:
+    """TFLOPS by operations a byte, of every shape, below the bandwidth and the tensor cores."""
+    ridge = FLOOR_FLOPS_PER_US / FLOOR_BYTES_PER_US
+    found = [ridge, *(row.shape.flops_per_byte for row in rows)]
+    ends = (min(found) / 2, ridge, max(found) * 2)
+
+    def paint(axes: Any) -> None:
+        roof = [min(x * FLOOR_BYTES_PER_US, FLOOR_FLOPS_PER_US) / 1e6 for x in ends]
+        axes.loglog(ends, roof, color="#444444", linewidth=1.5)
+        for i, m in enumerate(sorted({row.shape.m for row in rows})):
+            group = [row for row in rows if row.shape.m == m]
+            axes.plot(
+                [row.shape.flops_per_byte for row in group],
+                [row.tflops for row in group],
+                linestyle="none",
+                marker="osD^vPX*"[i % 8],
+                label=f"M = {m}",
+            )
+        axes.set_xlabel("floating-point operations a byte")
+        axes.set_ylabel("TFLOPS")
+        axes.legend(frameon=False, ncols=2)
+
+    return _draw(paint)
+
+
+def regret_svg(found: Sequence[Regret]) -> str | None:
+    """What the cost model's choice loses to the fastest schedule measured, by M."""
+    extents = sorted({regret.m for regret in found})
+    shapes = sorted({(regret.problem.n, regret.problem.k) for regret in found})
+
+    def paint(axes: Any) -> None:
+        for i, (n, k) in enumerate(shapes):
+            group = [r for r in found if (r.problem.n, r.problem.k) == (n, k)]
+            axes.plot(
+                [extents.index(r.m) for r in group],
+                [100 * (r.ratio - 1) for r in group],
+                linestyle="none",
+                marker="osD^vPX*"[i % 8],
+                label=f"n{n}-k{k}",
+            )
+        axes.set_xticks(range(len(extents)), map(str, extents))
+        axes.set_xlabel("M")
+        axes.set_ylabel("slower than the fastest measured, %")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+
+    return _draw(paint)
+
+
+def predicted_svg(found: Sequence[Regret]) -> str | None:
+    """Every schedule's predicted time by its measured one."""
+    points = [(t.kernel_us, us) for regret in found for t, us in regret.trials]
+    ends = [min(map(min, points)), max(map(max, points))]
+
+    def paint(axes: Any) -> None:
+        axes.loglog(ends, ends, color="#444444", linewidth=1)
+        measured, predicted = zip(*points, strict=True)
+        axes.plot(measured, predicted, linestyle="none", marker=".", alpha=0.5, color=OURS)
+        axes.set_xlabel("measured us")
+        axes.set_ylabel("predicted us")
+
+    return _draw(paint)
+
+
+def compile_svg(seconds: Sequence[float]) -> str | None:
+    """How many kernels took how long to compile."""
+
+    def paint(axes: Any) -> None:
+        axes.hist(seconds, bins=24, color=OURS)
+        axes.set_xlabel("seconds of NVRTC for a kernel")
+        axes.set_ylabel("kernels")
+        axes.set_xlim(left=0)
+
+    return _draw(paint)
+
+
+def _draw(paint: Callable[[Any], None]) -> str | None:
+    """What `paint` puts on the axes it is given."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    with matplotlib.rc_context({"svg.hashsalt": "jitgen", "svg.fonttype": "none"}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.subplots()
+        paint(axes)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

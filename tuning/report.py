@@ -216,10 +216,15 @@ CONFIG_COLUMNS = ("M", "N", "K", "jitgen", "CUTLASS")
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of a table; `is_loss` if it is a peer's that beats jitgen's."""
+    """A figure of a table.
+
+    is_loss : it is a peer's that beats jitgen's
+    heat : from 0, as good as can be, to 1: how strongly a page colours it
+    """
 
     text: str
     is_loss: bool = False
+    heat: float = 0.0
 
 
 def row_cells(row: Row) -> list[Cell]:
@@ -229,8 +234,8 @@ def row_cells(row: Row) -> list[Cell]:
         *(Cell(str(extent)) for extent in (shape.m, shape.n, shape.k)),
         Cell(f"{ours.kernel_us:.2f}"),
         Cell(f"{ours.std_us / ours.kernel_us:.1%}"),
-        *(_figure_cell(row.us(name), loss_below=ours.kernel_us) for name in TIMED),
-        _figure_cell(row.ratio("best")),
+        *(figure_cell(row.us(name), loss_below=ours.kernel_us) for name in TIMED),
+        figure_cell(row.ratio("best")),
         Cell(f"{row.over_floor:.2f}"),
         Cell(f"{row.tflops:.0f}"),
         Cell(f"{row.gb_per_s:.0f}"),
@@ -243,17 +248,17 @@ def summary_cells(summary: Summary) -> list[Cell]:
     return [
         Cell(summary.label),
         Cell(str(summary.num_shapes)),
-        _figure_cell(summary.ratios["best"]),
+        figure_cell(summary.ratios["best"]),
         *(Cell("-" if count is None else str(count), bool(count)) for count in losses),
-        *(_figure_cell(summary.ratios[name]) for name in TIMED),
-        _figure_cell(summary.live_over_baseline, loss_below=0),
+        *(figure_cell(summary.ratios[name]) for name in TIMED),
+        figure_cell(summary.live_over_baseline, loss_below=0),
     ]
 
 
 def floor_cells(summary: Summary) -> list[Cell]:
     """A summary's times over the floor, in the order of FLOOR_COLUMNS."""
     ours = summary.over_floor["jitgen"]
-    cells = (_figure_cell(value, loss_below=ours or 0) for value in summary.over_floor.values())
+    cells = (figure_cell(value, loss_below=ours or 0) for value in summary.over_floor.values())
     return [Cell(summary.label), *cells]
 
 
@@ -265,7 +270,8 @@ def config_cells(row: Row) -> list[Cell]:
     return [Cell(text) for text in texts]
 
 
-def _figure_cell(figure: float | None, *, loss_below: float = 1) -> Cell:
+def figure_cell(figure: float | None, *, loss_below: float = 1) -> Cell:
+    """A figure, a loss below that; a dash for none."""
     return Cell("-") if figure is None else Cell(f"{figure:.2f}", figure < loss_below)
 
 
@@ -302,31 +308,39 @@ def render_markdown(result: Result, *, plot: str | None = None) -> str:
         "Where peer / jitgen is above 1, jitgen is faster; **bold**: the peer is. Kernels that one"
         f" call of jitgen launches: {' or '.join(map(str, num_launches(rows)))}.",
         *_missing_lines(rows),
-        *_section("Geometric means", SUMMARY_COLUMNS, map(summary_cells, summaries)),
-        *_section("Time over floor, geometric means", FLOOR_COLUMNS, map(floor_cells, summaries)),
+        *section("Geometric means", SUMMARY_COLUMNS, map(summary_cells, summaries)),
+        *section("Time over floor, geometric means", FLOOR_COLUMNS, map(floor_cells, summaries)),
         *(["", f"![Time over floor by M]({plot})"] if plot else []),
     ]
     for m in sorted({row.shape.m for row in rows}):
         cells = (row_cells(row)[1:] for row in rows if row.shape.m == m)
-        lines += _section(f"M = {m}", COLUMNS[1:], cells)
-    lines += _section("Schedules", CONFIG_COLUMNS, map(config_cells, rows))
+        lines += section(f"M = {m}", COLUMNS[1:], cells)
+    lines += section("Schedules", CONFIG_COLUMNS, map(config_cells, rows))
     return "\n".join(lines) + "\n"
 
 
-def _missing_lines(rows: Sequence[Row]) -> Iterator[str]:
+def missing(rows: Sequence[Row]) -> list[str]:
     """What was not measured and why, each reason once."""
     shapes: dict[tuple[str, str], list[Shape]] = {}
     for row in rows:
-        for missing in row.missing.items():
-            shapes.setdefault(missing, []).append(row.shape)
-    if shapes:
-        yield from ("", "Not measured:", "")
-    for (title, reason), found in shapes.items():
-        where = "every shape" if len(found) == len(rows) else ", ".join(map(str, found))
-        yield f"- {title}, {where}: {reason}"
+        for title_and_reason in row.missing.items():
+            shapes.setdefault(title_and_reason, []).append(row.shape)
+    return [
+        f"{title}, {_names(found, rows)}: {reason}" for (title, reason), found in shapes.items()
+    ]
 
 
-def _section(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Iterator[str]:
+def _names(shapes: Sequence[Shape], rows: Sequence[Row]) -> str:
+    return "every shape" if len(shapes) == len(rows) else ", ".join(map(str, shapes))
+
+
+def _missing_lines(rows: Sequence[Row]) -> list[str]:
+    found = missing(rows)
+    return ["", "Not measured:", "", *(f"- {line}" for line in found)] if found else []
+
+
+def section(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Iterator[str]:
+    """The lines of a heading and its table; losses in bold."""
     yield from ("", f"## {title}", "")
     yield f"| {' | '.join(columns)} |"
     yield f"|{'---:|' * len(columns)}"
@@ -346,11 +360,11 @@ def print_result(console: Console, result: Result) -> None:
     summaries = summarize(result.rows)
     launches = " or ".join(map(str, num_launches(result.rows)))
     console.print(f"{result.meta.gpu}: {launches} kernel launched by a call", highlight=False)
-    console.print(_table(COLUMNS, map(row_cells, result.rows)))
+    console.print(table(COLUMNS, map(row_cells, result.rows)))
     console.print("* the peer is faster\n")
-    console.print(_table(SUMMARY_COLUMNS, map(summary_cells, summaries), title="Geometric means"))
-    console.print(_table(FLOOR_COLUMNS, map(floor_cells, summaries), title="Time over floor"))
-    console.print(_table(CONFIG_COLUMNS, map(config_cells, result.rows), title="Schedules"))
+    console.print(table(SUMMARY_COLUMNS, map(summary_cells, summaries), title="Geometric means"))
+    console.print(table(FLOOR_COLUMNS, map(floor_cells, summaries), title="Time over floor"))
+    console.print(table(CONFIG_COLUMNS, map(config_cells, result.rows), title="Schedules"))
     for line in _missing_lines(result.rows):
         console.print(line, markup=False, highlight=False)
     live = summaries[-1].live_over_baseline if summaries else None
@@ -362,12 +376,13 @@ def print_result(console: Console, result: Result) -> None:
         )
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], title: str = "") -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], title: str = "") -> Table:
+    """As `section`, for a terminal; losses in red with an asterisk."""
     from rich.table import Table
 
-    table = Table(title=title or None)
+    found = Table(title=title or None)
     for column in columns:
-        table.add_column(column, justify="right")
+        found.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*(f"[red]{cell.text}*[/]" if cell.is_loss else cell.text for cell in row))
-    return table
+        found.add_row(*(f"[red]{cell.text}*[/]" if cell.is_loss else cell.text for cell in row))
+    return found

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 from ..errors import StoreError
-from ..expr import acc
-from ..problem import Gemm
+from ..problem import Gemm, without_epilogue
 from ..runtime import driver
 from ..schedule import Schedule
 from ..target import H100, SM90A, Gpu
@@ -68,7 +66,7 @@ def reload_records() -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _select(problem: Gemm, bucket: int, gpu: Gpu) -> Schedule:
-    plain = replace(problem, epilogue=acc)
+    plain = without_epilogue(problem)
     for folder in (user_folder(), shipped_folder()):
         schedule = _schedules(file_of(folder, gpu, plain)).get((gpu, plain, bucket))
         # That of an old record may be legal no more.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,53 @@ from .records import (
     save,
     schedule_json,
 )
-from .tune import Job, Outcome
+from .tune import Job, Outcome, Trial
 
 JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class JournalLine:
+    """What the journal says of an outcome: the fields of `Outcome`, its job as text.
+
+    kernels : of the provenance
+    """
+
+    gpu: Gpu
+    kernels: tuple[str, str]
+    job: str
+    status: str
+    trials: tuple[Trial, ...]
+    errors: dict[Schedule, str]
+
+
+def read_journal(folder: Path) -> list[JournalLine]:
+    """The outcomes in the journal of a records' folder, oldest first; none without a journal.
+
+    A line that cannot be read is left out: the last one may be half written, and others another
+    version's.
+    """
+    path = folder / JOURNAL
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, StoreError):
+            lines.append(_read_line(json.loads(text)))
+    return lines
+
+
+def _read_line(line: dict[str, Any]) -> JournalLine:
+    fingerprint, nvrtc = line["kernels"]
+    return JournalLine(
+        Gpu(line["name"], line["num_sms"]),
+        (fingerprint, nvrtc),
+        line["job"],
+        line["status"],
+        tuple(
+            Trial(**(trial | {"schedule": read_schedule(trial["schedule"])}))
+            for trial in line["trials"]
+        ),
+        {read_schedule(error["schedule"]): error["error"] for error in line["errors"]},
+    )
 
 
 class Session:
@@ -84,7 +128,8 @@ class Session:
         ------
         StoreError : a file cannot be written, or the records file breaks the format
         """
-        line = json.dumps(self._head() | _outcome_json(outcome), allow_nan=False)
+        head = asdict(self._gpu) | {"kernels": self._provenance.kernels}
+        line = json.dumps(head | _outcome_json(outcome), allow_nan=False)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / JOURNAL).open("a") as file:
@@ -104,21 +149,12 @@ class Session:
             )
             save(self._folder, [record])
 
-    def _head(self) -> dict[str, Any]:
-        """What a line of the journal must agree in to be of use to this run."""
-        return asdict(self._gpu) | {"kernels": list(self._provenance.kernels)}
-
     def _failed(self) -> dict[str, set[Schedule]]:
         """The schedules that the journal says cannot be measured, by job."""
-        path = self._folder / JOURNAL
         failed: dict[str, set[Schedule]] = {}
-        for text in path.read_text().splitlines() if path.is_file() else ():
-            # The last line may be half written, and others another version's.
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, StoreError):
-                line = json.loads(text)
-                if self._head().items() <= line.items():
-                    schedules = {read_schedule(error["schedule"]) for error in line["errors"]}
-                    failed.setdefault(line["job"], set()).update(schedules)
+        for line in read_journal(self._folder):
+            if (line.gpu, line.kernels) == (self._gpu, self._provenance.kernels):
+                failed.setdefault(line.job, set()).update(line.errors)
         return failed
 
 

@@ -6,16 +6,20 @@
 #include "jitgen/scales.cuh"
 #include "jitgen/scheduler.cuh"
 #include "jitgen/split.cuh"
+#include "jitgen/store.cuh"
 #include "jitgen/tma.cuh"
 #include "jitgen/wgmma.cuh"
 
 using namespace jitgen;
 
 // ---- problem and schedule ----------------------------------------------------------------------------------------
+constexpr u32 kNumMatrices = 1;
 constexpr u32 kN = 576;
 constexpr u32 kK = 576;
 constexpr u32 kBlockM = 256;
 constexpr u32 kBlockN = 96;
+constexpr u32 kHalves = 1;
+constexpr u32 kOutN = 96;
 constexpr u32 kBlockK = 128;
 constexpr u32 kNumStages = 3;
 constexpr u32 kNumMathWarpgroups = 2;
@@ -32,6 +36,7 @@ constexpr u32 kPartBlocks = 5;
 constexpr u32 kSliceColumns = 96;
 constexpr u32 kRasterGroup = 8;
 constexpr u32 kPlainEpilogue = 0;
+constexpr u32 kQuantize = 0;
 constexpr u32 kScaleN = 128;
 constexpr u32 kNumSfbRows = 2;
 constexpr u32 kScaleBlocks = 8;
@@ -65,7 +70,10 @@ constexpr u32 kStageBytesA = kBlockM * kBlockK, kStageBytesB = kBlockN * kBlockK
 constexpr u32 kScaleStageBytes = kScaleBlocks * (kBlockM + kNumSfbRows) * 4;
 constexpr u32 kNumScaleChunks = ceil_div(kNumKBlocks, kScaleBlocks);
 constexpr u32 kLoadRowsA = kBlockM / kClusterN, kLoadRowsB = kBlockN / kClusterM;  // this block's multicast share
-constexpr u32 kNumClusterRowsN = ceil_div(kN, kBlockN * kClusterN);
+constexpr u32 kBoxRowsB = kBlockN / (kClusterM > kHalves ? kClusterM : kHalves);   // of it, in one half of B
+constexpr u32 kNumClusterRowsN = ceil_div(kN, kOutN * kClusterN);
+constexpr u32 kSfbRows = ceil_div(kN, kScaleN);                        // of one half
+constexpr u32 kWarpgroupDBytes = kWarpgroupRows * (kSwapAB ? kBlockM : kOutN) * sizeof(DType);
 constexpr bool kShareTiles = kTileBlocks > 1;                          // blocks of a cluster; or they share k
 // A block writes into the stages of the blocks in its cluster row and column, so it waits for their consumers.
 constexpr u32 kNumPeers = kClusterM + kClusterN - 1;
@@ -75,7 +83,9 @@ static_assert(kNumTurns == 1 || kSplitK == 1, "blocks that share k have one tile
 static_assert(kStageBytesA % 1024 == 0 && kStageBytesB % 1024 == 0, "SW128 tiles start on 1024-byte boundaries");
 static_assert(kLoadRowsA % 8 == 0 && kLoadRowsB % 8 == 0, "multicast shares are whole swizzle atoms");
 static_assert(4 % kUnroll == 0 && kScaleBlocks % 4 == 0, "the scales of an unrolled body are neighbours in one chunk");
-static_assert(kSwapAB || kBlockN % 16 == 0, "stmatrix x4 stores 16 columns");
+static_assert(kSwapAB || kOutN % 16 == 0, "stmatrix x4 stores 16 columns");
+static_assert(kOutN * kHalves == kBlockN, "each half of B gives an operand of the epilogue");
+static_assert(!kSwapAB || (kHalves == 1 && !kQuantize), "a thread has gate and up, four threads a row's 128 columns");
 static_assert(kSmemBytes <= 232448, "sm_90 allows 227 KiB of shared memory a block");
 
 struct EpilogueOperands {
@@ -84,8 +94,9 @@ struct EpilogueOperands {
     u32 operand_residual_stride;
 };
 
-// Columns `column` and `column + 1` of row `row`, which lie within D.
-__device__ __forceinline__ float2 evaluate(float2 acc, const EpilogueOperands& operands, u32 row, u32 column) {
+// Columns `column` and `column + 1` of row `row`, which lie within D and are of `group`. `up` is of B's other half.
+__device__ __forceinline__ float2 evaluate(float2 acc, float2 up, const EpilogueOperands& operands, u32 row,
+                                           u32 column, u32 group) {
     return epilogue::add(epilogue::add(acc, epilogue::load_pair(operands.operand_bias, column)), epilogue::load_pair(operands.operand_residual, u64(row) * operands.operand_residual_stride + column));
 }
 
@@ -100,11 +111,12 @@ __device__ __forceinline__ u32 peer_rank(u32 i) {
     return i < kClusterM ? rank / kClusterM * kClusterM + i : (rank + (i - kClusterM + 1) * kClusterM) % kTileBlocks;
 }
 
-// Origin of this block's tile in a cluster tile.
-__device__ __forceinline__ TileCoordinates tile_origin(TileCoordinates cluster_tile) {
+// This block's tile of a cluster tile, its origin in rows and columns of D.
+__device__ __forceinline__ Tile tile_of_block(Tile tile) {
     const u32 rank = block_rank();
-    return {(cluster_tile.m * kClusterM + rank % kClusterM) * kBlockM,
-            (cluster_tile.n * kClusterN + rank / kClusterM) * kBlockN};
+    tile.m = tile.begin_m + (tile.m * kClusterM + rank % kClusterM) * kBlockM;
+    tile.n = (tile.n * kClusterN + rank / kClusterM) * kOutN;
+    return tile;
 }
 
 // What a math warpgroup carries along the K loop.
@@ -211,7 +223,7 @@ void gemm_e4m3_bf16_n576_k576_256x96x128_s3_w2_c2x1_g8_k1_serial_epilogue(
     const Inbox<kSplitK, kSwapAB, kNumWaves, kColumns, kSliceColumns, kNumMathThreads> inbox{
         smem_base + kSmemInbox, empty_scales + 8 * kNumScaleStages, part_index()};
     const u32 warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;
-    const Traversal<kRasterGroup, kNumClusterRowsN> traversal{ceil_div(m, kBlockM * kClusterM)};
+    const Traversal<kRasterGroup, kNumClusterRowsN> traversal{ceil_div(m, kBlockM * kClusterM), m};
     const u32 first_tile = blockIdx.x / kClusterSize, tile_step = gridDim.x / kClusterSize;
     const EpilogueOperands operands{operand_bias, operand_residual, operand_residual_stride};
 
@@ -227,7 +239,7 @@ void gemm_e4m3_bf16_n576_k576_256x96x128_s3_w2_c2x1_g8_k1_serial_epilogue(
             mbarrier_init(full_scales + 8 * stage, kNumScaleThreads);
             mbarrier_init(empty_scales + 8 * stage, kTileThreads / 32);
         }
-        if constexpr (kSplitK > 1) inbox.expect(min(kBlockM, m - tile_origin(traversal.tile(first_tile)).m));
+        if constexpr (kSplitK > 1) inbox.expect(min(kBlockM, m - tile_of_block(traversal.tile(first_tile)).m));
         fence_mbarrier_init();
     }
     __syncwarp();
@@ -246,7 +258,7 @@ void gemm_e4m3_bf16_n576_k576_256x96x128_s3_w2_c2x1_g8_k1_serial_epilogue(
         const u32 thread_row = first_row + warp % 4 * 16 + math_lane / 4;  // and thread_row + 8
         const bool is_store_thread = threadIdx.x % 128 == 0;
         const u32 warpgroup_barrier = 1 + warpgroup, turn_barriers = 1 + kNumMathWarpgroups;
-        const u32 warpgroup_d = smem_d + warpgroup * kWarpgroupRows * kColumns * sizeof(DType);
+        const u32 warpgroup_d = smem_d + warpgroup * kWarpgroupDBytes;
         MathState math{(kSwapAB ? smem_b : smem_a) + first_row * kBlockK, kSwapAB ? smem_a : smem_b, smem_scales,
                        full_barriers, full_scales, thread_row, math_lane, num_part_blocks()};
         if constexpr (kNumTurns > 1) {
@@ -254,8 +266,7 @@ void gemm_e4m3_bf16_n576_k576_256x96x128_s3_w2_c2x1_g8_k1_serial_epilogue(
             math.scale_pipeline.advance(turn * kNumScaleChunks);
         }
         for (u32 index = first_tile + turn * tile_step; index < traversal.size(); index += tile_step * kNumTurns) {
-            const TileCoordinates origin = tile_origin(traversal.tile(index));
-            math.sfb_boundary = kScaleN - origin.n % kScaleN;
+            math.sfb_boundary = kHalves > 1 ? kOutN : kScaleN - tile_of_block(traversal.tile(index)).n % kScaleN;
             float acc[kNumWaves][kColumns / 2] = {};
             if constexpr (kNumTurns > 1) {
                 // One K loop after the other: a barrier can be waited for while it is at most one phase behind.
@@ -281,9 +292,10 @@ void gemm_e4m3_bf16_n576_k576_256x96x128_s3_w2_c2x1_g8_k1_serial_epilogue(
             }
 
             // ---- finish: epilogue, then out through swizzled shared memory -----------------------------------------
+            const Tile tile = tile_of_block(traversal.tile(index));  // of a group: found again, or it would spill
             if constexpr (kSplitK > 1) {
                 cluster_wait();  // the inboxes are ready
-                inbox.send(acc, m - origin.m);
+                inbox.send(acc, m - tile.m);
                 inbox.wait();
             }
             if (is_store_thread) tma_store_wait_read();  // the previous tile has left smem_d
@@ -293,49 +305,40 @@ void gemm_e4m3_bf16_n576_k576_256x96x128_s3_w2_c2x1_g8_k1_serial_epilogue(
             // A box of smem_d holds kStoreColumns columns of all the warpgroup's rows.
 #pragma unroll
             for (u32 wave = 0; wave < kNumWaves; ++wave) {
-                const u32 row = origin.m + tile_row + wave * kWaveRows;
+                const u32 row = tile.m + tile_row + wave * kWaveRows;
                 const u32 warp_row = warp % 4 * 16 + wave * kWaveRows;
 #pragma unroll
-                for (u32 j = 0; j < kBlockN / 16; ++j) {
+                for (u32 j = 0; j < kOutN / 16; ++j) {
                     if (!inbox.owns(16 * j)) continue;
                     float* sums = &acc[wave][8 * j];
                     if constexpr (kSplitK > 1) inbox.add(sums, wave, 2 * j), inbox.add(sums + 4, wave, 2 * j + 1);
                     float2 out[2][2];  // [column group of 8][row, row + 8]
 #pragma unroll
                     for (u32 i = 0; i < 4; ++i) {
-                        const float* value = sums + 2 * i;
-                        const u32 column = origin.n + 16 * j + i / 2 * 8 + lane % 4 * 2, element_row = row + i % 2 * 8;
+                        float* value = sums + 2 * i;
+                        const float* up = value + (kHalves > 1 ? kOutN / 2 : 0);
+                        const u32 column = tile.n + 16 * j + i / 2 * 8 + lane % 4 * 2, element_row = row + i % 2 * 8;
                         // The branch also keeps ptxas from interleaving the evaluations, and so from spilling.
                         out[i / 2][i % 2] = {value[0], value[1]};
-                        if (!kPlainEpilogue && element_row < m && column < kN)
-                            out[i / 2][i % 2] = evaluate(out[i / 2][i % 2], operands, element_row, column);
+                        if (!kPlainEpilogue && element_row < tile.end_m && column < kN)
+                            out[i / 2][i % 2] =
+                                evaluate(out[i / 2][i % 2], {up[0], up[1]}, operands, element_row, column, tile.group);
+                        if constexpr (kQuantize) value[0] = out[i / 2][i % 2].x, value[1] = out[i / 2][i % 2].y;
                     }
                     if constexpr (!kPlainEpilogue) __syncwarp();  // stmatrix is a warp's
-                    const u32 box = 16 * j / kStoreColumns, box_column = 16 * j % kStoreColumns;
-                    const u32 box_base = warpgroup_d + box * kStoreRows * kStoreSpan;
-                    if constexpr (sizeof(DType) == 2) {
-                        const u32 offset = (warp_row + lane % 16) * kStoreSpan + (box_column + lane / 16 * 8) * 2;
-                        stmatrix_x4(box_base + swizzle<kStoreSpan>(offset), pack_bf16(out[0][0].x, out[0][0].y),
-                                    pack_bf16(out[0][1].x, out[0][1].y), pack_bf16(out[1][0].x, out[1][0].y),
-                                    pack_bf16(out[1][1].x, out[1][1].y));
-                    } else {
-#pragma unroll
-                        for (u32 i = 0; i < 4; ++i) {
-                            const u32 offset = (warp_row + lane / 4 + i % 2 * 8) * kStoreSpan +
-                                               (box_column + i / 2 * 8 + lane % 4 * 2) * 4;
-                            st_shared(box_base + swizzle<kStoreSpan>(offset), out[i / 2][i % 2]);
-                        }
-                    }
+                    if constexpr (kQuantize) continue;  // when all of a row is known
+                    const u32 box = warpgroup_d + 16 * j / kStoreColumns * kStoreRows * kStoreSpan;
+                    write_fragment<kStoreSpan, DType>(box, warp_row, 16 * j % kStoreColumns, lane, out);
                 }
             }
             fence_proxy_async();
             named_barrier_sync<128>(warpgroup_barrier);
             if (is_store_thread) {
 #pragma unroll
-                for (u32 box = 0; box < kBlockN / kStoreColumns; ++box)
+                for (u32 box = 0; box < kOutN / kStoreColumns; ++box)
                     if (inbox.owns(box * kStoreColumns))
-                        tma_store(map_d, warpgroup_d + box * kStoreRows * kStoreSpan, origin.n + box * kStoreColumns,
-                                  origin.m + first_row);
+                        tma_store(map_d, warpgroup_d + box * kStoreRows * kStoreSpan, tile.n + box * kStoreColumns,
+                                  tile.m + first_row);
                 tma_store_commit();
             }
 
@@ -350,23 +353,27 @@ void gemm_e4m3_bf16_n576_k576_256x96x128_s3_w2_c2x1_g8_k1_serial_epilogue(
             const u32 rank_m = block_rank() % kClusterM, rank_n = block_rank() / kClusterM;
             const u32 k_begin = part_index() * kPartBlocks, k_end = k_begin + num_part_blocks();
             // The host cuts the boxes of A to m rows; the rows beyond it hold whatever was there, and are not stored.
-            const u32 stage_bytes = min(kLoadRowsA, m) * kClusterN * kBlockK + kStageBytesB;
-            // B must not displace what others wrote if all tile rows that read it walk together.
-            const bool is_b_read_once = traversal.rows <= kRasterGroup;
+            const u32 stage_bytes = min(kLoadRowsA, m * kNumMatrices) * kClusterN * kBlockK + kStageBytesB;
             const u16 mask_a = u16(((1u << kTileBlocks) - 1) / ((1u << kClusterM) - 1) << rank_m);
             const u16 mask_b = u16(((1u << kClusterM) - 1) << (rank_n * kClusterM));
             for (u32 index = first_tile; index < traversal.size(); index += tile_step) {
-                const TileCoordinates origin = tile_origin(traversal.tile(index));
+                const Tile tile = tile_of_block(traversal.tile(index));
+                // B must not displace what others wrote if all tile rows that read it walk together.
+                const bool is_b_read_once = tile.num_rows <= kRasterGroup;
                 for (u32 k_block = k_begin; k_block < k_end; ++k_block, pipeline.advance()) {
                     const u32 full = full_barriers + 8 * pipeline.stage;
                     mbarrier_wait(empty_barriers + 8 * pipeline.stage, pipeline.phase ^ 1);
                     mbarrier_arrive_expect_tx(full, stage_bytes);
                     tma_load<(kClusterN > 1)>(
                         smem_a + pipeline.stage * kStageBytesA + rank_n * kLoadRowsA * kBlockK, map_a, full,
-                        k_block * kBlockK, origin.m + rank_n * kLoadRowsA, mask_a);
-                    tma_load<(kClusterM > 1)>(
-                        smem_b + pipeline.stage * kStageBytesB + rank_m * kLoadRowsB * kBlockK, map_b, full,
-                        k_block * kBlockK, origin.n + rank_m * kLoadRowsB, mask_b, is_b_read_once);
+                        k_block * kBlockK, tile.m + rank_n * kLoadRowsA, mask_a);
+#pragma unroll
+                    for (u32 i = 0; i < kLoadRowsB / kBoxRowsB; ++i) {
+                        const u32 row = rank_m * kLoadRowsB + i * kBoxRowsB;  // of the tile: one half below the other
+                        tma_load<(kClusterM > 1)>(
+                            smem_b + pipeline.stage * kStageBytesB + row * kBlockK, map_b, full, k_block * kBlockK,
+                            (tile.group * kHalves + row / kOutN) * kN + tile.n + row % kOutN, mask_b, is_b_read_once);
+                    }
                 }
             }
             launch_dependents();
@@ -374,14 +381,16 @@ void gemm_e4m3_bf16_n576_k576_256x96x128_s3_w2_c2x1_g8_k1_serial_epilogue(
     } else {
         // ---- load scales -----------------------------------------------------------------------------------------
         setmaxnreg_dec<kProducerRegisters>();
-        const ScaleLoader<kBlockM, kNumSfbRows, kScaleBlocks, kNumScaleThreads> loader{
-            sfa, sfb, sfa_stride_m, sfa_stride_k, m, ceil_div(kN, kScaleN), kNumKBlocks, threadIdx.x % 128 - 32};
         PipelineState<kNumScaleStages> pipeline;
         const u32 k_begin = part_index() * kPartBlocks, num_chunks = ceil_div(num_part_blocks(), kScaleBlocks);
         for (u32 index = first_tile; index < traversal.size(); index += tile_step) {
-            const TileCoordinates origin = tile_origin(traversal.tile(index));
+            const Tile tile = tile_of_block(traversal.tile(index));
+            const ScaleLoader<kBlockM, kNumSfbRows, kScaleBlocks, kNumScaleThreads> loader{
+                sfa,
+                sfb + u64(tile.group) * (kHalves * kSfbRows * kNumKBlocks), sfa_stride_m, sfa_stride_k, tile.end_m,
+                kHalves * kSfbRows, kNumKBlocks, kHalves > 1 ? kSfbRows : 1, threadIdx.x % 128 - 32};
             for (u32 chunk = 0; chunk < num_chunks; ++chunk, pipeline.advance()) {
-                loader.load(smem_scales + pipeline.stage * kScaleStageBytes, origin.m, origin.n / kScaleN,
+                loader.load(smem_scales + pipeline.stage * kScaleStageBytes, tile.m, tile.n / kScaleN,
                             k_begin + chunk * kScaleBlocks, empty_scales + 8 * pipeline.stage, pipeline.phase ^ 1);
                 mbarrier_arrive(full_scales + 8 * pipeline.stage);
             }

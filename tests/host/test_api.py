@@ -477,7 +477,7 @@ def test_gemm_rejects_out(
         call(make(rng), out=make_out(), out_dtype=out_dtype)
 
 
-@pytest.mark.parametrize("out_dtype", ["float16", "e4m3", E4M3, np.int8, 3], ids=str)
+@pytest.mark.parametrize("out_dtype", ["float16", np.int8, 3], ids=str)
 def test_gemm_rejects_out_dtype(rng: np.random.Generator, out_dtype: Any) -> None:
     with pytest.raises(ProblemError, match=r"bfloat16.*float32"):
         call(make(rng), out_dtype=out_dtype)
@@ -508,7 +508,7 @@ def test_gemm_problem_rejects_rows_beyond_tma_coordinates() -> None:
         ArrayView("sfb", F32, (1, 1), (1, 1)),
     )
     with pytest.raises(ProblemError, match=rf"\bm\b.*{m}"):
-        gemm_problem(*views, BF16, acc)
+        gemm_problem({view.name: view for view in views}, BF16, acc, None)
 
 
 # --- arguments of a launch ----------------------------------------------------------------------

@@ -27,7 +27,7 @@ from jitgen import cli
 from jitgen.errors import StoreError
 from jitgen.runtime import bundle as bundle_module
 from jitgen.runtime.bundle import Imported, Toolchain, export_bundle, import_bundle
-from jitgen.runtime.entry import DamagedError, entry_files
+from jitgen.runtime.entry import DamagedError, Entry, entry_files
 from jitgen.runtime.key import make_key
 from jitgen.runtime.nvrtc import Compiled
 from jitgen.runtime.stats import Stats
@@ -151,8 +151,8 @@ def test_import_rejects_another_toolchain(field: str, bundle: Path, store: Kerne
 def test_import_rejects_another_format(
     bundle: Path, store: KernelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle_module, "FORMAT_VERSION", 2)
-    with pytest.raises(StoreError, match="its format_version is 1, wanted is 2: export it with"):
+    monkeypatch.setattr(bundle_module, "FORMAT_VERSION", 3)
+    with pytest.raises(StoreError, match="its format_version is 2, wanted is 3: export it with"):
         import_bundle(bundle, TOOLCHAIN, store)
 
 
@@ -204,7 +204,7 @@ def test_export_rejects_a_kernel_that_was_removed_and_keeps_the_old_bundle(
 
 
 def test_add_rejects_an_entry_of_another_key(store: KernelStore) -> None:
-    files = entry_files(KEYS[0], "gemm", SOURCES[0], Compiled(CUBIN, "", RESOURCES))
+    files = entry_files(Entry(KEYS[0], "gemm", CUBIN, SOURCES[0], RESOURCES, "", None))
     with pytest.raises(DamagedError, match="is that of kernel"):
         store.add(KEYS[1].digest, files)
     assert entries_on_disk(store) == []

@@ -102,7 +102,6 @@ def test_show_fuses_the_epilogue(run: Run, epilogue: str, shown: str) -> None:
     [
         (["--n", 100], "n = 100 must be a positive multiple of 8"),
         (["--out-dtype", "int8"], "dtype int8 is not supported"),
-        (["--out-dtype", "float8_e4m3fn"], "d has dtype float8_e4m3fn"),
         (["--schedule", "128"], "'128' where two numbers are due"),
         (["--schedule", ""], "where two numbers are due"),
         (["--schedule", "128x128 stage=4"], "after the tile, use stages="),
@@ -339,7 +338,6 @@ GOOD = {"n": 256, "k": 512, "m": [1]}
         ([{"n": 256, "k": 512, "m_max": 1.5}], "entry 0: m_max must be an int"),
         ([GOOD | {"out_dtype": "int8"}], "entry 0: dtype int8 is not supported"),
         ([GOOD | {"out_dtype": 16}], "entry 0: out_dtype must be a name"),
-        ([GOOD | {"out_dtype": "e4m3"}], "entry 0: d has dtype float8_e4m3fn"),
     ],
 )
 def test_prebuild_rejects_problems_file(
@@ -439,7 +437,7 @@ def test_bench_warns_if_the_machine_is_not_like_the_baselines(
 def test_bench_report_writes_the_same_report_again(
     run: Run, measured: list[bench.Shape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plot, "render_svg", lambda rows: f"<svg>{len(rows)}</svg>")
+    monkeypatch.setattr(plot, "over_floor_svg", lambda rows: f"<svg>{len(rows)}</svg>")
     files = tmp_path / "out.json", tmp_path / "first.md", tmp_path / "again.md"
     first = run("bench", "gemm", "--json", files[0], "--markdown", files[1])
     again = run("bench", "report", files[0], "--markdown", files[2])
@@ -453,7 +451,7 @@ def test_bench_report_writes_the_same_report_again(
 def test_bench_report_without_matplotlib_has_no_plot_and_says_so(
     run: Run, measured: list[bench.Shape], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plot, "render_svg", lambda rows: None)
+    monkeypatch.setattr(plot, "over_floor_svg", lambda rows: None)
     result = run("bench", "gemm", "--quick", "--markdown", tmp_path / "report.md")
     assert result.exit_code == 0
     assert "warning: no plot without matplotlib" in result.stderr

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from jitgen import cli
 from jitgen.build import key_of
 from jitgen.codegen import render
+from jitgen.expr import acc, silu, vector
 from jitgen.lower import lower
 from jitgen.problem import Gemm
 from jitgen.runtime.eviction import list_usage
@@ -226,3 +227,14 @@ def test_explain_rejects_an_illegal_problem_in_one_line(run: Run) -> None:
     result = run("--n", 100, "--k", 512)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: n = 100 must be")
+
+
+def test_explain_knows_epilogues_by_name(run: Run) -> None:
+    fused = lower(Gemm(256, 512, epilogue=silu(acc + vector("bias"))), KERNEL.schedule)
+    put(KERNEL)
+    missing = run(*ASK, "--epilogue", "bias-silu")
+    assert missing.exit_code == 1
+    assert f"nearest: {KERNEL.name}\n" in missing.stdout
+    assert f"whose epilogue is {fused.problem.epilogue}: " in missing.stdout.splitlines()[-1]
+    put(fused)
+    assert f"in the store: {fused.name}\n" in run(*ASK, "--epilogue", "bias-silu").stdout

@@ -206,6 +206,7 @@ def test_tune_without_torch_is_one_error_line(run: Run, monkeypatch: pytest.Monk
         ([], "give one of --grid, --problems, or --n with --k"),
         (["--n", 256], "give one of --grid, --problems, or --n with --k"),
         (["--grid", "dense", *SHAPE], "give one of --grid, --problems, or --n with --k"),
+        ([*SHAPE, "--out-dtype", "e4m3"], "only D in bfloat16 or float32 is tuned"),
         ([*SHAPE, "--gpu", "NVIDIA H200"], "--gpu and --num-sms go with --compile-only"),
     ],
 )

@@ -19,18 +19,23 @@ import pytest
 
 from jitgen import (
     BF16,
+    E4M3,
     F32,
     Gemm,
+    GroupedGemm,
     Schedule,
     acc,
     cast,
     codegen,
+    gate,
     gelu,
     matrix,
     maximum,
+    per_row,
     relu,
     scalar,
     silu,
+    up,
     vector,
 )
 from jitgen.codegen import constants, headers, render, render_expr
@@ -51,9 +56,10 @@ EVERYTHING = (
     - silu(relu(matrix("residual")))
     + matrix("wide", F32)
 )
-# The plain bf16 kernel, the smallest f32 one, a cluster along m without overlap, one along n, and
-# one that shares k: parts of 19, 19 and 18 K blocks, slices of 48, 48 and 32 columns. One with A
-# and B swapped that shares k: slices of 16 and 8 rows. One of two math warpgroups in turns.
+# The plain bf16 kernel, the smallest f32 one, a cluster along m without overlap, one along n,
+# three of groups, the last with D in E4M3, and one that shares k: parts of 19, 19 and 18 K blocks,
+# slices of 48, 48 and 32 columns. One with A and B swapped that shares k: slices of 16 and 8 rows.
+# One of two math warpgroups in turns.
 GOLDEN_KERNELS = {
     "bf16-n2112-k7168-128x128": (Gemm(2112, 7168), Schedule(128, 128, 5, 2)),
     "f32-n8-k16-64x16": (Gemm(8, 16, F32), Schedule(64, 16, 2, 1)),
@@ -64,6 +70,26 @@ GOLDEN_KERNELS = {
     "f32-everything-192x96-cluster1x2": (
         Gemm(72, 144, F32, EVERYTHING),
         Schedule(192, 96, 3, 3, 1, 2, raster_group=16),
+    ),
+    "bf16-ragged-g32-n2112-k7168-128x128": (
+        GroupedGemm(2112, 7168, num_groups=32),
+        Schedule(128, 128, 5, 2),
+    ),
+    "bf16-masked-g3-bias-residual-n576-k576-64x96-cluster1x2": (
+        GroupedGemm(
+            *(576, 576, BF16, acc + vector("bias") + matrix("residual")),
+            num_groups=3,
+            layout="masked",
+        ),
+        Schedule(64, 96, 4, 1, 1, 2),
+    ),
+    "e4m3-ue8m0-swiglu-ragged-g8-n4096-k7168-128x256": (
+        GroupedGemm(
+            *(4096, 7168, E4M3, silu(gate) * up * per_row("weight")),
+            ue8m0=True,
+            num_groups=8,
+        ),
+        Schedule(128, 256, 3, 2, promotion="serial"),
     ),
     "bf16-bias-n2112-k7168-64x128-split3": (
         Gemm(2112, 7168, BF16, acc + vector("bias")),
@@ -87,6 +113,10 @@ PROBLEMS = [
         (2112, 7168, BF16, acc),
         (2112, 7168, F32, acc),
     )
+] + [
+    GroupedGemm(72, 144, F32, EVERYTHING, num_groups=512, layout="group_of_row"),
+    GroupedGemm(576, 576, BF16, EVERYTHING, num_groups=7, layout="masked"),
+    GroupedGemm(2112, 7168, num_groups=1, layout="group_ends", alignment=128),
 ]
 
 
@@ -250,7 +280,7 @@ def test_render_leaves_no_template_marks_paths_or_dates(problem: Gemm) -> None:
 def test_render_is_short_and_ends_with_a_newline(problem: Gemm) -> None:
     for kernel in kernels_of(problem):
         source = render(kernel)
-        assert len(source.splitlines()) <= 400
+        assert len(source.splitlines()) <= 440
         assert source.endswith("}\n")
         assert not source.endswith("\n\n")
         assert not re.search(r"[ \t]+$", source, re.MULTILINE)

@@ -5,19 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 import time
-import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from jitgen.errors import StoreError
 from jitgen.runtime import store as store_module
-from jitgen.runtime.eviction import IN_USE_S, LEFTOVER_S, list_usage
-from jitgen.runtime.store import KernelStore, default_max_bytes
+from jitgen.runtime.eviction import IN_USE_S, LEFTOVER_S, default_max_bytes, list_usage
+from jitgen.runtime.store import KernelStore
 
 from .test_store import CUBIN, SOURCE, Compiler, folder_of, key_of, put
 
@@ -273,151 +269,7 @@ def test_verify_removes_damaged_entries(root: Path) -> None:
     assert put(KernelStore(root), SOURCES[1]).cubin == CUBIN
 
 
-def mutate(root: Path, rng: np.random.Generator) -> None:
-    """One random fault of one or two entries."""
-    one, other = (folder_of(root, key_of(s)) for s in rng.choice(SOURCES, 2, replace=False))
-    name = str(rng.choice(["kernel.cubin", "kernel.cu", "entry.json"]))
-    file = one / name
-    fault = rng.integers(6)
-    if fault == 0:
-        data = bytearray(file.read_bytes())
-        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-        file.write_bytes(data)
-    elif fault == 1:
-        os.truncate(file, rng.integers(file.stat().st_size))
-    elif fault == 2:
-        file.unlink()
-    elif fault == 3:
-        shutil.rmtree(one)
-    else:
-        paths = (one, other) if fault == 4 else (file, other / name)
-        paths[0].rename(root / "aside")
-        paths[1].rename(paths[0])
-        (root / "aside").rename(paths[1])
-
-
-@pytest.mark.parametrize("healing", ["load", "verify"])
-def test_mutated_entries_are_missed_or_healed(
-    healing: str, root: Path, rng: np.random.Generator
-) -> None:
-    """The sources, keys and cubins are under a hash; name, log and resources are for people."""
-    warnings.filterwarnings("ignore", message="kernel store entry .* is damaged")
-    for round_ in range(60):
-        for source in SOURCES:
-            put(KernelStore(root), source, cubin=f"cubin of {source}".encode() * 50)
-        mutate(root, rng)
-        if healing == "verify":
-            KernelStore(root).verify()
-            assert KernelStore(root).verify().damages == ()
-        store = KernelStore(root)
-        for source in SOURCES:
-            entry = store.get(key_of(source))
-            if entry:
-                assert entry.source == source, round_
-                assert entry.cubin == f"cubin of {source}".encode() * 50, round_
-
-
-# --- many processes -------------------------------------------------------------------------------
-
-PREAMBLE = f"""
-import os, random, signal, sys, time
-sys.path[:] = {sys.path!r}
-from pathlib import Path
-from jitgen.runtime.eviction import list_usage
-from jitgen.runtime.key import make_key
-from jitgen.runtime.nvrtc import Compiled, Resources
-from jitgen.runtime.store import KernelStore
-root, seed = Path(sys.argv[1]), int(sys.argv[2])
-SOURCES = [f"// {{idx}}\\n" for idx in range(8)]
-
-def key_of(source):
-    return make_key(source, {{}}, (), "13.0.88", "sm_90a")
-
-def cubin_of(source):
-    return f"cubin of {{source}}".encode() * 200
-
-def put(store, source):
-    compiled = Compiled(cubin_of(source), "", Resources(168, 0, 0, 1024, 0.25))
-    entry = store.get_or_compile(key_of(source), lambda: compiled, name="gemm", source=source)
-    assert entry.cubin == cubin_of(source) and entry.source == source
-
-def forget():
-    "Make every entry look long unused."
-    for usage in list_usage(root):
-        try:
-            os.utime(usage.path, (1e9, 1e9))
-        except FileNotFoundError:
-            pass
-
-def work(rng, rounds):
-    "Publish, load, evict."
-    for _ in range(rounds):
-        store = KernelStore(root, max_bytes=4000)
-        for source in rng.sample(SOURCES, 3):
-            put(store, source)
-        forget()
-        KernelStore(root).gc(rng.choice([1, 4000, 20000]))
-
-def spawn(index, rounds):
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        work(random.Random(seed + index), rounds)
-        os._exit(0)
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        os._exit(1)
-"""
-
-CROWD = (
-    PREAMBLE
-    + """
-children = [spawn(index, 12) for index in range(16)]
-statuses = [os.waitpid(child, 0)[1] for child in children]
-assert not any(statuses), statuses
-assert not list((root / "tmp").iterdir())
-"""
-)
-
-KILLS = (
-    PREAMBLE
-    + """
-rng = random.Random(seed)
-killed = 0
-for index in range(60):
-    child = spawn(index, 1000)
-    time.sleep(rng.uniform(0, 0.03))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    store = KernelStore(root, max_bytes=0)
-    for source in SOURCES:  # whole or missed: a warning of damage is an error here
-        entry = store.get(key_of(source))
-        assert entry is None or (entry.cubin, entry.source) == (cubin_of(source), source)
-left = list((root / "tmp").iterdir())
-print(len(left))
-for path in left:
-    os.utime(path, (1e9, 1e9))
-assert KernelStore(root).gc(0).num_leftovers == len(left)
-assert not list((root / "tmp").iterdir())
-for source in SOURCES:
-    put(KernelStore(root, lock_timeout_s=5), source)
-assert len(list(KernelStore(root).entries())) == len(SOURCES)
-"""
-)
-
-
-@pytest.mark.parametrize("script", [CROWD, KILLS], ids=["16-processes", "60-kills"])
-def test_processes_publish_and_evict_at_once(
-    script: str, root: Path, rng: np.random.Generator
-) -> None:
-    seed = str(rng.integers(2**31))
-    command = [sys.executable, "-W", "error", "-c", script, str(root), seed]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    print(done.stdout)
+# --- many collectors ------------------------------------------------------------------------------
 
 
 def test_eviction_between_the_look_and_the_read_is_a_miss(

@@ -19,6 +19,8 @@ FOUNDATION = ("errors", "dtypes", "target")
 COMPILER = (
     ("expr",),  # epilogue expressions
     ("problem", "problem_mla"),  # what is computed: fixed by the user
+    ("groups",),  # which rows are whose
+    ("layouts",),  # as users say it
     ("schedule", "schedule_mla"),  # how it is mapped to the GPU: what may be tuned
     ("ir",),  # the tile program that both become
     ("ir_mla",),  # that of MLA decode
@@ -46,21 +48,28 @@ ALLOWED |= {
     "tuning": _before | {"runtime"},  # candidates, cost model, measured records
     "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
     "tuning.bench_mla": _before | {"runtime", "tuning", "api_mla"},
+    "tuning.bench_grouped": _before | {"runtime", "tuning", "tuning.bench", "api"},
+    "tuning.report_grouped": {"tuning.bench", "tuning.bench_grouped", "tuning.report"},
     "tuning.measure": _before | {"api"},  # checks, and times, what may be recorded
     "tuning.timing": {"errors"},  # of any call
     "tuning.peers": _before | {"tuning", "api"},  # what it is timed beside
     "tuning.cutlass": {"errors", "runtime"},  # a peer that nvcc builds
     "tuning.host": _before
     | {"runtime", "tuning.bench", "tuning.peers", "calls", "api"},  # times what they wait for
+    "tuning.load": _before | {"runtime", "build"},  # of kernels that are compiled
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
     "tuning.plot": {"tuning.bench", "tuning.report"},  # and in a picture
+    "tuning.page": _before
+    | {"runtime", "tuning.bench", "tuning.report", "tuning.plot"},  # and all of it on a page
     "arrays": set(_before),  # the rules that a caller's arrays must keep
     "arrays_mla": _before | {"arrays"},
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
+    "ray_prebuild": _before | {"runtime", "build"},  # the same on many machines
     "control": _before | {"runtime", "build"},  # what calls may compile, and counts
     "calls": _before | {"runtime", "tuning", "arrays", "control"},  # on torch, prepared once
     "calls_mla": _before | {"runtime", "arrays", "arrays_mla", "calls"},
-    "api": _before | {"tuning", "arrays", "calls"},  # what users call
+    "dlpack": set(_before),  # arrays of other libraries
+    "api": _before | {"tuning", "arrays", "calls", "dlpack"},  # what users call
     "api_mla": _before | {"arrays", "arrays_mla", "calls_mla"},
     "plans": _before | {"tuning", "build"},  # finite sets of kernels
     # __init__.py: the public names
@@ -70,32 +79,53 @@ ALLOWED |= {
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
     "doctor": _before | {"runtime", "build", "control", "tuning", "api", "jitgen"},
     "console": set(),  # what the commands print on
+    "epilogues": {"expr"},  # that the commands know by name
     "files": {"errors"},  # that users name
     "problem_list": _before | {"files", "tuning", "tuning.bench"},  # what to compile or tune
     "models": _before | {"files"},  # what a model computes
     "schedule_text": _before | {"tuning"},  # schedules as users spell them
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
-    | {"tuning.bench_mla", "tuning.report", "tuning.plot"},
+    | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"}
+    | {"tuning.load", "tuning.bench_mla", "build", "plans", "problem", "runtime"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
-    "cli_explain": _before | {"runtime", "build", "control", "schedule_text", "tuning"},
+    "cli_explain": _before
+    | {"runtime", "build", "control", "epilogues", "schedule_text", "tuning"},
     "cli_prebuild": _before
-    | {"build", "cli_problems", "console", "models", "problem_list", "schedule_text", "tuning"},
+    | {"build", "cli_problems", "console", "models", "problem_list", "schedule_text", "tuning"}
+    | {"ray_prebuild"},
     "cli_tune": _before
     | {"runtime", "build", "console", "jitgen", "problem_list", "tuning", "tuning.measure"},
     "cli_problems": {"problem", "files", "models"},
+    "cli_report": {"cli_cache", "files", "jitgen", "runtime", "tuning"}
+    | {"tuning.page", "tuning.report"},
     "cli": _before
-    | {"build", "console", "schedule_text", "tuning", "doctor", "demo"}
-    | {"cli_bench", "cli_cache", "cli_explain", "cli_prebuild", "cli_problems", "cli_tune"},
+    | {"build", "console", "epilogues", "schedule_text", "tuning", "doctor", "demo"}
+    | {"cli_bench", "cli_cache", "cli_explain", "cli_prebuild", "cli_problems", "cli_report"}
+    | {"cli_tune"},
     "__main__": {"cli"},
 }
 
 # Libraries that most users lack or wait for: who may import them, and only inside functions.
 LAZY: dict[str, set[str]] = {
-    "torch": {"calls", "calls_mla", "demo", "tuning.bench", "tuning.bench_mla", "tuning.host"}
-    | {"tuning.peers", "tuning.report", "tuning.measure", "tuning.timing"},
+    "torch": {
+        "calls",
+        "calls_mla",
+        "demo",
+        "dlpack",
+        "tuning.bench",
+        "tuning.bench_grouped",
+        "tuning.bench_mla",
+        "tuning.host",
+        "tuning.peers",
+        "tuning.report",
+    }
+    | {"tuning.measure", "tuning.timing"},
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
-    "jinja2": {"codegen"},
+    "jinja2": {"codegen", "tuning.page"},
+    "filelock": {"runtime"},
+    "fsspec": {"runtime"},
+    "ray": {"ray_prebuild"},
     "tokenizers": {"minilm"},
     "safetensors": {"minilm"},
 }

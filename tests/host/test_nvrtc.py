@@ -217,10 +217,12 @@ def test_headers_used_ends_on_a_cycle() -> None:
     [
         '// #include "gone.cuh"',
         '/*\n#include "gone.cuh"\n*/',
+        '/*\n#include "gone.cuh"',
         'const char* s = "/*"; // don\'t\n// */ #include <gone.cuh>',
         "int n = 1'000'000; /* '\n#include <gone.cuh>\n' */",
+        "int n; // not to include\nint m;",
     ],
-    ids=["line", "block", "string", "separator"],
+    ids=["line", "block", "open-block", "string", "separator", "word"],
 )
 def test_headers_used_skips_comments(source: str) -> None:
     assert headers_used(source, {}) == {}
@@ -228,6 +230,19 @@ def test_headers_used_skips_comments(source: str) -> None:
 
 def test_headers_used_is_not_fooled_by_comment_marks_in_strings() -> None:
     source = 'asm("// no comment"); const char c = \'"\';\n#include "two.cuh"\n'
+    assert list(headers_used(source, {"two.cuh": ""})) == ["two.cuh"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '#include /* a\ncomment */ "two.cuh"\n',
+        '#include "two.cuh"',
+        '#include "two.cuh"\nint n; // where the last include is named',
+        '/* include */ #include "two.cuh" // include\n',
+    ],
+)
+def test_headers_used_reads_as_far_as_the_last_include(source: str) -> None:
     assert list(headers_used(source, {"two.cuh": ""})) == ["two.cuh"]
 
 

@@ -24,7 +24,7 @@ from jitgen import (
     supports,
     vector,
 )
-from jitgen.dtypes import dtype_of
+from jitgen.dtypes import I32, dtype_of
 from jitgen.errors import ProblemError
 from jitgen.expr import Apply, Operand
 from jitgen.problem import MAX_EXTENT, check_problem
@@ -130,8 +130,8 @@ BROKEN = {
     "a_dtype": (dataclasses.replace(LEGAL, a_dtype=BF16), r"\ba\b.*bfloat16.*float8_e4m3fn"),
     "b_dtype": (dataclasses.replace(LEGAL, b_dtype=F32), r"\bb\b.*float32.*float8_e4m3fn"),
     "d_dtype": (
-        dataclasses.replace(LEGAL, d_dtype=E4M3),
-        r"\bd\b.*float8_e4m3fn.*bfloat16 or float32",
+        dataclasses.replace(LEGAL, d_dtype=I32),
+        r"\bd\b.*int32.*bfloat16, float32 or float8_e4m3fn",
     ),
     "a_scale rows": (
         dataclasses.replace(LEGAL, a_scale=ScaleBlock(128, 128)),
@@ -194,7 +194,7 @@ def test_check_problem_rejects_fields_of_another_type(field: str, value: Any, na
         vector("x") + matrix("x"),
         vector("x", E4M3),
         cast(acc, E4M3),
-        acc + Operand("x", BF16, ("m",)),
+        acc + Operand("x", BF16, ("k",)),
     ],
     ids=str,
 )
@@ -229,10 +229,9 @@ def test_check_problem_rejects_what_is_no_problem(problem: Any) -> None:
 def test_supports_agrees_with_check_problem(n: int, k: int, d_dtype: Any) -> None:
     problem = Gemm(n, k, d_dtype, acc + vector("bias"))
     answer = supports(problem)
-    legal = all(
-        0 < value <= MAX_EXTENT and value % multiple == 0 for value, multiple in ((n, 8), (k, 16))
-    )
-    if legal and d_dtype != E4M3:
+    unit = 128 if d_dtype == E4M3 else 8
+    multiples = ((n, unit), (k, 16))
+    if all(0 < value <= MAX_EXTENT and value % multiple == 0 for value, multiple in multiples):
         check_problem(problem)
         assert answer
         assert answer.nearest is None
@@ -243,7 +242,7 @@ def test_supports_agrees_with_check_problem(n: int, k: int, d_dtype: Any) -> Non
     assert answer.nearest is not None
     check_problem(answer.nearest)
     assert answer.nearest.epilogue == problem.epilogue
-    assert answer.nearest.n >= min(n, MAX_EXTENT // 8 * 8)
+    assert answer.nearest.n >= min(n, MAX_EXTENT // unit * unit)
     assert answer.nearest.k >= min(k, MAX_EXTENT // 16 * 16)
 
 

@@ -193,17 +193,17 @@ def test_series_are_geometric_means_by_m_without_missing_peers(result: Result) -
     ]
 
 
-def test_render_svg_draws_each_series_and_is_reproducible(result: Result) -> None:
+def test_over_floor_svg_draws_each_series_and_is_reproducible(result: Result) -> None:
     pytest.importorskip("matplotlib")
-    svg = plot.render_svg(result.rows)
+    svg = plot.over_floor_svg(result.rows)
     assert svg is not None
-    assert svg == plot.render_svg(result.rows)
+    assert svg == plot.over_floor_svg(result.rows)
     assert "DeepGEMM" in svg
     assert "CUTLASS" not in svg
 
 
-def test_render_svg_without_matplotlib_is_none(
+def test_over_floor_svg_without_matplotlib_is_none(
     result: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert plot.render_svg(result.rows) is None
+    assert plot.over_floor_svg(result.rows) is None

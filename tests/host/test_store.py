@@ -34,7 +34,8 @@ from jitgen.runtime.nvrtc import (
     compiler_version,
 )
 from jitgen.runtime.stats import Stats
-from jitgen.runtime.store import KernelStore, default_root
+from jitgen.runtime.store import KernelStore
+from jitgen.runtime.tiers import Tiers
 from jitgen.target import SM90A
 
 # A store that warns where the test does not expect it fails the test.
@@ -45,6 +46,7 @@ RESOURCES = Resources(
 )
 SOURCE = "// kernel é\n"
 CUBIN = bytes(range(256)) * 16
+LOG = "ptxas info    : Used 168 registers"
 
 
 def key_of(source: str = SOURCE) -> KernelKey:
@@ -65,7 +67,7 @@ class Compiler:
     def __call__(self) -> Compiled:
         self.calls += 1
         time.sleep(self.seconds)
-        return Compiled(self.cubin, "ptxas info    : Used 168 registers", RESOURCES)
+        return Compiled(self.cubin, LOG, RESOURCES)
 
 
 def put(store: KernelStore, source: str = SOURCE, cubin: bytes = CUBIN) -> Entry:
@@ -93,7 +95,7 @@ def test_get_or_compile_publishes_what_another_store_loads(root: Path) -> None:
     store = KernelStore(root)
     second = store.get_or_compile(KEY, never, name="gemm", source=SOURCE)
     assert second == first
-    assert second == Entry(KEY, "gemm", CUBIN, SOURCE, RESOURCES, folder_of(root))
+    assert second == Entry(KEY, "gemm", CUBIN, SOURCE, RESOURCES, LOG, folder_of(root))
     assert store.stats == Stats(disk_hits=1)
 
 
@@ -109,7 +111,7 @@ def test_entry_holds_plain_files_and_a_manifest(root: Path) -> None:
     assert (folder / "kernel.cu").read_text(encoding="utf-8") == SOURCE
     manifest = json.loads((folder / "entry.json").read_bytes())
     assert manifest["key"] == KEY.to_json()
-    assert manifest["log"] == "ptxas info    : Used 168 registers"
+    assert manifest["log"] == LOG
     assert manifest["resources"]["registers"] == 168
 
 
@@ -274,11 +276,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "nested": (lambda f: (f / "entry.json").write_text("[" * 200_000), "is damaged"),
     "wrong-sha": (edit_manifest(cubin_sha256="0" * 64), "kernel.cubin has another SHA-256"),
     "sha-of-other-type": (edit_manifest(cubin_sha256=None), "another SHA-256"),
-    "format": (edit_manifest(format_version=2), "format version 1"),
+    "format": (edit_manifest(format_version=1), "format version 2"),
     "unknown-field": (edit_manifest(more=1), "exactly the fields"),
     "missing-field": (drop_field, "exactly the fields"),
     "name": (edit_manifest(name=1), "is no text"),
     "log": (edit_manifest(log=None), "is no text"),
+    "other-name": (edit_manifest(name="gemn"), "entry.json has another SHA-256 than it says"),
+    "other-log": (edit_manifest(log="fine"), "entry.json has another SHA-256 than it says"),
+    "other-registers": (
+        edit_manifest(resources=RESOURCES.__dict__ | {"registers": 128}),
+        "entry.json has another SHA-256 than it says",
+    ),
     "no-key": (edit_manifest(key={}), "kernel key"),
     "other-key": (edit_manifest(key=key_of("// x").to_json()), "is that of kernel"),
     "resources": (edit_manifest(resources={"registers": 1}), "resources need"),
@@ -311,7 +319,7 @@ def test_damaged_entry_is_a_miss_and_heals(case: str, root: Path) -> None:
     with pytest.warns(RuntimeWarning, match=message):
         assert store.get(KEY) is None
     with pytest.warns(RuntimeWarning, match=message) as caught:
-        assert put(store) == Entry(KEY, "gemm", CUBIN, SOURCE, RESOURCES, folder_of(root))
+        assert put(store) == Entry(KEY, "gemm", CUBIN, SOURCE, RESOURCES, LOG, folder_of(root))
     assert len(caught) == 1
     assert store.stats == Stats(misses=2, compiles=1, heals=1)
 
@@ -470,10 +478,10 @@ def test_default_root_follows_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JITGEN_CACHE_DIR", str(tmp_path / "cache"))
-    assert default_root() == tmp_path / "cache" / "kernels"
+    assert Tiers.of().own == tmp_path / "cache" / "kernels"
     assert put(KernelStore()).path == folder_of(tmp_path / "cache" / "kernels")
     monkeypatch.delenv("JITGEN_CACHE_DIR")
-    assert default_root() == Path(platformdirs.user_cache_dir("jitgen")) / "kernels"
+    assert Tiers.of().own == Path(platformdirs.user_cache_dir("jitgen")) / "kernels"
 
 
 # --- races --------------------------------------------------------------------------------------
@@ -643,7 +651,7 @@ def test_lock_timeout_names_the_holder_and_a_killed_holder_blocks_nobody(root: P
         assert process.stdout.readline() == "compiling\n"
         with pytest.raises(StoreError) as caught:
             put(KernelStore(root, lock_timeout_s=0.2))
-        for part in (KEY.digest, f"process {process.pid} on ", "0.2 s", "locking=False"):
+        for part in (KEY.digest, f"process {process.pid} on ", "0.2 s", "JITGEN_CACHE_LOCKING=0"):
             assert part in str(caught.value)
         assert put(KernelStore(root, locking=False)).cubin == CUBIN
     finally:
@@ -674,7 +682,7 @@ def test_file_system_without_locks_is_an_error_with_a_remedy(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
-    with pytest.raises(StoreError, match=r"No locks available.*locking=False"):
+    with pytest.raises(StoreError, match=r"No locks available.*JITGEN_CACHE_LOCKING=0"):
         put(KernelStore(root))
     assert put(KernelStore(root, locking=False)).path == folder_of(root)
 

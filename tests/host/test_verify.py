@@ -813,6 +813,7 @@ SOUND: dict[str, Mutation] = {
             d=kernel.smem.d + 1024,
             inbox=kernel.smem.inbox + 1024 + 16,
             scales=kernel.smem.scales + 2048,
+            groups=kernel.smem.groups + 2048 + 16,
             barriers=kernel.smem.barriers + 2048 + 16,
             total_bytes=kernel.smem.total_bytes + 4096,
         ),

@@ -42,11 +42,17 @@ template <> __device__ __forceinline__ float2 cast<bf16>(float2 x) { return unpa
 
 __device__ __forceinline__ float2 constant(float x) { return {x, x}; }
 
-// The element of a scalar operand; elements `index` and `index + 1` of another. Volatile, so that the loads stay with
-// the elements they are for: hoisted together, or out of the K loop, they would not fit into registers.
+// One element of an operand, for both columns; elements `index` and `index + 1` of another. Volatile, so that the loads
+// stay with the elements they are for: hoisted together, or out of the K loop, they would not fit into registers.
 __device__ __forceinline__ float2 load_scalar(const float* operand) {
     float value;
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(operand) : "memory");
+    return {value, value};
+}
+__device__ __forceinline__ float2 load_scalar(const bf16* operand) {
+    u16 bits;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(operand) : "memory");
+    const float value = __uint_as_float(u32(bits) << 16);
     return {value, value};
 }
 __device__ __forceinline__ float2 load_pair(const bf16* operand, u64 index) {

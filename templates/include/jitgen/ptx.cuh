@@ -92,6 +92,10 @@ __device__ __forceinline__ void st_shared(u32 smem, float2 v) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(smem), "f"(v.x), "f"(v.y) : "memory");
 }
 
+__device__ __forceinline__ void st_shared(u32 smem, u16 v) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(smem), "h"(v) : "memory");
+}
+
 // Stores into the shared memory of block `rank` of the cluster, at the same offset; its barrier counts the bytes.
 __device__ __forceinline__ void st_async(u32 smem, u32 barrier, u32 rank, const float* v) {
     asm volatile(
@@ -119,6 +123,14 @@ __device__ __forceinline__ float ld_shared(u32 smem) {
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+
+// Two float32 rounded to e4m3, to nearest even, those too large to +-448; `low` ends up at the lower address.
+__device__ __forceinline__ u16 pack_e4m3(float low, float high) {
+    u16 packed;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
     return packed;
 }
 

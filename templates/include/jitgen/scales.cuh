@@ -13,7 +13,8 @@ __device__ __forceinline__ u32 scale_position(u32 row, u32 k) { return k ^ row /
 template <u32 kRows, u32 kSfbRows, u32 kBlocks, u32 kNumThreads> struct ScaleLoader {
     const float *sfa, *sfb;
     u32 stride_m, stride_k;                  // of sfa; sfb is row-major
-    u32 m, num_sfb_rows, num_k_blocks;       // ends of the tensors
+    u32 end_m, num_sfb_rows, num_k_blocks;   // of the tensors, or of their rows that the tile may have
+    u32 sfb_row_step;                        // from one row of sfb that the tile touches to the next
     u32 thread;
 
     // The chunk at K block `k_base` for the tile whose rows begin at `row_m` and at `row_n` of sfb, into `smem` as soon
@@ -22,14 +23,14 @@ template <u32 kRows, u32 kSfbRows, u32 kBlocks, u32 kNumThreads> struct ScaleLoa
         const u32 num_scales = num_k_blocks - k_base;
         const bool vectorized = num_k_blocks % 4 == 0 && k_base % 4 == 0 && stride_k == 1 && stride_m % 4 == 0 &&
                                 reinterpret_cast<u64>(sfa) % 16 == 0;
-        const u32 sfb_row = row_n + thread / kBlocks, sfb_k = thread % kBlocks;
+        const u32 sfb_row = row_n + thread / kBlocks * sfb_row_step, sfb_k = thread % kBlocks;
         float scale_b = 0.0f;
         if (thread < kSfbRows * kBlocks && sfb_row < num_sfb_rows && sfb_k < num_scales)
             scale_b = __ldg(sfb + u64(sfb_row) * num_k_blocks + k_base + sfb_k);
 #pragma unroll 1
         for (u32 row = thread; row < round_up(kRows, kNumThreads); row += kNumThreads) {
             const float* source = sfa + u64(row_m + row) * stride_m + u64(k_base) * stride_k;
-            const bool valid = row < kRows && row_m + row < m;
+            const bool valid = row < kRows && row_m + row < end_m;
             float4 scale_a[kBlocks / 4] = {};
             if (valid && vectorized) {
 #pragma unroll

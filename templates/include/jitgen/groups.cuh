@@ -1,0 +1,118 @@
+// Groups of rows, each multiplied by a B of its own: which rows are whose, found on the device, and the walk over their
+// tiles. The device side of jitgen.groups and of jitgen.ir.ForTiles.
+#pragma once
+#include "jitgen/ptx.cuh"
+#include "jitgen/scheduler.cuh"
+
+namespace jitgen {
+
+// What the tensor `groups` holds, in the order of jitgen.problem.Layout.
+constexpr u32 kRagged = 0, kGroupEnds = 1, kGroupOfRow = 2, kMasked = 3;
+
+// The sum, and the maximum, of the values of the lanes before this one; 0 without any.
+__device__ __forceinline__ u32 sum_before(u32 value, u32 lane) {
+    u32 sum = value;
+#pragma unroll
+    for (u32 step = 1; step < 32; step *= 2) {
+        const u32 other = __shfl_up_sync(0xffffffff, sum, step);
+        if (lane >= step) sum += other;
+    }
+    return sum - value;
+}
+__device__ __forceinline__ u32 max_before(u32 value, u32 lane) {
+#pragma unroll
+    for (u32 step = 1; step < 32; step *= 2) {
+        const u32 other = __shfl_up_sync(0xffffffff, value, step);
+        if (lane >= step) value = max(value, other);
+    }
+    const u32 before = __shfl_up_sync(0xffffffff, value, 1);
+    return lane == 0 ? 0 : before;
+}
+
+// In shared memory. Rows count through all matrices of A; `runs` is of kGroupOfRow.
+template <u32 kNumGroups> struct GroupTable {
+    u32 begin[kNumGroups], end[kNumGroups], runs[kNumGroups];
+    u32 first_tile[kNumGroups + 1];  // tile rows of the groups before, and of all
+
+    // For kGroupOfRow, by all threads: from each group's first row to its last, and how many runs of rows it has there.
+    template <u32 kNumThreads> __device__ __forceinline__ void scan(const int* groups, u32 m) {
+        for (u32 i = threadIdx.x; i < kNumGroups; i += kNumThreads) begin[i] = 0xffffffff, end[i] = 0, runs[i] = 0;
+        named_barrier_sync<kNumThreads>(0);
+#pragma unroll 4
+        for (u32 row = threadIdx.x; row < m; row += kNumThreads) {
+            const int group = __ldg(groups + row);
+            const int before = row > 0 ? __ldg(groups + row - 1) : -1;
+            const int after = row + 1 < m ? __ldg(groups + row + 1) : -1;
+            if (u32(group) >= kNumGroups) continue;
+            if (group != before) atomicMin(&begin[group], row), atomicAdd(&runs[group], 1);
+            if (group != after) atomicMax(&end[group], row + 1);
+        }
+        named_barrier_sync<kNumThreads>(0);
+    }
+
+    // By one warp, of which each lane owns some groups: where their rows lie, and how many tiles of kTileRows they make.
+    template <u32 kLayout, u32 kAlignment, u32 kTileRows>
+    __device__ __forceinline__ void find(const int* groups, u32 m) {
+        constexpr u32 kOwned = ceil_div(kNumGroups, 32);
+        const u32 lane = lane_index(), first = lane * kOwned;
+        const auto position = [&](u32 i) { return u32(min(max(__ldg(groups + i), 0), int(m))); };
+        u32 value[kOwned], largest = 0, num_tiles = 0;
+        if constexpr (kLayout != kGroupOfRow) {
+#pragma unroll
+            for (u32 i = 0; i < kOwned; ++i) {
+                value[i] = first + i < kNumGroups ? position(first + i + (kLayout == kRagged)) : 0;
+                largest = max(largest, value[i]);
+            }
+        }
+        u32 previous = 0;  // where the group before ends, for positions that must not decrease
+        if constexpr (kLayout == kRagged || kLayout == kGroupEnds) previous = max_before(largest, lane);
+        if constexpr (kLayout == kRagged) previous = max(previous, position(0));
+#pragma unroll
+        for (u32 i = 0; i < kOwned; ++i) {
+            const u32 group = first + i;
+            if (group >= kNumGroups) break;
+            if constexpr (kLayout == kMasked) {
+                begin[group] = group * m, end[group] = group * m + value[i];
+            } else if constexpr (kLayout != kGroupOfRow) {
+                begin[group] = min(round_up(previous, kAlignment), m);
+                previous = max(previous, value[i]);
+                end[group] = max(begin[group], previous);
+            } else if (runs[group] == 0) {
+                begin[group] = 0;
+            }
+            first_tile[group] = num_tiles;
+            num_tiles += ceil_div(end[group] - begin[group], kTileRows);
+        }
+        const u32 before = sum_before(num_tiles, lane);
+#pragma unroll
+        for (u32 i = 0; i < kOwned; ++i)
+            if (first + i < kNumGroups) first_tile[first + i] += before;
+        if (lane == 31) first_tile[kNumGroups] = before + num_tiles;
+    }
+
+    // The group that has the `row`-th tile row.
+    __device__ __forceinline__ u32 of_tile_row(u32 row) const {
+        u32 group = 0;
+#pragma unroll
+        for (u32 step = 256; step > 0; step /= 2)
+            if (step < kNumGroups && group + step < kNumGroups && first_tile[group + step] <= row) group += step;
+        return group;
+    }
+};
+
+// The traversal of one group after the other, so that the tiles of one B are walked together.
+template <u32 kRasterGroup, u32 kColumns, u32 kNumGroups> struct GroupedTraversal {
+    const GroupTable<kNumGroups>& table;
+
+    __device__ __forceinline__ u32 size() const { return table.first_tile[kNumGroups] * kColumns; }
+
+    __device__ __forceinline__ Tile tile(u32 index) const {
+        const u32 group = table.of_tile_row(index / kColumns), first = table.first_tile[group];
+        const Traversal<kRasterGroup, kColumns> of_group{table.first_tile[group + 1] - first, table.end[group]};
+        Tile tile = of_group.tile(index - first * kColumns);
+        tile.group = group, tile.begin_m = table.begin[group];
+        return tile;
+    }
+};
+
+}  // namespace jitgen

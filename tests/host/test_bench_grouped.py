@@ -1,0 +1,121 @@
+"""Grouped benchmarks without a GPU: the baselines' shapes, the check of a result, reports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jitgen
+from jitgen import Schedule
+from jitgen.dtypes import BF16, E4M3, F32
+from jitgen.errors import VerifyError
+from jitgen.tuning import report_grouped
+from jitgen.tuning.bench import to_numpy
+from jitgen.tuning.bench_grouped import (
+    GroupedRow,
+    GroupedShape,
+    check,
+    deal,
+    grid_grouped,
+    make_tensors,
+    padded,
+)
+from jitgen.tuning.report import Meta
+from jitgen.tuning.timing import Measurement
+
+torch = pytest.importorskip("torch")
+
+SCHEDULE = Schedule(64, 48, 4, 1)
+LAYOUTS = ("group_of_row", "ragged", "masked")
+
+
+def test_grid_has_every_row_of_the_baselines() -> None:
+    grid = grid_grouped()
+    by_layout = {name: [s for s in grid if s.layout == name] for name in LAYOUTS}
+    assert [len(shapes) for shapes in by_layout.values()] == [16, 16, 24]
+    assert {s.m for s in by_layout["group_of_row"]} == {34304, 34048, 10624, 12800}
+    assert {s.num_rows for s in by_layout["masked"]} == {6559, 6262, 670, 121, 77, 501}
+    for contiguous, ragged in zip(by_layout["group_of_row"], by_layout["ragged"], strict=True):
+        assert replace(contiguous, layout="ragged") == ragged
+        assert ragged.m == ragged.num_rows == contiguous.num_rows
+        assert grid[contiguous] == grid[ragged]
+
+
+def test_deal_stays_near_what_is_expected_and_adds_up() -> None:
+    counts = deal(32, 256, 10624, padded)
+    assert sum(map(padded, counts)) == 10624
+    assert all(100 < count < 400 for count in counts)
+    assert sum(deal(32, 20, 670, int, 256)) == 670
+    assert deal(32, 20, 670, int, 256) == deal(32, 20, 670, int, 256)
+
+
+def test_floor_counts_weights_of_groups_with_rows_only() -> None:
+    shape = GroupedShape("ragged", (0, 1, 2), 256, 512, 0, 1)
+    weights, scales = 2 * 256 * 512, 2 * 4 * 4 * 2 + 3 * 4 * 4
+    assert shape.num_bytes == weights + scales + 3 * (512 + 2 * 256)
+    assert shape.flops == 2 * 3 * 256 * 512
+    assert shape.floor_us == pytest.approx(shape.num_bytes / 3e6 + 2)
+
+
+def small(layout: Any) -> tuple[GroupedShape, dict[str, Any], Any]:
+    """A shape, its tensors on the CPU, and D of the interpreter."""
+    shape = GroupedShape(layout, (5, 0, 130), 136, 256, 200 if layout == "masked" else 0, 50)
+    tensors = make_tensors(shape, "cpu")
+    host = {name: to_numpy(tensors[name], E4M3) for name in ("a", "b")}
+    host |= {name: to_numpy(tensors[name], F32) for name in ("sfa", "sfb")}
+    groups = tensors["groups"].numpy()
+    chosen = {
+        "masked": lambda: jitgen.Masked(groups),
+        "ragged": lambda: jitgen.Ragged(groups),
+        "group_of_row": lambda: jitgen.Contiguous(group_of_row=groups),
+    }[layout]()
+    d = np.full((*host["a"].shape[:-1], 136), np.nan, BF16.numpy)
+    jitgen.grouped_gemm(host["a"], host["b"], (host["sfa"], host["sfb"]), layout=chosen, out=d)
+    return shape, tensors, torch.from_numpy(d.view(np.int16)).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_check_accepts_the_interpreter_and_rejects_other_rows_and_bits(layout: str) -> None:
+    shape, tensors, d = small(layout)
+    check(shape, SCHEDULE, tensors, d)
+    rows = d.view(-1, 136)
+    written = ~torch.isnan(rows).any(1)
+    wrong = rows.clone()
+    wrong[int(written.nonzero()[-1])] = float("nan")
+    with pytest.raises(VerifyError, match="other rows than those of groups"):
+        check(shape, SCHEDULE, tensors, wrong.view(d.shape))
+    with pytest.raises(VerifyError, match="differs from the interpreter's"):
+        check(shape, SCHEDULE, tensors, d * 2)
+
+
+def rows_of(deepgemm_us: float | None) -> tuple[GroupedRow, ...]:
+    measured = Measurement(100.0, 1.0, 99.0, 101.0, 12, ("grouped",))
+    shapes = [GroupedShape("ragged", (5, 9), 256, k, 0, 7) for k in (512, 1024)]
+    return tuple(GroupedRow(shape, SCHEDULE, measured, deepgemm_us) for shape in shapes)
+
+
+META = Meta("GPU", "1", "13", "2", "4", "0", "2026-01-01", "Method.", {}, "jitgen bench grouped")
+
+
+def test_report_marks_losses_and_gives_geometric_means() -> None:
+    rows = (*rows_of(80.0)[:1], *rows_of(180.0)[1:])
+    result = report_grouped.GroupedResult(META, rows, 1.01)
+    text = report_grouped.render_markdown(result)
+    assert "| ragged | 2 | 7 | 1.20 | **1 of 2** |" in text
+    assert "| ragged | all | all | 1.20 | **1 of 2** |" in text
+    assert "| **80.00** | **0.80** |" in text
+    assert "| 180.00 | 1.80 |" in text
+    assert "cuBLASLt takes 1.01" in text
+    data = json.loads(json.dumps(result.to_json()))
+    assert [row["derived"]["ratio"] for row in data["rows"]] == [0.8, 1.8]
+
+
+def test_report_without_baselines_has_dashes() -> None:
+    result = report_grouped.GroupedResult(META, rows_of(None), None)
+    text = report_grouped.render_markdown(result)
+    assert "| ragged | 2 | 7 | - | - |" in text
+    assert "cuBLASLt" not in text

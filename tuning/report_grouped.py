@@ -1,0 +1,116 @@
+"""The report of `jitgen bench grouped`: geometric means and tables, for a terminal and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .bench import baseline_meta
+from .bench_grouped import GroupedRow
+from .report import Cell, Meta, figure_cell, geomean, section, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COLUMNS = (
+    *("layout", "groups", "rows/group", "rows", "N", "K", "jitgen us", "spread", "DeepGEMM us"),
+    *("DeepGEMM / jitgen", "time / floor", "TFLOPS", "GB/s", "schedule"),
+)
+SUMMARY_COLUMNS = ("layout", "groups", "rows/group", "DeepGEMM / jitgen", "slower", "time / floor")
+
+
+@dataclass(frozen=True)
+class GroupedResult:
+    """A benchmark run.
+
+    live_over_baseline : cuBLASLt's time now over that in the file, for a dense GEMM; near 1 on a
+        machine like that of the baselines
+    """
+
+    meta: Meta
+    rows: tuple[GroupedRow, ...]
+    live_over_baseline: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields and the figures derived of them, as JSON values."""
+        return {
+            "meta": asdict(self.meta),
+            "live_over_baseline": self.live_over_baseline,
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+
+def row_cells(row: GroupedRow) -> list[Cell]:
+    """A row's figures, in the order of COLUMNS."""
+    shape, us = row.shape, row.jitgen.kernel_us
+    extents = (len(shape.counts), shape.expected, shape.num_rows, shape.n, shape.k)
+    return [
+        Cell(shape.layout),
+        *(Cell(str(extent)) for extent in extents),
+        Cell(f"{us:.2f}"),
+        Cell(f"{row.jitgen.std_us / us:.1%}"),
+        figure_cell(row.deepgemm_us, loss_below=us),
+        figure_cell(row.ratio),
+        Cell(f"{us / shape.floor_us:.2f}"),
+        Cell(f"{shape.flops / us / 1e6:.0f}"),
+        Cell(f"{shape.num_bytes / us / 1e3:.0f}"),
+        Cell(str(row.schedule)),
+    ]
+
+
+def summary_cells(rows: Sequence[GroupedRow]) -> list[list[Cell]]:
+    """In the order of SUMMARY_COLUMNS, of each kind of shape, then of each layout."""
+    kinds: dict[tuple[str, ...], list[GroupedRow]] = {}
+    for row in rows:
+        kind = row.shape.layout, str(len(row.shape.counts)), str(row.shape.expected)
+        kinds.setdefault(kind, []).append(row)
+    for row in rows:
+        kinds.setdefault((row.shape.layout, "all", "all"), []).append(row)
+    return [_summary(kind, found) for kind, found in kinds.items()]
+
+
+def _summary(kind: tuple[str, ...], rows: Sequence[GroupedRow]) -> list[Cell]:
+    ratios = [row.ratio for row in rows if row.ratio is not None]
+    losses = sum(ratio < 1 for ratio in ratios)
+    complete = len(ratios) == len(rows)
+    return [
+        *map(Cell, kind),
+        figure_cell(geomean(ratios) if complete else None),
+        Cell(f"{losses} of {len(rows)}" if complete else "-", losses > 0),
+        Cell(f"{geomean(row.jitgen.kernel_us / row.shape.floor_us for row in rows):.2f}"),
+    ]
+
+
+def render_markdown(result: GroupedResult) -> str:
+    """The report of `result`; where DeepGEMM is faster, in bold."""
+    meta, baseline, live = result.meta, baseline_meta(), result.live_over_baseline
+    lines = [
+        "# Performance of the grouped FP8 GEMM",
+        "",
+        f"Measured by `{meta.command}`, and written by it.",
+        "",
+        f"{meta.gpu}, driver {meta.driver}, NVRTC {meta.nvrtc}, torch {meta.torch},"
+        f" jitgen {meta.jitgen}, {meta.date}.",
+        "",
+        meta.method,
+        "",
+        f"DeepGEMM {baseline['peers']['deepgemm']}: from a file, measured in the same way on an"
+        f" {baseline['gpu']}, {baseline['measured']}, and shown for that GPU model only. Its"
+        " rows are padded to 128 a group, and computed; ours are so in `group_of_row`, where they"
+        " are skipped, and not in `ragged`. The counts of a group are drawn as the file's were, and"
+        " add up to the same."
+        + (f" cuBLASLt takes {live:.2f} of its time in the file." if live is not None else ""),
+        *section("Geometric means", SUMMARY_COLUMNS, summary_cells(result.rows)),
+        *section("Every shape", COLUMNS, map(row_cells, result.rows)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def print_result(console: Console, result: GroupedResult) -> None:
+    """Print every shape and the geometric means; where DeepGEMM is faster, in red."""
+    console.print(table(COLUMNS, map(row_cells, result.rows)))
+    means = summary_cells(result.rows)
+    console.print(table(SUMMARY_COLUMNS, means, title="Geometric means"))
+    if result.live_over_baseline is not None:
+        console.print(f"cuBLASLt live / file: {result.live_over_baseline:.2f}", highlight=False)
