@@ -85,12 +85,13 @@ static_assert(kLoadRowsA % 8 == 0 && kLoadRowsB % 8 == 0, "multicast shares are 
 static_assert(4 % kUnroll == 0 && kScaleBlocks % 4 == 0, "the scales of an unrolled body are neighbours in one chunk");
 static_assert(kSwapAB || kOutN % 16 == 0, "stmatrix x4 stores 16 columns");
 static_assert(kOutN * kHalves == kBlockN, "each half of B gives an operand of the epilogue");
+static_assert(!kSwapAB || (kHalves == 1 && !kQuantize), "a thread has gate and up, four threads a row's 128 columns");
 static_assert(kSmemBytes <= 232448, "sm_90 allows 227 KiB of shared memory a block");
 
 struct EpilogueOperands {
 };
 
-// Columns `column` and `column + 1` of row `row`, which lie within D and are of group `group`. `up` is of B's other half.
+// Columns `column` and `column + 1` of row `row`, which lie within D and are of `group`. `up` is of B's other half.
 __device__ __forceinline__ float2 evaluate(float2 acc, float2 up, const EpilogueOperands& operands, u32 row,
                                            u32 column, u32 group) {
     return acc;

@@ -92,13 +92,14 @@ static_assert(kLoadRowsA % 8 == 0 && kLoadRowsB % 8 == 0, "multicast shares are 
 static_assert(4 % kUnroll == 0 && kScaleBlocks % 4 == 0, "the scales of an unrolled body are neighbours in one chunk");
 static_assert(kSwapAB || kOutN % 16 == 0, "stmatrix x4 stores 16 columns");
 static_assert(kOutN * kHalves == kBlockN, "each half of B gives an operand of the epilogue");
+static_assert(!kSwapAB || (kHalves == 1 && !kQuantize), "a thread has gate and up, four threads a row's 128 columns");
 static_assert(kSmemBytes <= 232448, "sm_90 allows 227 KiB of shared memory a block");
 
 struct EpilogueOperands {
     const float* operand_weight;
 };
 
-// Columns `column` and `column + 1` of row `row`, which lie within D and are of group `group`. `up` is of B's other half.
+// Columns `column` and `column + 1` of row `row`, which lie within D and are of `group`. `up` is of B's other half.
 __device__ __forceinline__ float2 evaluate(float2 acc, float2 up, const EpilogueOperands& operands, u32 row,
                                            u32 column, u32 group) {
     return epilogue::mul(epilogue::mul(epilogue::silu(acc), up), epilogue::load_scalar(operands.operand_weight + row));
@@ -354,7 +355,8 @@ void grouped_gemm_ragged_g8_e4m3_e4m3_n4096_k7168_128x256x128_s3_w2_c1x1_g8_k1_s
             named_barrier_sync<128>(warpgroup_barrier);
             {
                 const u32 first = tile.m + first_row, end = min(tile.end_m, first + kWarpgroupRows);
-                if (first + kWarpgroupRows > tile.end_m || (kGroupLayout == kGroupOfRow && table.runs[tile.group] > 1)) {
+                const bool has_holes = kGroupLayout == kGroupOfRow && table.runs[tile.group] > 1;
+                if (first + kWarpgroupRows > tile.end_m || has_holes) {
                     store_rows<kWarpgroupRows, kOutN, kStoreSpan>(
                         d, d_stride, warpgroup_d, first, end - min(first, end), tile.n, kN - min(tile.n, kN),
                         kGroupLayout == kGroupOfRow ? groups : nullptr, tile.group);

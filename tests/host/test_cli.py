@@ -102,7 +102,6 @@ def test_show_fuses_the_epilogue(run: Run, epilogue: str, shown: str) -> None:
     [
         (["--n", 100], "n = 100 must be a positive multiple of 8"),
         (["--out-dtype", "int8"], "dtype int8 is not supported"),
-        (["--out-dtype", "int8"], "dtype int8 is not supported"),
         (["--schedule", "128"], "'128' where two numbers are due"),
         (["--schedule", ""], "where two numbers are due"),
         (["--schedule", "128x128 stage=4"], "after the tile, use stages="),
@@ -339,7 +338,6 @@ GOOD = {"n": 256, "k": 512, "m": [1]}
         ([{"n": 256, "k": 512, "m_max": 1.5}], "entry 0: m_max must be an int"),
         ([GOOD | {"out_dtype": "int8"}], "entry 0: dtype int8 is not supported"),
         ([GOOD | {"out_dtype": 16}], "entry 0: out_dtype must be a name"),
-        ([GOOD | {"out_dtype": "int8"}], "entry 0: dtype int8 is not supported"),
     ],
 )
 def test_prebuild_rejects_problems_file(

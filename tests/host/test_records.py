@@ -164,7 +164,7 @@ def edit_record(**values: object) -> Edit:
         (edit_record(driver=""), "record 1: driver must be a text, not empty, got ''"),
         (edit_record(date="yesterday"), "record 1: date must be a time like %Y-%m-%dT"),
         (edit_record(out_dtype="int8"), "record 1: dtype int8 is not supported"),
-        (edit_record(out_dtype="e4m3"), "record 1: d has dtype float8_e4m3fn"),
+        (edit_record(out_dtype="e4m3"), "record 1: n = 2112 must be a positive multiple of 128"),
         (edit_record(schedule=[64, 64]), "record 1: schedule: must be an object"),
         (edit_record(schedule={"block_x": 3}), "schedule: field block_m is missing"),
         (

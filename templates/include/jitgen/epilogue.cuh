@@ -42,8 +42,8 @@ template <> __device__ __forceinline__ float2 cast<bf16>(float2 x) { return unpa
 
 __device__ __forceinline__ float2 constant(float x) { return {x, x}; }
 
-// One element of an operand, for both columns; elements `index` and `index + 1` of another. Volatile, so that the loads stay with
-// the elements they are for: hoisted together, or out of the K loop, they would not fit into registers.
+// One element of an operand, for both columns; elements `index` and `index + 1` of another. Volatile, so that the loads
+// stay with the elements they are for: hoisted together, or out of the K loop, they would not fit into registers.
 __device__ __forceinline__ float2 load_scalar(const float* operand) {
     float value;
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(operand) : "memory");
