@@ -1,8 +1,10 @@
 """jitgen: a compiler-style JIT kernel generator for NVIDIA Hopper GPUs."""
 
 from .api import bind, gemm, grouped_gemm, quantize
+from .api_mla import mla_decode
+from .calls_mla import MlaPlan
 from .control import configure, stats
-from .dtypes import BF16, E4M3, F32, DType
+from .dtypes import BF16, E4M3, F16, F32, DType
 from .errors import (
     CompileError,
     DeviceError,
@@ -17,14 +19,17 @@ from .expr import acc, cast, gate, gelu, matrix, maximum, per_row, relu, scalar,
 from .layouts import Contiguous, Masked, Ragged
 from .plans import Plan, plan
 from .problem import Gemm, GroupedGemm, ScaleBlock, supports
+from .problem_mla import MlaDecode
 from .runtime.stats import Stats
 from .schedule import Schedule
+from .schedule_mla import MlaSchedule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BF16",
     "E4M3",
+    "F16",
     "F32",
     "CompileError",
     "Contiguous",
@@ -35,6 +40,9 @@ __all__ = [
     "JitForbiddenError",
     "JitgenError",
     "Masked",
+    "MlaDecode",
+    "MlaPlan",
+    "MlaSchedule",
     "Plan",
     "ProblemError",
     "Ragged",
@@ -54,6 +62,7 @@ __all__ = [
     "grouped_gemm",
     "matrix",
     "maximum",
+    "mla_decode",
     "per_row",
     "plan",
     "quantize",

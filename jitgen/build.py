@@ -12,15 +12,14 @@ from pathlib import Path
 
 from .codegen import headers, render
 from .errors import CompileError, JitgenError, StoreError
-from .ir import Kernel
-from .lower import kernel_name, lower
-from .problem import Gemm
+from .lower import AnyKernel, AnyProblem, AnySchedule, lower_any
 from .runtime.entry import Entry
 from .runtime.key import KernelKey, make_key
 from .runtime.nvrtc import Compiled, compile_cubin, compile_options, compiler_version
 from .runtime.store import KernelStore
 from .runtime.tiers import Tiers
-from .schedule import REGISTER_SPLIT, WARPGROUP_THREADS, Schedule
+from .schedule import REGISTER_SPLIT, WARPGROUP_THREADS
+from .schedule_mla import MlaSchedule
 from .verify import verify
 
 
@@ -87,7 +86,7 @@ def _warn_again(messages: Iterable[str]) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def key_of(kernel: Kernel) -> KernelKey:
+def key_of(kernel: AnyKernel) -> KernelKey:
     """What the compiled entry of `kernel` is found by.
 
     Raises
@@ -98,7 +97,7 @@ def key_of(kernel: Kernel) -> KernelKey:
 
 
 def build(
-    kernel: Kernel,
+    kernel: AnyKernel,
     store: KernelStore | None = None,
     *,
     before_compile: Callable[[], None] = lambda: None,
@@ -133,12 +132,12 @@ def build(
     )
 
 
-def _make_key(kernel: Kernel, source: str) -> KernelKey:
+def _make_key(kernel: AnyKernel, source: str) -> KernelKey:
     options = compile_options(kernel.target)
     return make_key(source, headers(), options, compiler_version(), kernel.target.arch)
 
 
-def check_register_split(kernel: Kernel, compiled: Compiled) -> None:
+def check_register_split(kernel: AnyKernel, compiled: Compiled) -> None:
     """Raise CompileError if `setmaxnreg` asks for more registers than the block has at its launch.
 
     The kernel would hang: a warpgroup that raises its share waits until the pool has it.
@@ -156,12 +155,12 @@ def check_register_split(kernel: Kernel, compiled: Compiled) -> None:
 
 
 def prebuild(
-    kernels: Sequence[tuple[Gemm, Schedule]],
+    kernels: Sequence[tuple[AnyProblem, AnySchedule]],
     *,
     root: Path | None = None,
     num_processes: int | None = None,
     on_done: Callable[[Prebuilt], None] = lambda _: None,
-    on_error: Callable[[tuple[Gemm, Schedule], JitgenError], None] | None = None,
+    on_error: Callable[[tuple[AnyProblem, AnySchedule], JitgenError], None] | None = None,
 ) -> list[Prebuilt]:
     """Compile kernels into the store, in parallel processes and without a GPU.
 
@@ -202,7 +201,7 @@ def prebuild(
             else:
                 failure = failure or outcome
     if unfinished:
-        names = ", ".join(kernel_name(*kernel) for kernel in unfinished)
+        names = ", ".join(lower_any(*kernel).name for kernel in unfinished)
         raise CompileError(
             f"a compile process died (out of memory?), one of {workers}: prebuild again with fewer"
             f" processes; unfinished: {names}"
@@ -221,8 +220,8 @@ class _Made:
 
 
 def _compile_in_processes(
-    kernels: Sequence[tuple[Gemm, Schedule]], tiers: Tiers, num_processes: int
-) -> Generator[tuple[tuple[Gemm, Schedule], _Made | BaseException]]:
+    kernels: Sequence[tuple[AnyProblem, AnySchedule]], tiers: Tiers, num_processes: int
+) -> Generator[tuple[tuple[AnyProblem, AnySchedule], _Made | BaseException]]:
     """Each kernel with what became of it, as it comes; ends early if a process dies."""
     # Imported here: most who import jitgen start no process.
     import multiprocessing
@@ -231,7 +230,7 @@ def _compile_in_processes(
 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-        futures: dict[Future[_Made], tuple[Gemm, Schedule]] = {}
+        futures: dict[Future[_Made], tuple[AnyProblem, AnySchedule]] = {}
         with contextlib.suppress(BrokenProcessPool):  # one may die before all are submitted
             for kernel in slowest_first(kernels):
                 futures[pool.submit(_compile_one, *kernel, tiers)] = kernel
@@ -242,7 +241,7 @@ def _compile_in_processes(
 
 
 def take_present(
-    unfinished: dict[tuple[Gemm, Schedule], None],
+    unfinished: dict[tuple[AnyProblem, AnySchedule], None],
     store: KernelStore,
     on_done: Callable[[Prebuilt], None],
 ) -> list[Prebuilt]:
@@ -253,7 +252,7 @@ def take_present(
     results = []
     for kernel in list(unfinished):
         try:
-            key = key_of(lower(*kernel))
+            key = key_of(lower_any(*kernel))
         except JitgenError:
             continue
         if entry := store.peek(key):
@@ -263,17 +262,25 @@ def take_present(
     return results
 
 
-def slowest_first(kernels: Iterable[tuple[Gemm, Schedule]]) -> list[tuple[Gemm, Schedule]]:
+def slowest_first(
+    kernels: Iterable[tuple[AnyProblem, AnySchedule]],
+) -> list[tuple[AnyProblem, AnySchedule]]:
     """The kernels in an order in which no process is left with a slow one at the end."""
-    return sorted(kernels, key=lambda kernel: -kernel[1].block_m * kernel[1].block_n)
+
+    def size(schedule: AnySchedule) -> int:
+        if isinstance(schedule, MlaSchedule):
+            return 256 * 256  # as slow to compile as the largest GEMM
+        return schedule.block_m * schedule.block_n
+
+    return sorted(kernels, key=lambda kernel: -size(kernel[1]))
 
 
-def _compile_one(problem: Gemm, schedule: Schedule, tiers: Tiers) -> _Made:
+def _compile_one(problem: AnyProblem, schedule: AnySchedule, tiers: Tiers) -> _Made:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         store = _worker_store(tiers)
         before = store.stats.compiles
-        entry = build(lower(problem, schedule), store)
+        entry = build(lower_any(problem, schedule), store)
     compiled = store.stats.compiles > before
     prebuilt = Prebuilt(entry.name, compiled, entry.resources.compile_seconds)
     return _Made(prebuilt, tuple(str(warning.message) for warning in caught))

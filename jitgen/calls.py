@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from . import control
 from .arrays import (
@@ -33,13 +33,17 @@ from .ir import (
     StrideParameter,
     TensorMapParameter,
 )
+from .ir_mla import MlaKernel
 from .layouts import GroupLayout
+from .lower import AnyKernel, AnyProblem, AnySchedule
 from .problem import Gemm
+from .problem_mla import MlaDecode
 from .runtime import driver
 from .runtime.launch import Argument, Launch, LaunchPool, Pointer, TensorMap, UInt32
 from .runtime.stats import log
 from .runtime.tensor_map import TensorMapSpec
 from .schedule import Schedule
+from .schedule_mla import MlaSchedule
 from .tuning.select import select
 
 if TYPE_CHECKING:
@@ -198,7 +202,7 @@ def _prepare(
 ) -> Call:
     """Check everything, then build, load and lay out the launches of one signature."""
     device = arrays["a"].device
-    _check_device(arrays, device)
+    check_device(arrays, device)
     found = driver.device(device.index)
     driver.check_architecture(found)
     views = {
@@ -219,7 +223,7 @@ def _prepare(
         return Call(device, outputs, None)
     rows = expected_rows(problem, m, layout.expected_rows if layout else None)
     schedule = schedule or select(problem, rows, found.gpu, batch_invariant=batch_invariant)
-    kernel, loaded = _load(problem, schedule, device.index)
+    kernel, loaded = load(problem, schedule, device.index)
     launches = LaunchPool(
         loaded,
         [_argument(parameter, views, m) for parameter in kernel.parameters],
@@ -240,7 +244,8 @@ def _outputs(problem: Gemm, m: int) -> list[ArrayView]:
     ]
 
 
-def _check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> None:
+def check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Raise DeviceError unless all are on `device`, a GPU."""
     for name, tensor in arrays.items():
         if tensor.device.type != "cuda":
             raise DeviceError(
@@ -249,13 +254,28 @@ def _check_device(arrays: Mapping[str, torch.Tensor], device: torch.device) -> N
             )
         if tensor.device != device:
             raise DeviceError(
-                f"{name} is on {tensor.device}, a is on {device}: all must be on one device"
+                f"{name} is on {tensor.device}, {next(iter(arrays))} is on {device}: all must be on"
+                " one device"
             )
 
 
+@overload
+def load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driver.LoadedKernel]: ...
+@overload
+def load(
+    problem: MlaDecode, schedule: MlaSchedule, ordinal: int
+) -> tuple[MlaKernel, driver.LoadedKernel]: ...
+def load(
+    problem: AnyProblem, schedule: AnySchedule, ordinal: int
+) -> tuple[AnyKernel, driver.LoadedKernel]:
+    """The kernel, built or taken from the store, and loaded on one device; each once."""
+    return _load(problem, schedule, ordinal)
+
+
 @functools.cache
-def _load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driver.LoadedKernel]:
-    """The kernel, built or taken from the store, and loaded on one device."""
+def _load(
+    problem: AnyProblem, schedule: AnySchedule, ordinal: int
+) -> tuple[AnyKernel, driver.LoadedKernel]:
     _check_capture(problem, schedule)
     kernel, entry = control.build_for_call(problem, schedule)
     started = time.perf_counter()
@@ -269,7 +289,7 @@ def _load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, driv
     return kernel, loaded
 
 
-def _check_capture(problem: Gemm, schedule: Schedule) -> None:
+def _check_capture(problem: AnyProblem, schedule: AnySchedule) -> None:
     import torch
 
     if torch.cuda.is_current_stream_capturing():

@@ -19,6 +19,7 @@ from .problem_list import Grid
 
 if TYPE_CHECKING:
     from .tuning.bench import Shape
+    from .tuning.bench_mla import MlaRow
     from .tuning.report import Result
 
 
@@ -145,6 +146,56 @@ def _shapes(grid: Sequence[Shape], extents: Sequence[int] | None) -> list[Shape]
         return list(grid)
     shapes = (replace(shape, m=m) for m in extents for shape in grid)
     return list(dict.fromkeys(shapes))
+
+
+@bench_app.command("mla")
+def bench_mla(
+    b: Annotated[list[int] | None, typer.Option(min=1, help="Only these b; repeatable.")] = None,
+    s_k: Annotated[list[int] | None, typer.Option(min=1, help="Only these s_k.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here, after each shape.")
+    ] = None,
+) -> None:
+    """Times of MLA decode, BF16, beside FlashMLA's (from a file)."""
+    from rich.table import Table
+
+    from .tuning import bench
+    from .tuning import bench_mla as mla
+
+    shapes = [
+        shape
+        for shape in mla.mla_baselines()
+        if (not b or shape.b in b) and (not s_k or shape.s_k in s_k)
+    ]
+    if not shapes:
+        raise typer.BadParameter("no shape of the grid has such b and s_k")
+    device = bench.check_machine()
+    rows: list[mla.MlaRow] = []
+    table = Table("shape", "us", "FlashMLA us", "ratio", "TFLOPS", "GB/s")
+    for row in mla.bench_mla(shapes, device):
+        rows.append(row)
+        cells = [row.us, row.flashmla_us, row.ratio, row.tflops, row.gb_per_s]
+        table.add_row(str(row.shape), *("-" if x is None else f"{x:.2f}" for x in cells))
+        if json_file:
+            result = {
+                "gpu": device.name,
+                "baseline": mla.mla_baseline_meta(),
+                "rows": [row.to_json() for row in rows],
+            }
+            write_text(json_file, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    console = make_console()
+    console.print(table)
+    for name, some in (
+        ("all", rows),
+        *((f"b = {n}", _with_b(rows, n)) for n in (1, 16, 32, 64, 128)),
+    ):
+        mean = mla.geomean(row.ratio for row in some)
+        if mean is not None:
+            console.print(f"geomean of ratios, {name}: {mean:.3f}", highlight=False)
+
+
+def _with_b(rows: Sequence[MlaRow], b: int) -> list[MlaRow]:
+    return [row for row in rows if row.shape.b == b]
 
 
 @bench_app.command("load")

@@ -27,8 +27,8 @@ from .problem_list import (
 )
 
 if TYPE_CHECKING:
+    from .lower import AnyProblem, AnySchedule
     from .runtime.driver import Device
-    from .schedule import Schedule
     from .tuning.session import Session
     from .tuning.tune import Job, Outcome
 
@@ -181,7 +181,7 @@ def _compile(jobs: Sequence[Job], processes: int | None) -> list[Job]:
 
     started = time.perf_counter()
     kernels = list(dict.fromkeys((job.problem, s) for job in jobs for s in job.schedules))
-    refused: dict[tuple[Gemm, Schedule], JitgenError] = {}
+    refused: dict[tuple[AnyProblem, AnySchedule], JitgenError] = {}
     console = make_console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"compiling {len(kernels)} kernels", total=len(kernels))

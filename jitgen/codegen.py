@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
+from .codegen_mla import mla_context
 from .expr import Accumulator, Apply, Cast, Constant, Expr, Half, Operand, acc
 from .ir import (
     Evaluate,
@@ -25,6 +26,7 @@ from .ir import (
     operand_parameter,
     walk,
 )
+from .ir_mla import MlaKernel
 from .problem import GroupedGemm, Layout, is_masked
 from .schedule import (
     REGISTER_SPLIT,
@@ -39,11 +41,13 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def render(kernel: Kernel) -> str:
+def render(kernel: Kernel | MlaKernel) -> str:
     """The CUDA source of `kernel`; it includes only headers of `headers()`."""
+    template = _environment().get_template(f"{kernel.family}.cu.j2")
+    if isinstance(kernel, MlaKernel):
+        return template.render(kernel=kernel, **mla_context(kernel))
     evaluate, is_grouped = _evaluate(kernel), kernel.body.groups is not None
     operand_parameters = [p for p in kernel.parameters if p.name.startswith("operand_")]
-    template = _environment().get_template(f"{kernel.family}.cu.j2")
     return template.render(
         kernel=kernel,
         d_type=kernel.problem.d_dtype.cuda,

@@ -30,10 +30,11 @@ class DType:
 
 E4M3 = DType("float8_e4m3fn", "e4m3", 1, "fp8_e4m3")
 BF16 = DType("bfloat16", "bf16", 2, "bf16")
+F16 = DType("float16", "f16", 2, "fp16")
 F32 = DType("float32", "f32", 4, "float")
 I32 = DType("int32", "i32", 4, "int")  # of counts and positions; no problem computes in it
 
-ALL = (E4M3, BF16, F32)
+ALL = (E4M3, BF16, F16, F32)
 
 
 def dtype_of(spec: object) -> DType:

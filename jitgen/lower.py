@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from .dtypes import F32, I32
+from .errors import ScheduleError
 from .expr import Operand, acc, operands
 from .groups import num_values
 from .ir import (
@@ -26,7 +27,10 @@ from .ir import (
     Window,
     Zero,
 )
+from .ir_mla import MlaKernel
+from .lower_mla import lower_mla
 from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_masked
+from .problem_mla import MlaDecode
 from .schedule import (
     BLOCK_K,
     SCALE_BLOCKS,
@@ -39,7 +43,12 @@ from .schedule import (
     split_blocks,
     tile_columns,
 )
+from .schedule_mla import MlaSchedule
 from .target import SM90A, Target
+
+AnyProblem = Gemm | MlaDecode
+AnySchedule = Schedule | MlaSchedule
+AnyKernel = Kernel | MlaKernel
 
 
 def lower(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> Kernel:
@@ -63,6 +72,21 @@ def lower(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> Kernel:
         smem=smem_plan(problem, schedule),
         body=_gemm_body(problem, schedule, tensors, extra, groups),
     )
+
+
+def lower_any(problem: AnyProblem, schedule: AnySchedule) -> AnyKernel:
+    """The tile program of a problem of any family, on the target that all have.
+
+    Raises
+    ------
+    ProblemError, ScheduleError : as `lower` and `lower_mla`
+    """
+    if isinstance(problem, MlaDecode) and isinstance(schedule, MlaSchedule):
+        return lower_mla(problem, schedule)
+    if isinstance(problem, Gemm) and isinstance(schedule, Schedule):
+        return lower(problem, schedule)
+    kinds = type(problem).__name__, type(schedule).__name__
+    raise ScheduleError(f"a {kinds[0]} cannot run with a {kinds[1]}: it is another family's")
 
 
 def kernel_name(problem: Gemm, schedule: Schedule) -> str:

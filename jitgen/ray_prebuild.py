@@ -17,18 +17,16 @@ from typing import Any
 
 from .build import Prebuilt, build, key_of, open_shared_store, slowest_first, take_present
 from .errors import CompileError, JitgenError
-from .lower import kernel_name, lower
-from .problem import Gemm
+from .lower import AnyProblem, AnySchedule, lower_any
 from .runtime.entry import DamagedError, entry_files, parse_entry
 from .runtime.store import KernelStore
-from .schedule import Schedule
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_RETRIES = 5  # of a kernel whose process or node died
 
 
 def prebuild_on_ray(
-    kernels: Sequence[tuple[Gemm, Schedule]],
+    kernels: Sequence[tuple[AnyProblem, AnySchedule]],
     address: str,
     *,
     on_done: Callable[[Prebuilt], None] = lambda _: None,
@@ -120,14 +118,14 @@ class _Made:
     files: dict[str, bytes]
 
 
-def _compile(problem: Gemm, schedule: Schedule) -> _Made | JitgenError:
+def _compile(problem: AnyProblem, schedule: AnySchedule) -> _Made | JitgenError:
     """On a node: the kernel, or why there is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a node without a store compiles all the same
         try:
             store = _node_store()
             before = store.stats.compiles
-            entry = build(lower(problem, schedule), store)
+            entry = build(lower_any(problem, schedule), store)
         except JitgenError as error:
             return error
     compiled = store.stats.compiles > before
@@ -152,9 +150,9 @@ def _wait_for(ray: Any, ref: Any) -> _Made:
     return outcome
 
 
-def _keep(made: _Made, kernel: tuple[Gemm, Schedule], store: KernelStore) -> Prebuilt:
+def _keep(made: _Made, kernel: tuple[AnyProblem, AnySchedule], store: KernelStore) -> Prebuilt:
     """Put what a node made into the store, if it is what this machine would have made."""
-    wanted = key_of(lower(*kernel))
+    wanted = key_of(lower_any(*kernel))
     try:
         key = parse_entry(made.digest, made.files).key
         if differences := wanted.differences(key):
@@ -165,5 +163,7 @@ def _keep(made: _Made, kernel: tuple[Gemm, Schedule], store: KernelStore) -> Pre
             )
         store.add(made.digest, made.files)
     except DamagedError as damage:
-        raise CompileError(f"kernel {kernel_name(*kernel)} came back damaged: {damage}") from None
+        raise CompileError(
+            f"kernel {lower_any(*kernel).name} came back damaged: {damage}"
+        ) from None
     return made.prebuilt

@@ -45,6 +45,7 @@ from .ir import (
     Window,
     Zero,
 )
+from .ir_mla import MlaKernel
 from .limits import check_registers, check_smem, check_tma, require
 from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_masked
 from .schedule import (
@@ -57,18 +58,22 @@ from .schedule import (
     split_blocks,
     tile_columns,
 )
+from .verify_mla import verify_mla
 
 SWIZZLE_BYTES = 128  # of the tiles that wgmma reads, whose descriptors say so
 SWIZZLE_SPANS = (32, 64, 128)
 
 
-def verify(kernel: Kernel) -> None:
+def verify(kernel: Kernel | MlaKernel) -> None:
     """Raise VerifyError, naming the op and the rule, unless `kernel` is sound.
 
     Checked: every tile of D is computed and stored exactly once; the K blocks cover k once, in
     order; every op gets what the problem asks of it, in buffers of the right type and shape; boxes
     and alignments are what TMA and wgmma take; shared memory and registers suffice.
+    MLA decode: see verify_mla.
     """
+    if isinstance(kernel, MlaKernel):
+        return verify_mla(kernel)
     try:
         check_problem(kernel.problem)
         check_schedule(kernel.problem, kernel.schedule, kernel.target)

@@ -46,6 +46,7 @@ Argument = TensorMap | Pointer | UInt32
 class Launch:
     """A kernel with its grid and its arguments for tensors at `addresses`: all but the stream.
 
+    If it `is_cooperative`, its blocks run all at once, and may wait for each other.
     Threads may share it as long as none moves it.
     """
 
@@ -57,6 +58,7 @@ class Launch:
         *,
         grid: int,
         num_threads: int,
+        is_cooperative: bool = False,
     ) -> None:
         self.addresses = addresses
         self._kernel = kernel  # keeps the code loaded
@@ -76,7 +78,10 @@ class Launch:
             kernel.smem_bytes,
         )
         self._arguments = ctypes.addressof(self._pointers)
-        self._launch = driver().cuLaunchKernel
+        # A cooperative launch takes no extra options.
+        self._options = () if is_cooperative else (0,)
+        api = driver()
+        self._launch = api.cuLaunchCooperativeKernel if is_cooperative else api.cuLaunchKernel
 
     def __call__(self, stream: int, *, pdl: bool = False) -> None:
         """Launch on `stream`, a CUstream handle of the kernel's device.
@@ -91,13 +96,13 @@ class Launch:
         if pdl:
             status = self._enqueue_dependent(stream)
         else:
-            (status,) = self._launch(*self._call, stream, self._arguments, 0)
+            (status,) = self._launch(*self._call, stream, self._arguments, *self._options)
         if status and status == driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
             make_current(self._kernel.ordinal)  # the thread's first use of CUDA
             if pdl:
                 status = self._enqueue_dependent(stream)
             else:
-                (status,) = self._launch(*self._call, stream, self._arguments, 0)
+                (status,) = self._launch(*self._call, stream, self._arguments, *self._options)
         if status:
             raise DeviceError(f"the kernel cannot be launched: {status.name}")
 
@@ -138,10 +143,21 @@ class LaunchPool:
     """
 
     def __init__(
-        self, kernel: LoadedKernel, arguments: Sequence[Argument], *, grid: int, num_threads: int
+        self,
+        kernel: LoadedKernel,
+        arguments: Sequence[Argument],
+        *,
+        grid: int,
+        num_threads: int,
+        is_cooperative: bool = False,
     ) -> None:
         self._make = functools.partial(
-            Launch, kernel, arguments, grid=grid, num_threads=num_threads
+            Launch,
+            kernel,
+            arguments,
+            grid=grid,
+            num_threads=num_threads,
+            is_cooperative=is_cooperative,
         )
         self._idle: OrderedDict[tuple[int, ...], Launch] = OrderedDict()  # the oldest first
 

@@ -72,6 +72,26 @@ def measure_kernel_us(
     return summarize_calls(profile_calls([call] * calls))
 
 
+def measure_event_us(call: Callable[[], object], *, calls: int = 30) -> float:
+    """The median of the times between two CUDA events around a `call()`, with a cold L2.
+
+    What `triton.testing.do_bench` measures: more than the kernels' own time by a launch.
+    """
+    import torch
+
+    flush = _flush_buffer(torch.cuda.current_device())
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for _ in range(3):
+        call()
+    for begin, end in events:
+        flush.fill_(1)
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return float(statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in events))
+
+
 def profile_calls(calls: Sequence[Callable[[], object]]) -> list[list[DeviceEvent]]:
     """What ran on the GPU for each of `calls`, one after the other, each with a cold L2.
 

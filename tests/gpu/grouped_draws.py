@@ -219,8 +219,8 @@ def run_and_compare(d: Draw, *, num_runs: int = 3) -> None:
     owned, n = inputs.pop("owned"), d.problem.columns
     dtype = getattr(torch, d.problem.d_dtype.name)
     # Two rows before and two behind, and where a result need not be contiguous some columns.
-    memories = [_canaries((owned.numel() + 4, n + 16 * (2 // dtype.itemsize + 1)), dtype)]
-    edge = 8 * (2 // dtype.itemsize + 1)
+    edge = 32 // dtype.itemsize
+    memories = [_canaries((owned.numel() + 4, n + 2 * edge), dtype)]
     outs = [memories[0][2:-2, edge : n + edge].unflatten(0, owned.shape)]
     if d.problem.is_quantized:
         memories.append(_canaries((owned.numel() + 4, n // 128), torch.float32))

@@ -111,7 +111,7 @@ def kernels(request: pytest.FixtureRequest) -> None:
     selected = []
     for item in request.session.items:
         index = getattr(item, "callspec", None) and item.callspec.params.get("index")
-        if index is not None:
+        if index is not None and item.path == request.path:
             selected.append((SMALL_DRAWS if "small" in item.name else ALL_DRAWS)[index])
     # Workers of xdist are parallel already; under a sanitizer one process is all that pays.
     if "PYTEST_XDIST_WORKER" not in os.environ and len(selected) > len(SMALL_DRAWS):

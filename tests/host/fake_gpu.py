@@ -213,7 +213,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(driver, "_driver", lambda: gpu.driver)
     monkeypatch.setattr(driver, "_primary_context", driver._primary_context.__wrapped__)
     monkeypatch.setattr(driver, "device", lambda ordinal: H100)
-    monkeypatch.setattr(calls, "_check_device", lambda arrays, device: None)
+    monkeypatch.setattr(calls, "check_device", lambda arrays, device: None)
     monkeypatch.setattr(calls, "_load", load)
     monkeypatch.setattr(calls, "_calls", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.is_capturing)

@@ -18,13 +18,17 @@ import pytest
 FOUNDATION = ("errors", "dtypes", "target")
 COMPILER = (
     ("expr",),  # epilogue expressions
-    ("problem",),  # what is computed: fixed by the user
+    ("problem", "problem_mla"),  # what is computed: fixed by the user
     ("groups",),  # which rows are whose
     ("layouts",),  # as users say it
-    ("schedule",),  # how it is mapped to the GPU: what may be tuned
+    ("schedule", "schedule_mla"),  # how it is mapped to the GPU: what may be tuned
     ("ir",),  # the tile program that both become
+    ("ir_mla",),  # that of MLA decode
     ("numerics",),  # arithmetic of the tensor core, in NumPy
+    ("numerics_16",),  # of BF16 and FP16
     ("limits",),  # what the hardware takes of a kernel
+    ("lower_mla", "interpret_mla", "codegen_mla"),  # as below, for MLA decode
+    ("verify_mla",),
     ("lower", "verify", "interpret", "codegen"),  # make it, check it, run it, print it
 )
 
@@ -43,6 +47,7 @@ ALLOWED |= {
     "runtime": set(FOUNDATION),  # NVRTC, kernel store, driver: knows no problem and no kernel
     "tuning": _before | {"runtime"},  # candidates, cost model, measured records
     "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
+    "tuning.bench_mla": _before | {"runtime", "tuning", "api_mla"},
     "tuning.bench_grouped": _before | {"runtime", "tuning", "tuning.bench", "api"},
     "tuning.report_grouped": {"tuning.bench", "tuning.bench_grouped", "tuning.report"},
     "tuning.measure": _before | {"api"},  # checks, and times, what may be recorded
@@ -57,14 +62,18 @@ ALLOWED |= {
     "tuning.page": _before
     | {"runtime", "tuning.bench", "tuning.report", "tuning.plot"},  # and all of it on a page
     "arrays": set(_before),  # the rules that a caller's arrays must keep
+    "arrays_mla": _before | {"arrays"},
     "build": _before | {"runtime"},  # kernels to store entries; needs no GPU
     "ray_prebuild": _before | {"runtime", "build"},  # the same on many machines
     "control": _before | {"runtime", "build"},  # what calls may compile, and counts
     "calls": _before | {"runtime", "tuning", "arrays", "control"},  # on torch, prepared once
+    "calls_mla": _before | {"runtime", "arrays", "arrays_mla", "calls"},
     "dlpack": set(_before),  # arrays of other libraries
     "api": _before | {"tuning", "arrays", "calls", "dlpack"},  # what users call
+    "api_mla": _before | {"arrays", "arrays_mla", "calls_mla"},
     "plans": _before | {"tuning", "build"},  # finite sets of kernels
-    "jitgen": _before | {"runtime", "api", "control", "plans"},  # __init__.py: the public names
+    # __init__.py: the public names
+    "jitgen": _before | {"runtime", "api", "api_mla", "calls_mla", "control", "plans"},
     "integrations": _before | {"api"},  # jitgen in other libraries, which each module may import
     "minilm": _before,  # the demo's model
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
@@ -77,7 +86,7 @@ ALLOWED |= {
     "schedule_text": _before | {"tuning"},  # schedules as users spell them
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"}
-    | {"tuning.load", "build", "plans", "problem", "runtime"},
+    | {"tuning.load", "tuning.bench_mla", "build", "plans", "problem", "runtime"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
     "cli_explain": _before
     | {"runtime", "build", "control", "epilogues", "schedule_text", "tuning"},
@@ -100,10 +109,12 @@ ALLOWED |= {
 LAZY: dict[str, set[str]] = {
     "torch": {
         "calls",
+        "calls_mla",
         "demo",
         "dlpack",
         "tuning.bench",
         "tuning.bench_grouped",
+        "tuning.bench_mla",
         "tuning.host",
         "tuning.peers",
         "tuning.report",

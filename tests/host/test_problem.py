@@ -10,7 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jitgen import BF16, E4M3, F32, Gemm, ScaleBlock, acc, cast, matrix, scalar, supports, vector
+from jitgen import (
+    BF16,
+    E4M3,
+    F16,
+    F32,
+    Gemm,
+    ScaleBlock,
+    acc,
+    cast,
+    matrix,
+    scalar,
+    supports,
+    vector,
+)
 from jitgen.dtypes import I32, dtype_of
 from jitgen.errors import ProblemError
 from jitgen.expr import Apply, Operand
@@ -241,7 +254,7 @@ def test_supports_keeps_what_is_legal_in_the_nearest_problem() -> None:
 # --- dtypes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [E4M3, BF16, F32], ids=str)
+@pytest.mark.parametrize("dtype", [E4M3, BF16, F16, F32], ids=str)
 def test_dtype_of_takes_every_spelling(dtype: Any) -> None:
     torch = pytest.importorskip("torch")
     spellings = (dtype, dtype.name, dtype.short, dtype.numpy, getattr(torch, dtype.name))
@@ -249,7 +262,9 @@ def test_dtype_of_takes_every_spelling(dtype: Any) -> None:
     assert dtype.numpy.itemsize == dtype.size_bytes
 
 
-@pytest.mark.parametrize("spec", ["float16", "int8", None, 3, "", float, "torch.int8"], ids=repr)
+@pytest.mark.parametrize("spec", ["float64", "int8", None, 3, "", float, "torch.int8"], ids=repr)
 def test_dtype_of_rejects_other_types(spec: Any) -> None:
-    with pytest.raises(ProblemError, match=r"not supported.*float8_e4m3fn, bfloat16, float32"):
+    with pytest.raises(
+        ProblemError, match=r"not supported.*float8_e4m3fn, bfloat16, float16, float32"
+    ):
         dtype_of(spec)

@@ -12,12 +12,14 @@ from jitgen.lower import lower
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
-def test_readme_example_runs() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_readme_examples_run() -> None:
     names: dict[str, Any] = {}
-    exec(block, names)
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
     assert names["d"].shape == (100, 256)
     assert names["d"].dtype == jitgen.BF16.numpy
+    assert names["o"].shape == (2, 1, 16, 512)
+    assert names["lse"].shape == (2, 16, 1)
 
 
 def test_readme_shows_the_tile_program_as_it_is() -> None:

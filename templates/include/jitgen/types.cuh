@@ -11,6 +11,7 @@ using u64 = unsigned long long;
 // Storage types that are only moved or converted, never computed with.
 struct fp8_e4m3 { u8 bits; };
 struct bf16 { u16 bits; };
+struct fp16 { u16 bits; };
 
 // An opaque CUtensorMap, passed by value as a __grid_constant__ kernel parameter.
 struct __align__(64) TensorMap { u64 opaque[16]; };

@@ -1,0 +1,203 @@
+"""MLA decode calls on torch tensors: checked and prepared once a signature, then launched."""
+
+from __future__ import annotations
+
+import functools
+import struct
+import threading
+from typing import TYPE_CHECKING, Any
+
+from .arrays import ADDRESS_UNIT, ArrayView
+from .arrays_mla import MlaCall, check_mla_call, check_mla_out
+from .calls import MAX_CALLS, Call, check_device, load
+from .dtypes import F32, array_dtype
+from .errors import CaptureError, DeviceError, ProblemError
+from .ir_mla import LoadKeys, LoadQueries, MlaKernel, walk_mla
+from .problem_mla import HEAD_DIMS
+from .runtime import driver
+from .runtime.launch import Argument, LaunchPool, Pointer, TensorMap, UInt32
+from .runtime.tensor_map import TensorMapSpec
+from .schedule_mla import TILE_ROWS, MlaSchedule, num_parts, select_mla
+
+if TYPE_CHECKING:
+    import torch
+
+
+class MlaPlan:
+    """What the parts of a call leave for each other on one GPU: 35 MB, of fixed size and address.
+
+    The plan itself, which part has which keys, is made on the device by every launch from the
+    lengths it finds. Calls that may run at the same time need an MlaPlan each; a CUDA graph needs
+    one that lives as long. It serves every problem.
+    """
+
+    def __init__(self, device: Any = None) -> None:
+        """
+        Parameters
+        ----------
+        device : torch device of the calls; None for the current CUDA device
+
+        Raises
+        ------
+        DeviceError : there is no such GPU, or it cannot run the kernels
+        """
+        import torch
+
+        index = torch.device("cuda" if device is None else device).index
+        index = torch.cuda.current_device() if index is None else index
+        found = driver.device(index)
+        driver.check_architecture(found)
+        self.device = torch.device("cuda", index)
+        tiles = 2 * found.num_sms  # at most, of all parts, each with two partial results
+        columns = max(head_dim_v for _, head_dim_v in HEAD_DIMS)
+        empty = functools.partial(torch.empty, device=self.device)
+        self.partial_out = empty(tiles, TILE_ROWS, columns, dtype=torch.float32)
+        self.partial_states = empty(tiles, TILE_ROWS, 2, dtype=torch.float32)
+        self.counters = torch.zeros(found.num_sms, device=self.device, dtype=torch.int32)
+        torch.cuda.current_stream(self.device).synchronize()
+        self.addresses = tuple(
+            tensor.data_ptr() for tensor in (self.partial_out, self.partial_states, self.counters)
+        )
+
+
+_calls: dict[object, tuple[Call, MlaCall]] = {}
+_plans: dict[tuple[int, int], MlaPlan] = {}
+_mutex = threading.Lock()
+
+
+def mla_on_device(
+    tensors: tuple[torch.Tensor, ...],
+    head_dim_v: int,
+    softmax_scale: float | None,
+    causal: bool,
+    plan: MlaPlan | None,
+    out: torch.Tensor | None,
+    schedule: MlaSchedule | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse) of q, kv_cache, block_table and seqlens_k; as `jitgen.mla_decode`."""
+
+    given = tensors if out is None else (*tensors, out)
+    try:
+        addresses = tuple(tensor.data_ptr() for tensor in given)
+        signature = (
+            head_dim_v,
+            softmax_scale,
+            causal,
+            schedule,
+            *((t.dtype, t.shape, t.stride(), t.device) for t in given),
+            *(address % ADDRESS_UNIT for address in addresses),
+        )
+        found = _calls.get(signature)
+    except AttributeError as error:
+        raise ProblemError(
+            "q, kv_cache, block_table, seqlens_k and out must be all torch tensors, or all NumPy"
+            f" arrays: {error}"
+        ) from error
+    if found is None:
+        found = _prepare(tensors, head_dim_v, softmax_scale, causal, out, schedule)
+        with _mutex:
+            _calls[signature] = found
+            while len(_calls) > MAX_CALLS:
+                del _calls[next(iter(_calls))]
+    call, about = found
+    device = tensors[0].device
+    o, lse = call.empty() if out is None else (out, *call.empty())
+    if about.batch:
+        plan = _plan_of_stream(device) if plan is None else plan
+        if plan.device != device:
+            raise DeviceError(f"plan is for {plan.device}, q is on {device}: make one for it")
+        call.launch((*addresses[:4], o.data_ptr(), lse.data_ptr(), *plan.addresses))
+    return o, lse
+
+
+def _plan_of_stream(device: torch.device) -> MlaPlan:
+    """The plan of calls that name none: calls on one stream do not run at the same time."""
+    import torch
+
+    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    plan = _plans.get(key)
+    if plan is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise CaptureError("a call in a CUDA graph needs plan=jitgen.MlaPlan(), made before")
+        plan = _plans.setdefault(key, MlaPlan(device))
+    return plan
+
+
+def _prepare(
+    tensors: tuple[torch.Tensor, ...],
+    head_dim_v: int,
+    softmax_scale: float | None,
+    causal: bool,
+    out: torch.Tensor | None,
+    schedule: MlaSchedule | None,
+) -> tuple[Call, MlaCall]:
+    """Check everything, then build, load and lay out the launches of one signature."""
+    names = ("q", "kv_cache", "block_table", "seqlens_k", "out")
+    given = dict(zip(names, tensors if out is None else (*tensors, out), strict=False))
+    device = tensors[0].device
+    check_device(given, device)
+    gpu = driver.device(device.index)
+    driver.check_architecture(gpu)
+    views = {
+        name: ArrayView(
+            name, array_dtype(t.dtype, t.itemsize), tuple(t.shape), tuple(t.stride()), t.data_ptr()
+        )
+        for name, t in given.items()
+    }
+    about = check_mla_call(views, head_dim_v, softmax_scale, causal)
+    problem = about.problem
+    shape = (about.batch, problem.num_queries, problem.num_heads, problem.head_dim_v)
+    if out is not None:
+        check_mla_out(views["out"], problem, about.batch)
+    outputs = [] if out is not None else [ArrayView("o", problem.dtype, shape, ())]
+    outputs.append(ArrayView("lse", F32, (shape[0], shape[2], shape[1]), ()))
+    if about.batch == 0:
+        return Call(device, outputs, None), about
+    kernel, loaded = load(problem, schedule or select_mla(problem), device.index)
+    launches = LaunchPool(
+        loaded,
+        _arguments(kernel, about),
+        grid=num_parts(problem, gpu.num_sms) * kernel.body.tiles,
+        num_threads=kernel.num_threads,
+        is_cooperative=True,
+    )
+    return Call(device, outputs, launches), about
+
+
+def _arguments(kernel: MlaKernel, about: MlaCall) -> list[Argument]:
+    """The kernel's arguments; addresses are those of `mla_on_device`."""
+    problem, loads = kernel.problem, list(walk_mla(kernel.body.body))
+    q_box = next(stmt.box for stmt in loads if isinstance(stmt, LoadQueries))
+    kv_box = next(stmt.box for stmt in loads if isinstance(stmt, LoadKeys))
+
+    def tensor_map(index: int, rows: int, pitch: int, box: tuple[int, int]) -> TensorMap:
+        size = problem.dtype.size_bytes
+        spec = TensorMapSpec(
+            element_bytes=size,
+            rows=rows,
+            columns=problem.head_dim_qk,
+            pitch_bytes=pitch * size,
+            box_rows=box[0],
+            box_columns=box[1],
+            swizzle_bytes=128,
+        )
+        return TensorMap(index, spec)
+
+    kv_rows = (about.num_blocks - 1) * about.page_rows + problem.page
+    (scale_bits,) = struct.unpack("I", struct.pack("f", about.scale_log2))
+    values: dict[str, Argument] = {
+        "map_q": tensor_map(0, about.batch * problem.num_rows, about.pitch_q, q_box),
+        "map_kv": tensor_map(1, kv_rows, about.pitch_kv, kv_box),
+        "block_table": Pointer(2),
+        "seqlens_k": Pointer(3),
+        "o": Pointer(4),
+        "lse": Pointer(5),
+        "partial_out": Pointer(6),
+        "partial_states": Pointer(7),
+        "counters": Pointer(8),
+        "num_sequences": UInt32(about.batch),
+        "block_table_stride": UInt32(about.block_table_stride),
+        "page_rows": UInt32(about.page_rows),
+        "scale_log2": UInt32(scale_bits),
+    }
+    return [values[parameter.name] for parameter in kernel.parameters]

@@ -1,0 +1,120 @@
+"""Lowering of MLA decode: problem and schedule to the tile program."""
+
+from __future__ import annotations
+
+import math
+
+from .dtypes import F32
+from .ir import Buffer
+from .ir_mla import (
+    Attend,
+    Fill,
+    ForKeys,
+    ForSegments,
+    LoadKeys,
+    LoadQueries,
+    Mask,
+    Merge,
+    MlaKernel,
+    MlaTensor,
+    Score,
+    Soften,
+    Split,
+    StoreOutput,
+)
+from .problem_mla import MlaDecode, check_mla
+from .schedule_mla import (
+    BLOCK_KEYS,
+    CHUNK_COLUMNS,
+    TILE_ROWS,
+    MlaSchedule,
+    check_mla_schedule,
+    mla_smem_plan,
+    num_tiles,
+)
+from .target import SM90A, Target
+
+
+def lower_mla(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A) -> MlaKernel:
+    """The tile program of `problem` under `schedule`.
+
+    Raises
+    ------
+    ProblemError, ScheduleError : a rule of check_mla or check_mla_schedule is broken
+    """
+    check_mla(problem)
+    check_mla_schedule(problem, schedule, target)
+    return MlaKernel(
+        name=mla_kernel_name(problem, schedule),
+        family="mla_decode",
+        problem=problem,
+        schedule=schedule,
+        target=target,
+        tensors=tuple(mla_tensors(problem).values()),
+        smem=mla_smem_plan(problem, schedule),
+        body=_body(problem, schedule),
+    )
+
+
+def mla_kernel_name(problem: MlaDecode, schedule: MlaSchedule) -> str:
+    """The kernel's `extern "C"` name: stable, and telling in a profiler."""
+    p, s = problem, schedule
+    mask, ahead = "_causal" if p.causal else "", "_ahead" if s.score_ahead else ""
+    return (
+        f"mla_decode_{p.dtype}_h{p.num_heads}_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}"
+        f"_p{p.page}{mask}_c{s.cluster}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}{ahead}"
+    )
+
+
+def mla_tensors(problem: MlaDecode) -> dict[str, MlaTensor]:
+    """The tensors of `problem` by name, outputs last."""
+    p, kind = problem, problem.dtype.short
+    tensors = (
+        MlaTensor("q", kind, ("b", p.num_queries, p.num_heads, p.head_dim_qk)),
+        MlaTensor("kv_cache", kind, ("num_blocks", p.page, 1, p.head_dim_qk)),
+        MlaTensor("block_table", "i32", ("b", "max_pages")),
+        MlaTensor("seqlens_k", "i32", ("b",)),
+        MlaTensor("o", kind, ("b", p.num_queries, p.num_heads, p.head_dim_v)),
+        MlaTensor("lse", "f32", ("b", p.num_heads, p.num_queries)),
+    )
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
+    tensors, dtype = mla_tensors(problem), problem.dtype
+    rows, keys = TILE_ROWS, BLOCK_KEYS
+    smem_q = Buffer("smem_q", dtype, (rows, problem.head_dim_qk), "smem", swizzle_bytes=128)
+    smem_k = Buffer("smem_k", dtype, (keys, problem.head_dim_qk), "smem", True, 128)
+    scores = Buffer("scores", F32, (rows, keys), "registers")
+    p = Buffer("p", dtype, (rows, keys), "registers")
+    out = Buffer("out", F32, (rows, problem.head_dim_v), "registers")
+    top, total, factor = (
+        Buffer(name, F32, (rows,), "registers") for name in ("max", "sum", "factor")
+    )
+    q_box = (min(rows, problem.num_rows), CHUNK_COLUMNS)
+    kv_box = (min(problem.page, keys // schedule.cluster), CHUNK_COLUMNS)
+    loop = ForKeys(
+        keys,
+        (
+            LoadKeys(smem_k, tensors["kv_cache"], tensors["block_table"], kv_box, schedule.cluster),
+            Score(scores, smem_q, smem_k),
+            Mask(scores, tensors["seqlens_k"], problem.causal),
+            Soften(p, scores, top, total, factor),
+            Attend(out, p, smem_k, factor),
+        ),
+    )
+    return ForSegments(
+        Split(keys, schedule.overhead),
+        rows,
+        num_tiles(problem),
+        schedule.cluster,
+        (
+            LoadQueries(smem_q, tensors["q"], q_box),
+            Fill(top, -math.inf),
+            Fill(total, 0.0),
+            Fill(out, 0.0),
+            loop,
+            Merge(out, top, total),
+            StoreOutput(tensors["o"], tensors["lse"], out, top, total),
+        ),
+    )

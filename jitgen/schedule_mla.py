@@ -1,0 +1,140 @@
+"""Schedules of MLA decode: how a problem is mapped to the GPU. None changes bits but `overhead`,
+which decides with the lengths where sequences are split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import ScheduleError
+from .problem_mla import MlaDecode
+from .target import SM90A, Target
+
+TILE_ROWS = 64  # query rows of a thread block: those of one wgmma
+BLOCK_KEYS = 64  # keys that a math warpgroup scores at a time
+CHUNK_COLUMNS = 64  # of 16 bits: 128 bytes, the swizzle span
+CHUNK_BYTES = 64 * 128
+GROUP_CHUNKS = 2  # chunks of a block of keys that arrive together
+NUM_WARPS = 12  # of a block: two math warpgroups and the producer's
+REGISTER_CHUNKS = 1  # of Q that the math warpgroups keep in registers
+ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 1)  # segments that the producer tells of: mla_plan.cuh
+
+
+@dataclass(frozen=True)
+class MlaSchedule:
+    """
+    cluster : thread blocks that work on neighbouring tiles of a sequence and share its keys, 1 or 2
+    num_stages : blocks of 64 keys in shared memory, 2 or 4
+    prefetch : blocks of keys by which loads into L2 run ahead of those into shared memory, 0 for
+        none
+    overhead : what a sequence costs beside its keys, in blocks of keys, when parts of equal cost
+        are cut
+    score_ahead : the second math warpgroup scores its block of keys before it attends to the
+        first's, not after
+    """
+
+    cluster: int = 1
+    num_stages: int = 2
+    prefetch: int = 0
+    overhead: int = 3
+    score_ahead: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"cluster={self.cluster} num_stages={self.num_stages} prefetch={self.prefetch}"
+            f" overhead={self.overhead} score_ahead={self.score_ahead}"
+        )
+
+    @property
+    def num_math_warpgroups(self) -> int:
+        """Two: each sums one half of the output's columns, and scores every other block."""
+        return 2
+
+
+@dataclass(frozen=True)
+class MlaSmemPlan:
+    """Offsets in bytes of each buffer in dynamic shared memory."""
+
+    queries: int
+    keys: int  # num_stages blocks
+    p: int  # of the first math warpgroup; that of the second lies over the last chunk of queries
+    states: int  # maxima and sums that the math warpgroups exchange
+    barriers: int
+    announcement: int
+    scratch: int  # of the plan
+    total_bytes: int
+
+
+def num_tiles(problem: MlaDecode) -> int:
+    """Tiles of 64 query rows of a sequence."""
+    return -(-problem.num_rows // TILE_ROWS)
+
+
+def num_chunks(problem: MlaDecode) -> int:
+    """Chunks of 64 columns of a key."""
+    return problem.head_dim_qk // CHUNK_COLUMNS
+
+
+def num_barriers(problem: MlaDecode, schedule: MlaSchedule) -> int:
+    """A stage's full ones, of each group of chunks, and empty ones, of both halves; and Q's."""
+    groups = -(-num_chunks(problem) // GROUP_CHUNKS)
+    return schedule.num_stages * (groups + 2) + 2
+
+
+def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
+    """Where each buffer lies: swizzled tiles first, on 1024-byte boundaries."""
+    sizes = {
+        "queries": num_chunks(problem) * CHUNK_BYTES,
+        "keys": schedule.num_stages * num_chunks(problem) * CHUNK_BYTES,
+        "p": CHUNK_BYTES,
+        "states": 4 * TILE_ROWS * 4,
+        "barriers": 8 * num_barriers(problem, schedule),
+        "announcement": ANNOUNCEMENT_BYTES,
+        "scratch": 4 * (NUM_WARPS + 2),
+    }
+    offset, offsets = 0, {}
+    for name, size in sizes.items():
+        offsets[name] = offset
+        offset += size
+    return MlaSmemPlan(**offsets, total_bytes=offset)
+
+
+def num_parts(problem: MlaDecode, num_sms: int) -> int:
+    """Parts that the keys of all sequences are cut into: as many as run at once, at least one."""
+    return max(num_sms // num_tiles(problem), 1)
+
+
+def select_mla(problem: MlaDecode) -> MlaSchedule:
+    """The schedule that measured best on an H100 for problems of this kind."""
+    stages = 2 if problem.head_dim_qk > 320 else 4
+    if num_tiles(problem) % 2 == 0:
+        return MlaSchedule(
+            cluster=2, num_stages=stages, prefetch=1, score_ahead=num_tiles(problem) >= 4
+        )
+    return MlaSchedule(num_stages=stages)
+
+
+def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A) -> None:
+    """Raise ScheduleError, naming the rule and the remedy, unless `schedule` can run `problem`."""
+    if not isinstance(schedule, MlaSchedule):
+        raise ScheduleError(f"the schedule is a {type(schedule).__name__}, must be an MlaSchedule")
+    for name, legal in (
+        ("cluster", (1, 2)),
+        ("num_stages", (2, 4)),
+        ("prefetch", range(9)),
+        ("overhead", range(1, 65)),
+        ("score_ahead", (False, True)),
+    ):
+        value = getattr(schedule, name)
+        if type(value) is not type(legal[0]) or value not in legal:
+            raise ScheduleError(f"{name} = {value!r} must be one of {', '.join(map(str, legal))}")
+    if num_tiles(problem) % schedule.cluster:
+        raise ScheduleError(
+            f"cluster = {schedule.cluster} does not divide the {num_tiles(problem)} tiles of"
+            f" {problem.num_rows} query rows: choose 1"
+        )
+    total = mla_smem_plan(problem, schedule).total_bytes
+    if total > target.smem_per_block_bytes:
+        raise ScheduleError(
+            f"schedule needs {total} B of shared memory, {target.arch} allows"
+            f" {target.smem_per_block_bytes}: lower num_stages ({schedule.num_stages}) to 2"
+        )

@@ -1,0 +1,134 @@
+"""MLA decode on the GPU, against float64, the interpreter, and itself: repeated, and in graphs."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import jitgen
+from jitgen import BF16, F16, MlaDecode, MlaPlan, MlaSchedule
+from jitgen.errors import CaptureError
+from jitgen.interpret_mla import interpret_mla
+from jitgen.lower_mla import lower_mla
+from jitgen.schedule_mla import num_parts, select_mla
+from tests.gpu.draws import to_numpy
+from tests.gpu.mla_draws import (
+    MlaDraw,
+    bits,
+    draw_lengths,
+    draw_problems,
+    make_inputs,
+    run_and_compare,
+)
+
+NUM_CASES = 1024
+PROBLEMS = draw_problems(random.Random(7), 64)
+CASES_EACH = NUM_CASES // len(PROBLEMS)
+
+MAIN = [MlaDecode(heads, queries) for heads in (16, 64, 128) for queries in (1, 2)]
+
+
+@pytest.mark.parametrize("index", range(len(PROBLEMS)), ids=lambda i: f"{i}-{PROBLEMS[i]}")
+def test_random_calls_meet_float64(index: int) -> None:
+    rng = random.Random(index)
+    for case in range(CASES_EACH):
+        lengths = draw_lengths(rng, index + case)
+        run_and_compare(MlaDraw(PROBLEMS[index], lengths, None, rng.getrandbits(31)))
+
+
+@pytest.mark.parametrize("problem", MAIN, ids=str)
+def test_edge_lengths_meet_float64(problem: MlaDecode) -> None:
+    single = ((0,), (1,), (63,), (64,), (65,))
+    for lengths in (*single, (0, 0, 0), (0, 1, 63, 64, 65, 0), (128,) * 300):
+        run_and_compare(MlaDraw(problem, lengths, None, 3))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        MlaSchedule(cluster=1, prefetch=0),
+        MlaSchedule(cluster=1, prefetch=4, overhead=1),
+        MlaSchedule(cluster=2, prefetch=0, overhead=17),
+        MlaSchedule(cluster=2, prefetch=2),
+        MlaSchedule(cluster=1, score_ahead=True),
+        MlaSchedule(cluster=2, score_ahead=True),
+    ],
+    ids=str,
+)
+def test_schedules_meet_float64(schedule: MlaSchedule) -> None:
+    for page in (16, 64):
+        for lengths in ((5000,), (700, 0, 129, 64) * 5):
+            run_and_compare(MlaDraw(MlaDecode(128, page=page), lengths, schedule, 5))
+
+
+def test_pages_that_lie_apart_meet_float64() -> None:
+    run_and_compare(MlaDraw(MlaDecode(16, page=32), (1000, 3, 77), None, 9), gap=48)
+
+
+@pytest.mark.parametrize("problem", [MlaDecode(3, 2), MlaDecode(128, dtype=F16)], ids=str)
+def test_small_equals_interpreter_within_tolerance(problem: MlaDecode) -> None:
+    """See jitgen/interpret_mla.py: 2^-7 of the largest |v| / sqrt(n)."""
+    lengths = (0, 1, 63, 130, 321)
+    inputs = make_inputs(MlaDraw(problem, lengths, None, 11))
+    o, lse = jitgen.mla_decode(*inputs.values(), causal=problem.causal)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    host = {name: to_numpy(t) for name, t in inputs.items()}
+    expected, expected_lse = interpret_mla(
+        lower_mla(problem, select_mla(problem)),
+        host,
+        softmax_scale=problem.head_dim_qk**-0.5,
+        num_parts=num_parts(problem, sms),
+    )
+    got = to_numpy(o).astype(np.float64)
+    for sequence, length in enumerate(lengths):
+        error = np.abs(got[sequence] - expected[sequence].astype(np.float64)).max()
+        assert error <= 2**-7 / max(length, 1) ** 0.5, (length, error)
+    np.testing.assert_allclose(lse.cpu().numpy(), expected_lse, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("problem", [MlaDecode(16), MlaDecode(128, 2)], ids=str)
+def test_graph_replay_with_other_lengths_equals_eager(problem: MlaDecode) -> None:
+    d = MlaDraw(problem, (3000, 100, 1500, 0, 64), None, 21)
+    inputs, plan = make_inputs(d), MlaPlan()
+    out = torch.empty(
+        5, problem.num_queries, problem.num_heads, 512, dtype=torch.bfloat16, device="cuda"
+    )
+    jitgen.mla_decode(*inputs.values(), plan=plan, out=out)  # compiles and loads
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, lse = jitgen.mla_decode(*inputs.values(), plan=plan, out=out)
+    for lengths in ((3000, 100, 1500, 0, 64), (1, 99, 1499, 0, 0), (2999, 65, 1, 0, 3)):
+        inputs["seqlens_k"].copy_(torch.tensor(lengths))
+        out.fill_(float("nan"))
+        graph.replay()
+        replayed = out.clone(), lse.clone()
+        o, eager_lse = jitgen.mla_decode(*inputs.values(), plan=MlaPlan())
+        assert torch.equal(bits(replayed[0]), bits(o))
+        assert torch.equal(bits(replayed[1]), bits(eager_lse))
+
+
+def test_capture_without_plan_is_refused() -> None:
+    inputs = make_inputs(MlaDraw(MlaDecode(16), (100,), None, 1))
+    jitgen.mla_decode(*inputs.values())
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(CaptureError, match="needs plan"), torch.cuda.graph(graph):
+        jitgen.mla_decode(*inputs.values())
+
+
+def test_rejects_tensors_on_the_host() -> None:
+    inputs = make_inputs(MlaDraw(MlaDecode(16, dtype=BF16), (100,), None, 1))
+    with pytest.raises(jitgen.DeviceError, match="seqlens_k is on cpu"):
+        jitgen.mla_decode(*list(inputs.values())[:3], inputs["seqlens_k"].cpu())
+
+
+def test_empty_batch_gives_empty_results() -> None:
+    q = torch.zeros(0, 1, 16, 576, dtype=torch.bfloat16, device="cuda")
+    kv = torch.zeros(2, 64, 1, 576, dtype=torch.bfloat16, device="cuda")
+    table = torch.zeros(0, 4, dtype=torch.int32, device="cuda")
+    lengths = torch.zeros(0, dtype=torch.int32, device="cuda")
+    o, lse = jitgen.mla_decode(q, kv, table, lengths)
+    assert o.shape == (0, 1, 16, 512)
+    assert lse.shape == (0, 16, 1)

@@ -1,0 +1,340 @@
+"""MLA decode without a GPU: rules, the split of keys, and the interpreter against float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mmasim.nv_ptx.sim import WGMMA
+from numpy.typing import NDArray
+
+import jitgen
+from jitgen import BF16, F16, F32, MlaDecode, MlaSchedule, ProblemError, ScheduleError
+from jitgen.interpret_mla import interpret_mla
+from jitgen.ir_mla import Split
+from jitgen.lower import lower_any
+from jitgen.lower_mla import lower_mla
+from jitgen.numerics_16 import wgmma_16
+from jitgen.problem_mla import HEAD_DIMS, PAGES, check_mla
+from jitgen.schedule_mla import check_mla_schedule, num_parts, num_tiles, select_mla
+
+from .conftest import SameBits
+
+Array = NDArray[Any]
+UNUSED_SLOT = 2147480000
+
+
+def make_inputs(
+    problem: MlaDecode, lengths: tuple[int, ...], rng: np.random.Generator
+) -> dict[str, Array]:
+    """Random arrays; what must not be looked at is NaN, or no page at all."""
+    p, dtype = problem, problem.dtype.numpy
+    num_pages = [-(-length // p.page) for length in lengths]
+    num_blocks = sum(num_pages) + 2
+    cache = np.clip(rng.standard_normal((num_blocks, p.page, 1, p.head_dim_qk)) / 10, -1, 1)
+    cache = cache.astype(dtype)
+    free = rng.permutation(num_blocks).astype(np.int32)
+    table = np.full((len(lengths), max(num_pages) + 1), UNUSED_SLOT, np.int32)
+    at = 0
+    for sequence, (length, count) in enumerate(zip(lengths, num_pages, strict=True)):
+        table[sequence, :count] = free[at : at + count]
+        at += count
+        if length % p.page:
+            cache[free[at - 1], length % p.page :] = np.nan
+    cache[free[at:]] = np.nan
+    q = rng.standard_normal((len(lengths), p.num_queries, p.num_heads, p.head_dim_qk))
+    return {
+        "q": q.astype(dtype),
+        "kv_cache": cache,
+        "block_table": table,
+        "seqlens_k": np.array(lengths, np.int32),
+    }
+
+
+def reference(problem: MlaDecode, inputs: dict[str, Array], sequence: int) -> tuple[Array, Array]:
+    """o [s_q, h_q, head_dim_v] and lse [h_q, s_q] of one sequence in float64."""
+    p, length = problem, int(inputs["seqlens_k"][sequence])
+    pages = inputs["block_table"][sequence, : -(-length // p.page)]
+    keys = inputs["kv_cache"][pages].reshape(-1, p.head_dim_qk)[:length].astype(np.float64)
+    q = inputs["q"][sequence].astype(np.float64)
+    scores = np.einsum("shd,kd->hsk", q, keys) * p.head_dim_qk**-0.5
+    later = np.arange(p.num_queries)[::-1] if p.causal else np.zeros(p.num_queries, int)
+    scores[:, np.arange(length)[None, :] >= (length - later)[:, None]] = -np.inf
+    weights = np.exp(scores)
+    total = weights.sum(axis=-1)
+    o = np.einsum("hsk,kd->shd", weights, keys[:, : p.head_dim_v])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        o = np.where(total.T[..., None] == 0, 0, o / total.T[..., None])
+        return o, np.where(total == 0, np.inf, np.log(total))
+
+
+def check_results(
+    problem: MlaDecode, inputs: dict[str, Array], o: Array, lse: Array, note: object = ""
+) -> None:
+    """The error bounds of FlashMLA's own tests."""
+    assert not np.isnan(o.astype(np.float64)).any(), note
+    for sequence in range(len(lse)):
+        want, want_lse = reference(problem, inputs, sequence)
+        got, got_lse = o[sequence].astype(np.float64), lse[sequence].astype(np.float64)
+        error = np.abs(got - want)
+        assert np.all((error <= 8e-4) | (error <= 2.01 / 128 * np.abs(want))), (note, error.max())
+        norm = (got**2 + want**2).sum()
+        assert norm == 0 or 1 - 2 * (got * want).sum() / norm < 5e-6, note
+        np.testing.assert_array_equal(np.isinf(got_lse), np.isinf(want_lse))
+        known = np.isfinite(want_lse)
+        np.testing.assert_allclose(got_lse[known], want_lse[known], rtol=8 / 65536, atol=1e-6)
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 0}, r"num_heads = 0 must be in 1\.\.128"),
+        ({"num_heads": 129}, r"num_heads = 129"),
+        ({"num_heads": True}, "num_heads = True"),
+        ({"num_queries": 9}, r"num_queries = 9 must be in 1\.\.8"),
+        ({"head_dim_v": 256}, r"\(576, 256\), must be one of \(576, 512\)"),
+        ({"page": 48}, "page = 48 keys, must be one of 16, 32, 64, 128"),
+        ({"dtype": F32}, "q has dtype float32, must be bfloat16 or float16"),
+        ({"causal": 1}, "causal = 1"),
+    ],
+)
+def test_check_mla_rejects(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ProblemError, match=message):
+        check_mla(replace(MlaDecode(16), **change))
+
+
+@pytest.mark.parametrize(
+    ("problem", "schedule", "message"),
+    [
+        (MlaDecode(16), MlaSchedule(cluster=2), "cluster = 2 does not divide the 1 tiles of 16"),
+        (MlaDecode(16), MlaSchedule(num_stages=3), "num_stages = 3 must be one of 2, 4"),
+        (MlaDecode(16), MlaSchedule(num_stages=4), "lower num_stages"),
+        (MlaDecode(16), MlaSchedule(overhead=0), "overhead = 0"),
+        (MlaDecode(16), MlaSchedule(prefetch=-1), "prefetch = -1"),
+        (MlaDecode(16), MlaSchedule(score_ahead=1), "score_ahead = 1"),  # type: ignore[arg-type]
+        (MlaDecode(16), jitgen.Schedule(128, 128, 4), "must be an MlaSchedule"),
+    ],
+)
+def test_check_mla_schedule_rejects(problem: MlaDecode, schedule: Any, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        check_mla_schedule(problem, schedule)
+
+
+def test_lower_any_rejects_another_familys_schedule() -> None:
+    with pytest.raises(ScheduleError, match="a MlaDecode cannot run with a Schedule"):
+        lower_any(MlaDecode(16), jitgen.Schedule(128, 128, 4))
+
+
+@pytest.mark.parametrize("head_dims", HEAD_DIMS)
+@pytest.mark.parametrize("heads", [1, 64, 65, 128])
+def test_select_mla_is_legal_for_every_problem(heads: int, head_dims: tuple[int, int]) -> None:
+    for queries in (1, 2, 3, 8):
+        for page in PAGES:
+            problem = MlaDecode(heads, queries, *head_dims, page)
+            schedule = select_mla(problem)
+            check_mla_schedule(problem, schedule)
+            assert num_tiles(problem) % schedule.cluster == 0
+
+
+# --- the split ------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.integers(-1, 5000), min_size=1, max_size=40),
+    st.integers(1, 132),
+    st.integers(1, 8),
+)
+def test_split_covers_every_block_once_in_parts_of_equal_cost(
+    lengths: list[int], count: int, overhead: int
+) -> None:
+    split = Split(64, overhead)
+    parts = split.parts(lengths, count)
+    assert len(parts) == count
+    blocks = [-(-max(length, 0) // 64) for length in lengths]
+    span = -(-sum(n + overhead for n in blocks) // count)
+    seen = []
+    for part, segments in enumerate(parts):
+        assert sum(segment.end - segment.begin for segment in segments) <= span
+        shared = [segment for segment in segments if segment.num_parts > 1]
+        assert len(shared) <= 2
+        for segment in segments:
+            sharing = range(segment.first_part, segment.first_part + segment.num_parts)
+            assert blocks[segment.sequence] == 0 or part in sharing
+            seen += [(segment.sequence, block) for block in range(segment.begin, segment.end)]
+        # A part's share of a sequence that it begins is its last, of others its first: so two
+        # places for partial results suffice.
+        assert [segment.begin == 0 for segment in shared] in ([], [False], [True], [False, True])
+    assert seen == [(sequence, block) for sequence, n in enumerate(blocks) for block in range(n)]
+    empty = [segment.sequence for segments in parts for segment in segments if not segment.end]
+    assert empty == [sequence for sequence, n in enumerate(blocks) if n == 0]
+
+
+# --- arithmetic -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["gauss", "wide", "bits"])
+def test_wgmma_16_equals_mmasim(
+    name: str, kind: str, rng: np.random.Generator, same_bits: SameBits
+) -> None:
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+
+    def draw(rows: int, k: int) -> Array:
+        if kind == "bits":
+            bits = rng.integers(0, 2**16, (rows, k), dtype=np.uint16)
+            values = bits.view(dtype)
+            keep = np.abs(values.astype(np.float32)) < 1e4  # no overflow, no NaN
+            return np.where(keep, values, np.zeros_like(values))
+        scale = np.exp(2 * rng.standard_normal((rows, k))) if kind == "wide" else 1.0
+        return np.asarray(rng.standard_normal((rows, k)) * scale).astype(dtype)
+
+    a, b = draw(37, 48), draw(29, 48)
+    c = rng.standard_normal((37, 29)).astype(np.float32)
+    short = "bf16" if name == "bfloat16" else "f16"
+    model = WGMMA("Hopper", f"m64n8k16.f32.{short}.{short}")
+    a_t, b_t = (
+        torch.from_numpy(x.view(np.int16).copy()).view(getattr(torch, name)) for x in (a, b)
+    )
+    want = torch.from_numpy(c)
+    for k in range(0, 48, 16):
+        want = model(a_t[:, k : k + 16], b_t[:, k : k + 16].T, want)
+    same_bits(wgmma_16(a, b, c), want.numpy())
+
+
+def test_wgmma_16_rejects_mixed_and_ragged_operands() -> None:
+    a = np.zeros((4, 16), ml_dtypes.bfloat16)
+    with pytest.raises(ProblemError, match="both bfloat16 or both float16"):
+        wgmma_16(a, a.astype(np.float16))
+    with pytest.raises(ProblemError, match="multiple of 16"):
+        wgmma_16(a[:, :8], a[:, :8])
+
+
+# --- the interpreter ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("problem", "lengths"),
+    [
+        (MlaDecode(4), (0, 1, 63, 64, 65)),
+        (MlaDecode(4, 3), (0, 1, 2, 3, 63, 64, 65, 130)),
+        (MlaDecode(4, 3, causal=False), (1, 66)),
+        (MlaDecode(65, page=16), (1, 200)),
+        (MlaDecode(2, 1, 512, 512, 128, F16), (129, 64)),
+        (MlaDecode(3, 2, 320, 256, 32), (31, 300, 0)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("parts", [1, 3, 132])
+def test_interpret_meets_float64_however_it_is_split(
+    problem: MlaDecode, lengths: tuple[int, ...], parts: int, rng: np.random.Generator
+) -> None:
+    inputs = make_inputs(problem, lengths, rng)
+    kernel = lower_mla(problem, select_mla(problem))
+    scale = problem.head_dim_qk**-0.5
+    for numerics in ("hopper", "exact"):
+        o, lse = interpret_mla(
+            kernel, inputs, softmax_scale=scale, num_parts=parts, numerics=numerics
+        )
+        check_results(problem, inputs, o, lse, numerics)
+
+
+def test_interpret_rows_without_keys_are_zero_with_infinite_lse(rng: np.random.Generator) -> None:
+    problem = MlaDecode(2, 3)
+    inputs = make_inputs(problem, (2, 0), rng)
+    o, lse = jitgen.mla_decode(*inputs.values())
+    assert np.all(lse[0, :, 0] == np.inf)
+    assert np.all(np.isfinite(lse[0, :, 1:]))
+    assert np.all(lse[1] == np.inf)
+    assert not o[0, 0].any()
+    assert not o[1].any()
+    assert o[0, 1].any()
+
+
+def test_interpret_rejects_other_arrays_than_the_kernels(rng: np.random.Generator) -> None:
+    problem = MlaDecode(2)
+    kernel = lower_mla(problem, select_mla(problem))
+    inputs = make_inputs(problem, (5,), rng)
+    with pytest.raises(ProblemError, match="q is float32"):
+        interpret_mla(
+            kernel, inputs | {"q": inputs["q"].astype("f")}, softmax_scale=1.0, num_parts=1
+        )
+    with pytest.raises(ProblemError, match="kernel takes tensors q, kv_cache"):
+        interpret_mla(kernel, {"seqlens_k": inputs["seqlens_k"]}, softmax_scale=1.0, num_parts=1)
+
+
+# --- the API --------------------------------------------------------------------------------------
+
+
+def test_mla_decode_on_arrays_meets_float64_and_fills_out(rng: np.random.Generator) -> None:
+    problem = MlaDecode(8, 2, page=16)
+    inputs = make_inputs(problem, (70, 3), rng)
+    out = np.full((2, 2, 8, 512), np.nan, ml_dtypes.bfloat16)
+    o, lse = jitgen.mla_decode(*inputs.values(), out=out)
+    assert o is out
+    check_results(problem, inputs, o, lse)
+
+
+def test_mla_decode_scale_and_causal_change_the_result(rng: np.random.Generator) -> None:
+    inputs = make_inputs(MlaDecode(2, 2), (40,), rng)
+    o, lse = jitgen.mla_decode(*inputs.values())
+    _, sharper = jitgen.mla_decode(*inputs.values(), softmax_scale=0.5)
+    whole, _ = jitgen.mla_decode(*inputs.values(), causal=False)
+    assert not np.array_equal(lse, sharper)
+    np.testing.assert_array_equal(o[:, 1], whole[:, 1])  # the last token sees all keys
+    assert not np.array_equal(o[:, 0], whole[:, 0])
+
+
+def broken(inputs: dict[str, Array], name: str, array: Array) -> list[Array]:
+    return list((inputs | {name: array}).values())
+
+
+def test_mla_decode_rejects_arrays_that_break_a_rule(rng: np.random.Generator) -> None:
+    inputs = make_inputs(MlaDecode(2), (5, 6), rng)
+    for name, array, message in (
+        ("q", inputs["q"][0], r"q must be \[b, s_q, h_q, head_dim\]"),
+        ("q", inputs["q"].astype(np.float16), "must have one head_dim and one dtype"),
+        ("q", inputs["q"][..., :512], "must have one head_dim and one dtype"),
+        ("q", np.asfortranarray(inputs["q"]), "evenly spaced"),
+        ("kv_cache", inputs["kv_cache"][:, :48], "page = 48"),
+        ("block_table", inputs["block_table"].astype(np.int64), "int32"),
+        ("block_table", inputs["block_table"][:1], "int32"),
+        ("seqlens_k", inputs["seqlens_k"][:1], "int32"),
+    ):
+        with pytest.raises(ProblemError, match=message):
+            jitgen.mla_decode(*broken(inputs, name, array))
+    with pytest.raises(ProblemError, match="softmax_scale = 0 must be positive"):
+        jitgen.mla_decode(*inputs.values(), softmax_scale=0)
+    with pytest.raises(ProblemError, match=r"must be one of \(576, 512\)"):
+        jitgen.mla_decode(*inputs.values(), head_dim_v=256)
+    with pytest.raises(ProblemError, match="out is bfloat16"):
+        jitgen.mla_decode(*inputs.values(), out=np.zeros((2, 1, 2, 256), ml_dtypes.bfloat16))
+    with pytest.raises(ProblemError, match="block_table is a list, q is a NumPy array"):
+        jitgen.mla_decode(inputs["q"], inputs["kv_cache"], [[0]], inputs["seqlens_k"])
+    with pytest.raises(ScheduleError, match=r"must be a jitgen\.MlaSchedule"):
+        jitgen.mla_decode(*inputs.values(), schedule=jitgen.Schedule(128, 128, 4))
+
+
+def test_mla_decode_rejects_torch_tensors_on_the_host() -> None:
+    q = torch.zeros(1, 1, 16, 576, dtype=torch.bfloat16)
+    cache = torch.zeros(1, 64, 1, 576, dtype=torch.bfloat16)
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    with pytest.raises(jitgen.DeviceError, match="q is on cpu"):
+        jitgen.mla_decode(q, cache, table, lengths)
+
+
+def test_num_parts_is_what_runs_at_once() -> None:
+    assert num_parts(MlaDecode(16), 132) == 132
+    assert num_parts(MlaDecode(128, 2), 132) == 33
+    assert num_parts(MlaDecode(128, 8), 4) == 1
+    assert math.prod((num_parts(MlaDecode(100), 132), num_tiles(MlaDecode(100)))) <= 132
+    assert MlaDecode(1).dtype == BF16

@@ -1,0 +1,168 @@
+"""Benchmark of MLA decode: what one call takes, beside FlashMLA's times from a file.
+
+A time is reported only for a call whose result was compared with float64 just before, within the
+bounds of FlashMLA's own tests. Ratios are FlashMLA's time / jitgen's: above 1, jitgen is faster.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+from typing import Any
+
+from ..api_mla import mla_decode
+from ..errors import VerifyError
+from ..problem_mla import MlaDecode
+from ..runtime import driver
+from .timing import measure_event_us
+
+PAGE = 64
+ABSOLUTE_ERROR, RELATIVE_ERROR, COSINE_ERROR, LSE_ERROR = 8e-4, 2.01 / 128, 5e-6, 8 / 65536
+
+
+@dataclass(frozen=True)
+class MlaShape:
+    """`b` sequences of `s_k` keys each; BF16, causal, DeepSeek-V3's head dims."""
+
+    b: int
+    s_q: int
+    h: int
+    s_k: int
+
+    def __str__(self) -> str:
+        return f"b{self.b}-q{self.s_q}-h{self.h}-k{self.s_k}"
+
+    @property
+    def problem(self) -> MlaDecode:
+        return MlaDecode(self.h, self.s_q, page=PAGE, causal=self.s_q > 1)
+
+    @property
+    def flops(self) -> int:
+        """As the baselines count them: no mask."""
+        return 2 * self.b * self.s_q * self.h * self.s_k * (576 + 512)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys, queries and outputs, each once."""
+        return self.b * (self.s_k * 576 + self.s_q * self.h * (576 + 512)) * 2
+
+
+@dataclass(frozen=True)
+class MlaRow:
+    """One shape, measured; flashmla_us is None on another GPU than the baselines'."""
+
+    shape: MlaShape
+    us: float
+    flashmla_us: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.flashmla_us is None else self.flashmla_us / self.us
+
+    @property
+    def tflops(self) -> float:
+        return self.shape.flops / self.us / 1e6
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.shape.num_bytes / self.us / 1e3
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and figures derived of them, as JSON values."""
+        derived = {"ratio": self.ratio, "tflops": self.tflops, "gb_per_s": self.gb_per_s}
+        return asdict(self) | {"derived": derived}
+
+
+@functools.cache
+def _baseline_file() -> dict[str, Any]:
+    file = resources.files("jitgen.tuning") / "baselines" / "h100_mla_decode.json"
+    data: dict[str, Any] = json.loads(file.read_text())
+    return data
+
+
+def mla_baseline_meta() -> Mapping[str, Any]:
+    """Where, when and how FlashMLA was measured; `gpu` as the driver names it."""
+    meta: dict[str, Any] = _baseline_file()["meta"]
+    return meta
+
+
+def mla_baselines() -> Mapping[MlaShape, float]:
+    """FlashMLA's times in microseconds, on the GPU that `mla_baseline_meta` names."""
+    return {
+        MlaShape(row["b"], row["s_q"], row["h"], row["s_k"]): row["flashmla_us"]
+        for row in _baseline_file()["dense_decode"]
+    }
+
+
+def bench_mla(shapes: Iterable[MlaShape], device: driver.Device) -> Iterator[MlaRow]:
+    """Each shape's row as it is measured, on torch's current GPU, which is `device`.
+
+    Raises
+    ------
+    VerifyError : a result is not within the bounds; nothing is timed after that
+    """
+    import torch
+
+    shapes = list(shapes)
+    baselines = mla_baselines() if device.name == mla_baseline_meta()["gpu"] else {}
+    num_blocks = max(shape.b * -(-shape.s_k // PAGE) for shape in shapes)
+    cache = torch.empty(num_blocks, PAGE, 1, 576, device="cuda", dtype=torch.bfloat16)
+    for blocks in cache.split(4096):
+        blocks.normal_(0, 0.1)
+    for shape in shapes:
+        yield MlaRow(shape, _time(shape, cache), baselines.get(shape))
+
+
+def _time(shape: MlaShape, cache: Any) -> float:
+    import torch
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    num_pages = -(-shape.s_k // PAGE)
+    order = torch.randperm(len(cache), device="cuda", generator=generator).to(torch.int32)
+    table = order[: shape.b * num_pages].view(shape.b, num_pages)
+    size = (shape.b, shape.s_q, shape.h)
+    q = torch.randn(*size, 576, device="cuda", generator=generator).bfloat16()
+    lengths = torch.full((shape.b,), shape.s_k, device="cuda", dtype=torch.int32)
+    out = torch.full((*size, 512), math.nan, device="cuda", dtype=torch.bfloat16)
+    call = functools.partial(
+        mla_decode, q, cache, table, lengths, causal=shape.problem.causal, out=out
+    )
+    _, lse = call()
+    for sequence in {0, shape.b - 1}:
+        keys = cache[table[sequence].long()].reshape(-1, 576)[: shape.s_k]
+        _check(shape, q[sequence], keys, out[sequence], lse[sequence])
+    return measure_event_us(call)
+
+
+def _check(shape: MlaShape, q: Any, keys: Any, o: Any, lse: Any) -> None:
+    """Raise VerifyError unless one sequence's results are those of float64, within the bounds."""
+    import torch
+
+    keys = keys.double()
+    scores = torch.einsum("shd,kd->hsk", q.double(), keys) * 576**-0.5
+    if shape.problem.causal:
+        token, key = torch.arange(shape.s_q, device="cuda"), torch.arange(shape.s_k, device="cuda")
+        hidden = key[None] >= shape.s_k - (shape.s_q - 1 - token)[:, None]
+        scores.masked_fill_(hidden, -math.inf)
+    want_lse = torch.logsumexp(scores, -1)
+    want = torch.einsum("hsk,kd->shd", torch.exp(scores - want_lse[..., None]), keys[:, :512])
+    got = o.double()
+    error = (got - want).abs()
+    num_bad = int(((error > ABSOLUTE_ERROR) & (error > RELATIVE_ERROR * want.abs())).sum())
+    cosine = float(1 - 2 * (got * want).sum() / (got**2 + want**2).sum())
+    lse_error = float(((lse.double() - want_lse) / want_lse).abs().max())
+    if num_bad or not cosine < COSINE_ERROR or not lse_error < LSE_ERROR:
+        raise VerifyError(
+            f"{shape}: {num_bad} of {got.numel()} outputs are off, cosine difference {cosine:.1e},"
+            f" lse by {lse_error:.1e} of itself"
+        )
+
+
+def geomean(ratios: Iterable[float | None]) -> float | None:
+    """The geometric mean of those that are known."""
+    known = [ratio for ratio in ratios if ratio is not None]
+    return math.exp(sum(map(math.log, known)) / len(known)) if known else None
