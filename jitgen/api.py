@@ -221,13 +221,13 @@ def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
     """
     if isinstance(x, np.ndarray):
         return quantize_blocks(x, block)
-    if is_foreign(x):
-        native = borrow("x", x, x)
-        quantized, scale = quantize(native, block)
-        keep_until_done(native)
-        return hand_over(quantized, x), hand_over(scale, x)
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):
+        if is_foreign(x):
+            native = borrow("x", x, x)
+            quantized, scale = quantize(native, block)
+            keep_until_done(native)
+            return hand_over(quantized, x), hand_over(scale, x)
         raise ProblemError(f"x is a {type(x).__name__}, must be an array")
     check_block(block)
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -181,14 +182,16 @@ def keep_until_done(*tensors: Any) -> None:
     """
     if isinstance(tensors[0], np.ndarray) or _torch().cuda.is_current_stream_capturing():
         return
-    while _in_flight and _in_flight[0][0].query():
-        _in_flight.popleft()
     event = _torch().cuda.Event()
     event.record(_torch().cuda.current_stream(tensors[0].device))
-    _in_flight.append((event, tensors))
+    with _mutex:
+        while _in_flight and _in_flight[0][0].query():
+            _in_flight.popleft()
+        _in_flight.append((event, tensors))
 
 
 _in_flight: deque[tuple[Any, tuple[Any, ...]]] = deque()
+_mutex = threading.Lock()
 
 
 def _reader(device: int, *, is_output: bool) -> Callable[[Any], Any]:
@@ -250,7 +253,7 @@ def _refusal(maker: Callable[[Any], Any], dtype: Any, device: Any) -> Exception 
     try:
         maker(one)
     except _REFUSALS as error:
-        return error
+        return error.with_traceback(None)
     return None
 
 
