@@ -25,7 +25,8 @@ from .dtypes import F32, array_dtype, dtype_of
 from .errors import CaptureError, DeviceError
 from .expr import Bound
 from .groups import expected_rows
-from .ir import (
+from .ir_mla import MlaKernel
+from .kernel import (
     ExtentParameter,
     Kernel,
     Parameter,
@@ -33,7 +34,6 @@ from .ir import (
     StrideParameter,
     TensorMapParameter,
 )
-from .ir_mla import MlaKernel
 from .layouts import GroupLayout
 from .lower import AnyKernel, AnyProblem, AnySchedule
 from .problem import Gemm

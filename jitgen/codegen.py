@@ -11,22 +11,17 @@ import numpy as np
 
 from .codegen_mla import mla_context
 from .expr import Accumulator, Apply, Cast, Constant, Expr, Half, Operand, acc
-from .ir import (
-    Evaluate,
+from .ir import Evaluate, ForK, Load, Promote, Store, walk
+from .ir_mla import MlaKernel
+from .kernel import (
     ExtentParameter,
-    ForK,
     Kernel,
-    Load,
     Parameter,
     PointerParameter,
-    Promote,
-    Store,
     StrideParameter,
     TensorMapParameter,
     operand_parameter,
-    walk,
 )
-from .ir_mla import MlaKernel
 from .problem import GroupedGemm, Layout, is_masked
 from .schedule import (
     REGISTER_SPLIT,
@@ -80,7 +75,10 @@ def fingerprint() -> str:
     Timings made with different ones are those of different kernels.
     """
     package, templates = resources.files("jitgen"), resources.files("jitgen.templates")
-    files = [package / f"{name}.py" for name in ("groups", "schedule", "ir", "lower", "codegen")]
+    files = [
+        package / f"{name}.py"
+        for name in ("groups", "schedule", "ir", "kernel", "lower", "codegen")
+    ]
     files += sorted(
         (file for file in templates.iterdir() if file.name.endswith(".j2")),
         key=lambda file: file.name,

@@ -23,7 +23,6 @@ from .ir import (
     Axis,
     Evaluate,
     ForK,
-    Kernel,
     Load,
     Mma,
     Promote,
@@ -36,6 +35,7 @@ from .ir import (
     Window,
     Zero,
 )
+from .kernel import Kernel
 from .numerics import NAN_F32, fma_f32, quantize_rows, round_to, wgmma_e4m3
 from .problem import D_SCALE, Gemm, GroupedGemm
 from .schedule import BLOCK_K

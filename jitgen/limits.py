@@ -6,7 +6,8 @@ Every check raises VerifyError, naming the op and the rule.
 from __future__ import annotations
 
 from .errors import VerifyError
-from .ir import Buffer, Kernel, Load, Store, Tensor
+from .ir import Buffer, Load, Store, Tensor
+from .kernel import Kernel
 from .schedule import (
     REGISTER_SPLIT,
     SWIZZLE_ATOM_BYTES,

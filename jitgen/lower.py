@@ -14,7 +14,6 @@ from .ir import (
     Evaluate,
     ForK,
     ForTiles,
-    Kernel,
     Load,
     Mma,
     Promote,
@@ -28,6 +27,7 @@ from .ir import (
     Zero,
 )
 from .ir_mla import MlaKernel
+from .kernel import Kernel
 from .lower_mla import lower_mla
 from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_masked
 from .problem_mla import MlaDecode

@@ -32,7 +32,6 @@ from .ir import (
     Dim,
     Evaluate,
     ForK,
-    Kernel,
     Load,
     Mma,
     Promote,
@@ -46,6 +45,7 @@ from .ir import (
     Zero,
 )
 from .ir_mla import MlaKernel
+from .kernel import Kernel
 from .limits import check_registers, check_smem, check_tma, require
 from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_masked
 from .schedule import (

@@ -23,7 +23,7 @@ from ..api import gemm, quantize
 from ..dtypes import E4M3, F32, DType
 from ..errors import DeviceError, VerifyError, one_line
 from ..interpret import interpret
-from ..ir import Kernel
+from ..kernel import Kernel
 from ..lower import lower
 from ..problem import Gemm
 from ..runtime import driver

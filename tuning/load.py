@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..build import key_of
 from ..errors import StoreError
-from ..ir import Kernel
+from ..kernel import Kernel
 from ..lower import lower
 from ..problem import Gemm
 from ..runtime.entry import Entry

@@ -21,7 +21,7 @@ from ..errors import (
     ScheduleError,
     VerifyError,
 )
-from ..ir import Kernel
+from ..kernel import Kernel
 from ..lower import lower
 from ..problem import Gemm
 from ..schedule import BLOCK_K, Schedule

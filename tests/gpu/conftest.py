@@ -8,7 +8,7 @@ import pytest
 
 from jitgen import build
 from jitgen.codegen import render
-from jitgen.ir import Kernel
+from jitgen.kernel import Kernel
 
 # What one lane of a warp does for all, behind __syncwarp, and what every lane may do instead.
 EVERY_LANE = {

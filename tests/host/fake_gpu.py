@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 
 from jitgen import calls
 from jitgen.interpret import interpret
-from jitgen.ir import ExtentParameter, Kernel, PointerParameter, StrideParameter, TensorMapParameter
+from jitgen.kernel import (
+    ExtentParameter,
+    Kernel,
+    PointerParameter,
+    StrideParameter,
+    TensorMapParameter,
+)
 from jitgen.lower import lower
 from jitgen.problem import Gemm
 from jitgen.runtime import driver

@@ -32,7 +32,7 @@ from jitgen.calls import _argument
 from jitgen.dtypes import E4M3
 from jitgen.errors import DeviceError, JitgenError, ProblemError, ScheduleError
 from jitgen.interpret import interpret
-from jitgen.ir import TensorMapParameter
+from jitgen.kernel import TensorMapParameter
 from jitgen.lower import lower
 from jitgen.runtime.launch import TensorMap
 from jitgen.tuning.select import select

@@ -41,7 +41,8 @@ from jitgen import (
 from jitgen.codegen import constants, headers, render, render_expr
 from jitgen.errors import VerifyError
 from jitgen.expr import OPERATIONS, Apply, Expr, as_expr
-from jitgen.ir import Evaluate, Kernel, Store
+from jitgen.ir import Evaluate, Store
+from jitgen.kernel import Kernel
 from jitgen.lower import lower
 from jitgen.runtime.nvrtc import headers_used
 from jitgen.schedule import num_sfb_rows, part_columns, slice_columns, split_blocks

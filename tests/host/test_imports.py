@@ -23,6 +23,7 @@ COMPILER = (
     ("layouts",),  # as users say it
     ("schedule", "schedule_mla"),  # how it is mapped to the GPU: what may be tuned
     ("ir",),  # the tile program that both become
+    ("kernel",),  # it, and what a launch passes
     ("ir_mla",),  # that of MLA decode
     ("numerics",),  # arithmetic of the tensor core, in NumPy
     ("numerics_16",),  # of BF16 and FP16

@@ -11,22 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jitgen import BF16, F32, Gemm, Schedule, matrix, scalar, silu, vector
-from jitgen.ir import (
-    Buffer,
-    Dim,
+from jitgen.ir import Buffer, Dim, ForK, Load, Reduce, Store, Tensor, Traversal, Window, walk
+from jitgen.kernel import (
     ExtentParameter,
-    ForK,
     Kernel,
-    Load,
     PointerParameter,
-    Reduce,
-    Store,
     StrideParameter,
-    Tensor,
     TensorMapParameter,
-    Traversal,
-    Window,
-    walk,
 )
 from jitgen.lower import lower
 

@@ -13,7 +13,7 @@ from jitgen import Gemm, Schedule, cli
 from jitgen.build import key_of
 from jitgen.codegen import render
 from jitgen.errors import StoreError
-from jitgen.ir import Kernel
+from jitgen.kernel import Kernel
 from jitgen.lower import lower
 from jitgen.plans import plan
 from jitgen.runtime import driver

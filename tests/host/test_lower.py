@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from jitgen import BF16, F32, Gemm, Schedule, acc, cast, gelu, matrix, scalar, vector
 from jitgen.dtypes import E4M3
 from jitgen.errors import ProblemError, ScheduleError
-from jitgen.ir import Evaluate, ForK, Kernel, Load, Mma, Promote, Reduce, Store, walk
+from jitgen.ir import Evaluate, ForK, Load, Mma, Promote, Reduce, Store, walk
+from jitgen.kernel import Kernel
 from jitgen.lower import kernel_name, lower, store_box
 from jitgen.schedule import check_schedule, slice_columns, smem_plan
 from jitgen.target import SM90A

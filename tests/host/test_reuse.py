@@ -17,7 +17,7 @@ from jitgen import build
 from jitgen.build import key_of
 from jitgen.codegen import headers, render
 from jitgen.expr import acc, silu, vector
-from jitgen.ir import Kernel
+from jitgen.kernel import Kernel
 from jitgen.lower import lower
 from jitgen.problem import Gemm
 from jitgen.runtime.key import KernelKey, make_key

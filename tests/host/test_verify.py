@@ -19,7 +19,6 @@ from jitgen.ir import (
     Dim,
     Evaluate,
     ForK,
-    Kernel,
     Load,
     Mma,
     Promote,
@@ -32,6 +31,7 @@ from jitgen.ir import (
     Zero,
     walk,
 )
+from jitgen.kernel import Kernel
 from jitgen.lower import lower
 from jitgen.target import SM90A
 from jitgen.verify import verify
