@@ -183,12 +183,12 @@ def import_kernels(
 def _planned(store: KernelStore, problems: Path, gpu: Gpu, batch_invariant: bool) -> list[Entry]:
     """The store's entries of all kernels that the problems need."""
     from .build import key_of
-    from .lower import lower
+    from .lower import lower_any
 
     entries = []
     pairs = read_problems(problems)
     for problem, schedule in select_kernels(pairs, gpu, batch_invariant=batch_invariant):
-        kernel = lower(problem, schedule)
+        kernel = lower_any(problem, schedule)
         entry = store.get(key_of(kernel))
         if entry is None:
             options = ["--problems", str(problems), "--gpu", gpu.name, "--num-sms"]

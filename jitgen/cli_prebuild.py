@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .cli_problems import DEFAULT_M_MAX, EP, M_MAX, TP, report_left_out
 from .console import make_console
+from .lower import AnyProblem, AnySchedule
 from .models import read_model
-from .problem import Gemm
+from .problem import MAX_EXTENT, Gemm
 from .problem_list import (
     GPU_HELP,
     NUM_SMS_HELP,
@@ -23,9 +24,6 @@ from .problem_list import (
 )
 from .schedule_text import SCHEDULE_HELP, parse_schedule
 from .tuning.model import m_buckets
-
-if TYPE_CHECKING:
-    from .schedule import Schedule
 
 
 def prebuild(
@@ -69,13 +67,12 @@ def prebuild(
     if model:
         pairs = _problems_of_model(model, tp or 1, ep or 1, m_max or DEFAULT_M_MAX)
     else:
-        pairs = read_problems(problems) if problems else Grid.dense.problems()
+        pairs = read_problems(problems) if problems else list(Grid.dense.problems())
     chosen = named_gpu(gpu, num_sms)
     if schedule is None:
         kernels = select_kernels(pairs, chosen, batch_invariant=batch_invariant)
     else:
-        pinned = ((problem, parse_schedule(schedule, problem)) for problem, _ in pairs)
-        kernels = list(dict.fromkeys(pinned))
+        kernels = _pinned(pairs, schedule)
     _compile(kernels[part], processes, ray)
 
 
@@ -87,14 +84,31 @@ def _parse_shard(text: str | None) -> slice:
     return slice(int(match[1]), None, int(match[2]))
 
 
-def _problems_of_model(config: Path, tp: int, ep: int, m_max: int) -> list[tuple[Gemm, int]]:
+def _problems_of_model(config: Path, tp: int, ep: int, m_max: int) -> list[tuple[AnyProblem, int]]:
     model = read_model(config, tp, ep)
     report_left_out(model)
-    extents = m_buckets(range(1, m_max + 1))
-    return [(problem, m) for problem in model.problems for m in extents]
+    pairs: list[tuple[AnyProblem, int]] = []
+    for problems, most in (
+        (model.problems, m_max),
+        (model.experts, min(m_max * model.rows_a_token, MAX_EXTENT)),
+    ):
+        extents = m_buckets(range(1, most + 1))
+        pairs += [(problem, m) for problem in problems for m in extents]
+    return [*pairs, *((attention, 1) for attention in model.attention)]
 
 
-def _compile(kernels: list[tuple[Gemm, Schedule]], processes: int | None, ray: str | None) -> None:
+def _pinned(
+    pairs: list[tuple[AnyProblem, int]], schedule: str
+) -> list[tuple[AnyProblem, AnySchedule]]:
+    gemms = dict.fromkeys(problem for problem, _ in pairs if isinstance(problem, Gemm))
+    if len(gemms) < len({problem for problem, _ in pairs}):
+        raise typer.BadParameter("--schedule is of a GEMM: leave MLA decode out of the problems")
+    return [(problem, parse_schedule(schedule, problem)) for problem in gemms]
+
+
+def _compile(
+    kernels: list[tuple[AnyProblem, AnySchedule]], processes: int | None, ray: str | None
+) -> None:
     from rich.progress import Progress
 
     from . import build

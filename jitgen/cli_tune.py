@@ -139,7 +139,11 @@ def _read_source(
     if grid:
         return grid.problems()
     if problems:
-        return read_problems(problems)
+        listed = read_problems(problems)
+        pairs = [(problem, m) for problem, m in listed if type(problem) is Gemm]
+        if left_out := len({problem for problem, _ in listed}) - len({p for p, _ in pairs}):
+            typer.echo(f"left out: {left_out} grouped GEMMs or MLA decode, not tuned", err=True)
+        return pairs
     problem = Gemm(n or 0, k or 0, dtype_of(out_dtype))
     check_problem(problem)
     return [(problem, extent) for extent in parse_extents(m)]

@@ -17,10 +17,10 @@ from typing import Any
 
 from .errors import ProblemError
 from .files import read_json
-from .problem import Gemm, check_problem
+from .problem import Gemm, GroupedGemm, check_problem
+from .problem_mla import MlaDecode, check_mla
 
 IN_BF16 = "BF16 in published FP8 checkpoints"
-IN_GROUPS = "grouped GEMM of experts: not built yet"
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,19 @@ class Model:
 
     Attributes
     ----------
-    problems : each GEMM with the names of its projections and in how many layers they are
-    left_out : each kind of work that is not in `problems`, with the reason
+    problems : each dense GEMM with the names of its projections and in how many layers they are
+    experts : each grouped GEMM likewise, ragged, of the experts that a rank has
+    rows_a_token : rows of an expert's GEMM for each token of a call, if experts are dealt evenly
+    attention : MLA decode, over a BF16 cache in pages of 64, for one token a sequence and, if the
+        model predicts more, for all of them
+    left_out : each kind of work that is in none of them, with the reason
     """
 
     architecture: str
     problems: Mapping[Gemm, str]
+    experts: Mapping[Gemm, str]
+    rows_a_token: int
+    attention: Mapping[MlaDecode, str]
     left_out: Mapping[str, str]
 
 
@@ -81,7 +88,7 @@ class _Config:
 
 
 def read_model(path: Path, tp: int = 1, ep: int = 1) -> Model:
-    """The dense FP8 GEMMs that one rank runs to serve the model of a Hugging Face `config.json`.
+    """What one rank runs to serve the model of a Hugging Face `config.json`, in FP8 where it is.
 
     Parameters
     ----------
@@ -111,24 +118,61 @@ def read_model(path: Path, tp: int = 1, ep: int = 1) -> Model:
             raise config.error(
                 f"architectures must be a list with one of {known}, got {other!r:.80}"
             )
-    has_experts = architecture in WITH_EXPERTS
+    has_experts = architecture in EXPERTS
     if ep > 1 and not has_experts:
         raise config.error(f"ep = {ep}, but {architecture} has no experts: use 1")
     left_out = {"lm_head": IN_BF16}
-    if architecture in WITH_MLA:
-        left_out["attention (MLA decode)"] = "not built yet"
+    experts: dict[Gemm, str] = {}
     if has_experts:
-        left_out |= {"mlp.gate (router)": IN_BF16}
-        left_out |= {f"mlp.experts.{name}": IN_GROUPS for name in ("gate+up_proj", "down_proj")}
-    return Model(architecture, _problems(config, linears), left_out)
+        left_out["mlp.gate (router)"] = IN_BF16
+        num_experts, num_sparse = EXPERTS[architecture]
+        experts = _experts(config, num_experts, num_sparse(config))
+    return Model(
+        architecture,
+        _problems(config, linears),
+        experts,
+        config.number("num_experts_per_tok") if experts else 1,
+        _mla_decode(config) if architecture in WITH_MLA else {},
+        left_out,
+    )
 
 
-def _problems(config: _Config, linears: list[_Linear]) -> dict[Gemm, str]:
+def _experts(config: _Config, num_experts: str, num_layers: int) -> dict[Gemm, str]:
+    """The grouped GEMMs of a rank's experts: whole ones if they are spread, else a part of each."""
+    if not num_layers:
+        return {}
+    total, ep = config.number(num_experts), config.ep
+    if total % ep:
+        raise config.error(f"{num_experts} = {total} must be a multiple of ep = {ep}")
+    size = config.number("moe_intermediate_size")
+    if ep == 1:
+        size = config.split("moe_intermediate_size", size)
+    return _problems(config, _mlp(config, "mlp.experts", size, num_layers), total // ep)
+
+
+def _mla_decode(config: _Config) -> dict[MlaDecode, str]:
+    rank, rope = config.number("kv_lora_rank"), config.number("qk_rope_head_dim", least=0)
+    heads, num_layers = config.share("num_attention_heads"), config.number("num_hidden_layers")
+    found = {}
+    predicted = config.number("num_nextn_predict_layers", least=0, default=0)
+    for num_queries in sorted({1, 1 + predicted}):
+        problem = MlaDecode(heads, num_queries, rank + rope, rank)
+        try:
+            check_mla(problem)
+        except ProblemError as error:
+            raise config.error(f"attention with tp = {config.tp}: {error}") from None
+        found[problem] = f"self_attn (decode), {num_queries} tokens a sequence, {num_layers} layers"
+    return found
+
+
+def _problems(config: _Config, linears: list[_Linear], num_groups: int = 0) -> dict[Gemm, str]:
     """Each legal problem once, with the names of all its projections."""
     num_layers = config.number("num_hidden_layers")
     names: dict[Gemm, list[str]] = {}
     for linear in linears:
         problem = Gemm(linear.n, linear.k)
+        if num_groups:
+            problem = GroupedGemm(linear.n, linear.k, num_groups=num_groups)
         try:
             check_problem(problem)
         except ProblemError as error:
@@ -143,10 +187,7 @@ def _problems(config: _Config, linears: list[_Linear]) -> dict[Gemm, str]:
 
 def _deepseek_v3(config: _Config) -> list[_Linear]:
     """DeepSeek-V3, DeepSeek-R1, Kimi-K2: latent attention; experts after the first layers."""
-    num_layers = config.number("num_hidden_layers")
-    first = config.number("first_k_dense_replace", least=0)
-    step = config.number("moe_layer_freq", default=1)
-    num_sparse = sum(i >= first and i % step == 0 for i in range(num_layers))
+    num_layers, num_sparse = config.number("num_hidden_layers"), _sparse_of_deepseek(config)
     linears = _latent_attention(config, num_layers)
     linears += _dense_mlp(config, num_layers - num_sparse)
     return linears + _shared_experts(config, num_sparse)
@@ -155,13 +196,26 @@ def _deepseek_v3(config: _Config) -> list[_Linear]:
 def _qwen3_moe(config: _Config) -> list[_Linear]:
     """Qwen3-MoE: grouped-query attention; experts in every layer but those that are listed."""
     num_layers = config.number("num_hidden_layers")
+    num_dense = num_layers - _sparse_of_qwen3(config)
+    linears = _grouped_query_attention(config, config.number("head_dim"), num_layers)
+    return linears + _dense_mlp(config, num_dense)
+
+
+def _sparse_of_deepseek(config: _Config) -> int:
+    """Layers with experts."""
+    first = config.number("first_k_dense_replace", least=0)
+    step = config.number("moe_layer_freq", default=1)
+    layers = range(config.number("num_hidden_layers"))
+    return sum(i >= first and i % step == 0 for i in layers)
+
+
+def _sparse_of_qwen3(config: _Config) -> int:
     step = config.number("decoder_sparse_step", default=1)
     dense = config.fields.get("mlp_only_layers", [])
     if not isinstance(dense, list):
         raise config.error(f"mlp_only_layers must be a list of layers, got {dense!r:.80}")
-    num_dense = sum(i in dense or (i + 1) % step != 0 for i in range(num_layers))
-    linears = _grouped_query_attention(config, config.number("head_dim"), num_layers)
-    return linears + _dense_mlp(config, num_dense)
+    layers = range(config.number("num_hidden_layers"))
+    return sum(i not in dense and (i + 1) % step == 0 for i in layers)
 
 
 def _qwen3(config: _Config) -> list[_Linear]:
@@ -189,7 +243,11 @@ ARCHITECTURES: Mapping[str, Callable[[_Config], list[_Linear]]] = {
     "Qwen3ForCausalLM": _qwen3,
     "LlamaForCausalLM": _llama,
 }
-WITH_EXPERTS = ("DeepseekV3ForCausalLM", "Qwen3MoeForCausalLM")
+# Those with experts: the field that counts them, and in how many layers they are.
+EXPERTS: Mapping[str, tuple[str, Callable[[_Config], int]]] = {
+    "DeepseekV3ForCausalLM": ("n_routed_experts", _sparse_of_deepseek),
+    "Qwen3MoeForCausalLM": ("num_experts", _sparse_of_qwen3),
+}
 WITH_MLA = ("DeepseekV3ForCausalLM",)
 
 

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 
 from .dtypes import BF16, DType, dtype_of
 from .errors import ProblemError
 from .files import read_json
-from .problem import MAX_EXTENT, Gemm, check_problem
-from .schedule import Schedule
+from .lower import AnyProblem, AnySchedule
+from .problem import MAX_EXTENT, Gemm, GroupedGemm, check_problem
+from .problem_mla import MlaDecode, check_mla
+from .schedule_mla import select_mla
 from .target import Gpu
 from .tuning.model import m_buckets
 from .tuning.select import select
 
 PROBLEMS_HELP = (
     'JSON: a list of {"n": 7168, "k": 2048, "m": [1, 64]}; instead of m, "m_max": 4096 stands for'
-    ' every m up to it; "out_dtype" is bfloat16 by default, "name" a remark.'
+    ' every m up to it; "out_dtype" is bfloat16 by default, "name" a remark. With "num_groups" a'
+    ' grouped GEMM, m rows in all; "layout" is ragged by default. {"num_heads": 16, "num_queries":'
+    " 1, ...}, the fields of jitgen.MlaDecode, is MLA decode."
 )
+GEMM_FIELDS = ("name", "n", "k", "m", "m_max", "out_dtype", "num_groups", "layout")
+MLA_FIELDS = ("name", *(field.name for field in fields(MlaDecode)))
 
 
 GPU_HELP = 'Its name as the driver gives it; default: this machine\'s, or "NVIDIA H100 80GB HBM3".'
@@ -38,8 +45,10 @@ class Grid(str, Enum):
         return [(shape.problem, shape.m) for shape in GRID_DENSE]
 
 
-def read_problems(path: Path) -> list[tuple[Gemm, int]]:
+def read_problems(path: Path) -> list[tuple[AnyProblem, int]]:
     """The problems of a file as PROBLEMS_HELP describes it, each with every m to choose for.
+
+    MLA decode has one kernel for every m: it comes with 1.
 
     Raises
     ------
@@ -48,7 +57,7 @@ def read_problems(path: Path) -> list[tuple[Gemm, int]]:
     entries = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise ProblemError(f"{path} must hold a list of problems, not empty")
-    pairs: list[tuple[Gemm, int]] = []
+    pairs: list[tuple[AnyProblem, int]] = []
     for i, entry in enumerate(entries):
         try:
             problem, extents = _read_problem(entry)
@@ -59,9 +68,9 @@ def read_problems(path: Path) -> list[tuple[Gemm, int]]:
 
 
 def select_kernels(
-    pairs: Iterable[tuple[Gemm, int]], gpu: Gpu, *, batch_invariant: bool = False
-) -> list[tuple[Gemm, Schedule]]:
-    """Each kernel that `gemm` launches for the problems once, as `jitgen.build.prebuild` takes it.
+    pairs: Iterable[tuple[AnyProblem, int]], gpu: Gpu, *, batch_invariant: bool = False
+) -> list[tuple[AnyProblem, AnySchedule]]:
+    """Each kernel that calls launch for the problems once, as `jitgen.build.prebuild` takes it.
 
     Parameters
     ----------
@@ -69,10 +78,13 @@ def select_kernels(
     gpu : from `jitgen.tuning.select.named_gpu`
     batch_invariant : as for `gemm`
     """
-    kernels = (
-        (problem, select(problem, m, gpu, batch_invariant=batch_invariant)) for problem, m in pairs
-    )
-    return list(dict.fromkeys(kernels))
+
+    def schedule(problem: AnyProblem, m: int) -> AnySchedule:
+        if isinstance(problem, MlaDecode):
+            return select_mla(problem)
+        return select(problem, m, gpu, batch_invariant=batch_invariant)
+
+    return list(dict.fromkeys((problem, schedule(problem, m)) for problem, m in pairs))
 
 
 def parse_extents(text: str) -> list[int]:
@@ -94,16 +106,29 @@ def parse_extents(text: str) -> list[int]:
     return extents
 
 
-def _read_problem(entry: object) -> tuple[Gemm, list[int]]:
+def _read_problem(entry: object) -> tuple[AnyProblem, list[int]]:
     if not isinstance(entry, dict):
         raise ProblemError(f"must be an object with n, k and m or m_max, got {entry!r:.80}")
-    if unknown := set(entry) - {"name", "n", "k", "m", "m_max", "out_dtype"}:
-        raise ProblemError(f"unknown field {min(unknown)}: use name, n, k, m or m_max, out_dtype")
-    if missing := {"n", "k"} - set(entry):
-        raise ProblemError(f"field {min(missing)} is missing")
+    known = MLA_FIELDS if "num_heads" in entry else GEMM_FIELDS
+    if unknown := set(entry) - set(known):
+        raise ProblemError(f"unknown field {min(unknown)}: use {', '.join(known)}")
     if not isinstance(name := entry.get("name", ""), str):
         raise ProblemError(f"name must be a string, got {name!r:.80}")
-    problem = Gemm(entry["n"], entry["k"], _read_dtype(entry.get("out_dtype", BF16.name)))
+    if "num_heads" in entry:
+        given = {field: value for field, value in entry.items() if field != "name"}
+        dtype = _read_dtype("dtype", given.pop("dtype", BF16.name))
+        attention = MlaDecode(**given, dtype=dtype)
+        check_mla(attention)
+        return attention, [1]
+    if missing := {"n", "k"} - set(entry):
+        raise ProblemError(f"field {min(missing)} is missing")
+    dtype = _read_dtype("out_dtype", entry.get("out_dtype", BF16.name))
+    problem = Gemm(entry["n"], entry["k"], dtype)
+    if "num_groups" in entry:
+        groups, layout = entry["num_groups"], entry.get("layout", "ragged")
+        problem = GroupedGemm(problem.n, problem.k, dtype, num_groups=groups, layout=layout)
+    elif "layout" in entry:
+        raise ProblemError("layout is of a grouped GEMM: give num_groups too")
     check_problem(problem)
     if ("m" in entry) == ("m_max" in entry):
         raise ProblemError("give either m, a list, or m_max")
@@ -115,9 +140,9 @@ def _read_problem(entry: object) -> tuple[Gemm, list[int]]:
     return problem, [_read_extent(f"m[{i}]", m) for i, m in enumerate(extents)]
 
 
-def _read_dtype(name: object) -> DType:
+def _read_dtype(field: str, name: object) -> DType:
     if not isinstance(name, str):
-        raise ProblemError(f"out_dtype must be a name, got {name!r:.80}")
+        raise ProblemError(f"{field} must be a name, got {name!r:.80}")
     return dtype_of(name)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from jitgen import build, cli
+from jitgen import Gemm, GroupedGemm, MlaDecode, build, cli
 from jitgen.models import read_model
 from jitgen.plans import plan
+from jitgen.schedule_mla import select_mla
 from jitgen.tuning.select import named_gpu
 
 CONFIG = Path(__file__).parent / "configs" / "deepseek-v3.json"
@@ -43,9 +44,14 @@ def test_prebuild_of_a_model_makes_what_its_plans_launch(
     handed_over: Callable[..., list[Any]],
 ) -> None:
     gpu = named_gpu()
-    problems = read_model(CONFIG, tp=8, ep=8).problems
-    plans = [plan(p, range(1, 301), gpu=gpu.name, num_sms=gpu.num_sms) for p in problems]
-    assert handed_over(*MODEL) == [kernel for made in plans for kernel in made.kernels]
+    model = read_model(CONFIG, tp=8, ep=8)
+    rows = 300 * model.rows_a_token
+    plans = [plan(p, range(1, 301), gpu=gpu.name, num_sms=gpu.num_sms) for p in model.problems]
+    plans += [plan(p, range(1, rows + 1), gpu=gpu.name, num_sms=132) for p in model.experts]
+    expected: list[Any] = [kernel for made in plans for kernel in made.kernels]
+    expected += [(problem, select_mla(problem)) for problem in model.attention]
+    assert handed_over(*MODEL) == expected
+    assert {type(problem) for problem, _ in expected} == {Gemm, GroupedGemm, MlaDecode}
 
 
 def test_prebuild_of_a_model_has_the_defaults_of_problems(
@@ -60,8 +66,8 @@ def test_prebuild_of_a_model_says_what_is_left_out(
 ) -> None:
     assert handed_over(*MODEL)
     first, *left_out = run(*MODEL).stderr.splitlines()
-    assert first == "DeepseekV3ForCausalLM: problems 9, kinds left out 5"
-    assert "left out: mlp.experts.down_proj: grouped GEMM of experts: not built yet" in left_out
+    assert first == "DeepseekV3ForCausalLM: problems 13, kinds left out 2"
+    assert "left out: mlp.gate (router): BF16 in published FP8 checkpoints" in left_out
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 8, 1000])
@@ -69,8 +75,8 @@ def test_shards_are_all_disjoint_and_balanced(
     handed_over: Callable[..., list[Any]], num_shards: int
 ) -> None:
     everything = handed_over(*MODEL)
-    assert len(everything) < 100  # so that all further shards are empty
-    indices = range(min(num_shards, 100))
+    assert len(everything) < 150  # so that all further shards are empty
+    indices = range(min(num_shards, 150))
     shards = [handed_over(*MODEL, "--shard", f"{idx}/{num_shards}") for idx in indices]
     kernels = [kernel for shard in shards for kernel in shard]
     assert len(kernels) == len(everything)

@@ -31,8 +31,13 @@ def test_problems_prints_what_read_problems_reads(run: Run, config: Path, tmp_pa
     path.write_text(result.stdout)
     model = read_model(config, tp=8)
     extents = m_buckets(range(1, 301))
-    assert read_problems(path) == [(p, m) for p in model.problems for m in extents]
-    assert all(name in result.stdout for name in model.problems.values())
+    expected: list[object] = [(p, m) for p in model.problems for m in extents]
+    rows = m_buckets(range(1, 300 * model.rows_a_token + 1))
+    expected += [(p, m) for p in model.experts for m in rows]
+    expected += [(p, 1) for p in model.attention]
+    assert read_problems(path) == expected
+    for names in (model.problems, model.experts, model.attention):
+        assert all(name in result.stdout for name in names.values())  # type: ignore[attr-defined]
 
 
 def test_problems_writes_the_list_and_says_what_is_left_out(run: Run, tmp_path: Path) -> None:
@@ -40,11 +45,11 @@ def test_problems_writes_the_list_and_says_what_is_left_out(run: Run, tmp_path: 
     result = run("problems", CONFIGS / "deepseek-v3.json", "--tp", 8, "--ep", 8, "-o", path)
     assert (result.exit_code, result.stdout) == (0, "")
     first, *left_out = result.stderr.splitlines()
-    assert first == "DeepseekV3ForCausalLM: problems 9, kinds left out 5"
-    assert len(left_out) == 5
-    assert "left out: mlp.experts.down_proj: grouped GEMM of experts: not built yet" in left_out
-    assert len({problem for problem, _ in read_problems(path)}) == 9
-    assert max(m for _, m in read_problems(path)) == 8192
+    assert first == "DeepseekV3ForCausalLM: problems 13, kinds left out 2"
+    assert len(left_out) == 2
+    assert "left out: lm_head: BF16 in published FP8 checkpoints" in left_out
+    assert len({problem for problem, _ in read_problems(path)}) == 13
+    assert max(m for _, m in read_problems(path)) == 8 * 8192
 
 
 @pytest.mark.parametrize(

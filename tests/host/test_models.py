@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jitgen.errors import ProblemError
-from jitgen.models import IN_BF16, IN_GROUPS, read_model
-from jitgen.problem import Gemm, supports
+from jitgen.models import IN_BF16, read_model
+from jitgen.problem import Gemm, GroupedGemm, supports
+from jitgen.problem_mla import MlaDecode
 
 CONFIGS = Path(__file__).parent / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
@@ -49,13 +50,49 @@ DEEPSEEK_V3 = {
 def test_read_model_deepseek_v3_has_the_published_shapes() -> None:
     model = read_model(CONFIGS / "deepseek-v3.json")
     assert {(p.n, p.k): name for p, name in model.problems.items()} == DEEPSEEK_V3
-    assert model.left_out == {
-        "lm_head": IN_BF16,
-        "attention (MLA decode)": "not built yet",
-        "mlp.gate (router)": IN_BF16,
-        "mlp.experts.gate+up_proj": IN_GROUPS,
-        "mlp.experts.down_proj": IN_GROUPS,
+    assert model.left_out == {"lm_head": IN_BF16, "mlp.gate (router)": IN_BF16}
+    assert model.experts == {
+        GroupedGemm(4096, 7168, num_groups=256): "mlp.experts.gate+up_proj (58 of 61 layers)",
+        GroupedGemm(7168, 2048, num_groups=256): "mlp.experts.down_proj (58 of 61 layers)",
     }
+    assert model.rows_a_token == 8
+    assert model.attention == {
+        MlaDecode(128, 1): "self_attn (decode), 1 tokens a sequence, 61 layers",
+        MlaDecode(128, 2): "self_attn (decode), 2 tokens a sequence, 61 layers",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "ep", "groups", "size", "hidden"),
+    [
+        ("deepseek-v3", 8, 1, 256, 256, 7168),  # a part of each expert
+        ("deepseek-v3", 8, 8, 32, 2048, 7168),  # some whole experts
+        ("deepseek-v3", 1, 64, 4, 2048, 7168),
+        ("kimi-k2", 1, 32, 12, 2048, 7168),
+        ("qwen3-30b-a3b", 2, 1, 128, 384, 2048),
+    ],
+)
+def test_read_model_splits_or_spreads_experts(
+    name: str, tp: int, ep: int, groups: int, size: int, hidden: int
+) -> None:
+    model = read_model(CONFIGS / f"{name}.json", tp, ep)
+    assert set(model.experts) == {
+        GroupedGemm(2 * size, hidden, num_groups=groups),
+        GroupedGemm(hidden, size, num_groups=groups),
+    }
+    assert model.rows_a_token == 8
+
+
+def test_read_model_splits_heads_of_mla() -> None:
+    assert {p.num_heads for p in read_model(CONFIGS / "deepseek-v3.json", 8).attention} == {16}
+    (kimi,) = read_model(CONFIGS / "kimi-k2.json", 4, 4).attention
+    assert kimi == MlaDecode(16)
+    assert not read_model(CONFIGS / "qwen3-30b-a3b.json").attention
+
+
+def test_read_model_rejects_ranks_that_do_not_divide_the_experts() -> None:
+    with pytest.raises(ProblemError, match="n_routed_experts = 256 must be a multiple of ep = 3"):
+        read_model(CONFIGS / "deepseek-v3.json", 1, 3)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +206,12 @@ def test_read_model_splits_evenly_or_names_what_tp_does_not_divide(name: str, tp
 @pytest.mark.parametrize("name", NAMES)
 def test_read_model_rejects_a_missing_field(tmp_path: Path, name: str) -> None:
     optional = {"model_type", "vocab_size", "moe_layer_freq", "decoder_sparse_step"}
-    optional |= {"mlp_only_layers", "num_experts", "n_routed_experts"}
+    optional |= {"mlp_only_layers", "num_nextn_predict_layers"}
     fields = fields_of(name)
     if "q_lora_rank" in fields:
         optional.add("num_key_value_heads")  # the latent is no head's
     if "num_experts" in fields:
-        optional |= {"intermediate_size", "moe_intermediate_size"}  # no dense MLP in any layer
+        optional.add("intermediate_size")  # no dense MLP in any layer
     for field in set(fields) - optional:
         rest = {key: value for key, value in fields.items() if key != field}
         with pytest.raises(ProblemError, match=rf"config\.json: .*{field}"):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from jitgen import F16, F32, Gemm, GroupedGemm, MlaDecode
 from jitgen.errors import ProblemError
-from jitgen.problem_list import parse_extents
+from jitgen.problem_list import parse_extents, read_problems
 
 
 @pytest.mark.parametrize(
@@ -38,3 +43,41 @@ def test_parse_extents(text: str, extents: list[int]) -> None:
 def test_parse_extents_rejects(text: str, message: str) -> None:
     with pytest.raises(ProblemError, match=message):
         parse_extents(text)
+
+
+def test_read_problems_of_every_family(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    entries: list[dict[str, Any]] = [
+        {"n": 576, "k": 7168, "m": [1, 64]},
+        {"n": 576, "k": 7168, "m": [8], "num_groups": 4, "out_dtype": "f32"},
+        {"n": 576, "k": 7168, "m_max": 16, "num_groups": 4, "layout": "masked", "name": "x"},
+        {"num_heads": 16, "name": "decode"},
+        {"num_heads": 8, "num_queries": 2, "dtype": "f16", "page": 128},
+    ]
+    path.write_text(json.dumps(entries))
+    assert read_problems(path) == [
+        (Gemm(576, 7168), 1),
+        (Gemm(576, 7168), 64),
+        (GroupedGemm(576, 7168, F32, num_groups=4), 8),
+        (GroupedGemm(576, 7168, num_groups=4, layout="masked"), 16),
+        (MlaDecode(16), 1),
+        (MlaDecode(8, 2, page=128, dtype=F16), 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"n": 8, "k": 16, "m": [1], "layout": "ragged"}, "layout is of a grouped GEMM"),
+        ({"n": 8, "k": 16, "m": [1], "num_groups": 0}, "num_groups"),
+        ({"n": 8, "k": 16, "m": [1], "num_groups": 2, "layout": "round"}, "layout"),
+        ({"num_heads": 16, "m": [1]}, "unknown field m: use name, num_heads"),
+        ({"num_heads": 129}, "num_heads = 129 must be in 1..128"),
+        ({"num_heads": 16, "dtype": 3}, "dtype must be a name, got 3"),
+    ],
+)
+def test_read_problems_rejects(tmp_path: Path, entry: dict[str, Any], message: str) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([entry]))
+    with pytest.raises(ProblemError, match=f"entry 0: .*{message}"):
+        read_problems(path)
