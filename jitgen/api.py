@@ -20,9 +20,7 @@ from .dtypes import array_dtype
 from .errors import ProblemError, ScheduleError
 from .expr import Bound, Expr, acc, as_expr
 from .groups import expected_rows, find_fault, num_values
-from .interpret import interpret
 from .layouts import GroupLayout, check_layout
-from .lower import lower
 from .numerics import AMAX_FLOOR, E4M3_MAX, check_block, quantize_blocks
 from .problem import GroupedGemm
 from .schedule import Schedule
@@ -303,6 +301,9 @@ def _bind_numpy(
     ue8m0: bool,
 ) -> Callable[[], Any]:
     """Check everything; what comes back interprets the call."""
+    from .interpret import interpret
+    from .lower import lower
+
     views = {
         name: ArrayView(
             name,

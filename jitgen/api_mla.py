@@ -11,8 +11,6 @@ from .arrays_mla import NAMES, check_mla_call, check_mla_out
 from .calls_mla import mla_on_device
 from .dtypes import array_dtype
 from .errors import ProblemError, ScheduleError
-from .interpret_mla import LOG2_E, interpret_mla
-from .lower_mla import lower_mla
 from .schedule_mla import MlaSchedule, num_parts, select_mla
 from .target import H100
 
@@ -94,6 +92,9 @@ def mla_decode(
     )
     if out is not None:
         check_mla_out(_view("out", out), about.problem, about.batch)
+    from .interpret_mla import LOG2_E, interpret_mla
+    from .lower_mla import lower_mla
+
     kernel = lower_mla(about.problem, schedule or select_mla(about.problem))
     o, lse = interpret_mla(
         kernel,

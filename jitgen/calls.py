@@ -25,17 +25,7 @@ from .dtypes import F32, array_dtype, dtype_of
 from .errors import CaptureError, DeviceError
 from .expr import Bound
 from .groups import expected_rows
-from .ir_mla import MlaKernel
-from .kernel import (
-    ExtentParameter,
-    Kernel,
-    Parameter,
-    PointerParameter,
-    StrideParameter,
-    TensorMapParameter,
-)
 from .layouts import GroupLayout
-from .lower import AnyKernel, AnyProblem, AnySchedule
 from .problem import Gemm
 from .problem_mla import MlaDecode
 from .runtime import driver
@@ -48,6 +38,10 @@ from .tuning.select import select
 
 if TYPE_CHECKING:
     import torch
+
+    from .ir_mla import MlaKernel
+    from .kernel import Kernel, Parameter
+    from .lower import AnyKernel, AnyProblem, AnySchedule
 
 MAX_CALLS = 4096  # signatures that stay prepared
 
@@ -301,6 +295,8 @@ def _check_capture(problem: AnyProblem, schedule: AnySchedule) -> None:
 
 def _argument(parameter: Parameter, views: Mapping[str, ArrayView], m: int) -> Argument:
     """The value of a kernel parameter for these arrays; their order is that of addresses."""
+    from .kernel import ExtentParameter, PointerParameter, StrideParameter, TensorMapParameter
+
     match parameter:
         case ExtentParameter():
             return UInt32(m)

@@ -12,7 +12,6 @@ from .arrays_mla import MlaCall, check_mla_call, check_mla_out
 from .calls import MAX_CALLS, Call, check_device, load
 from .dtypes import F32, array_dtype
 from .errors import CaptureError, DeviceError, ProblemError
-from .ir_mla import LoadKeys, LoadQueries, MlaKernel, walk_mla
 from .problem_mla import HEAD_DIMS
 from .runtime import driver
 from .runtime.launch import Argument, LaunchPool, Pointer, TensorMap, UInt32
@@ -21,6 +20,8 @@ from .schedule_mla import TILE_ROWS, MlaSchedule, num_parts, select_mla
 
 if TYPE_CHECKING:
     import torch
+
+    from .ir_mla import MlaKernel
 
 
 class MlaPlan:
@@ -166,6 +167,8 @@ def _prepare(
 
 def _arguments(kernel: MlaKernel, about: MlaCall) -> list[Argument]:
     """The kernel's arguments; addresses are those of `mla_on_device`."""
+    from .ir_mla import LoadKeys, LoadQueries, walk_mla
+
     problem, loads = kernel.problem, list(walk_mla(kernel.body.body))
     q_box = next(stmt.box for stmt in loads if isinstance(stmt, LoadQueries))
     kv_box = next(stmt.box for stmt in loads if isinstance(stmt, LoadKeys))

@@ -68,6 +68,9 @@ def headers() -> dict[str, str]:
     }
 
 
+_SOURCES = ("groups", "schedule", "traversal", "ir", "kernel", "lower", "codegen")
+
+
 @cache
 def fingerprint() -> str:
     """A hash, in hex, of all that decides a kernel's source beside its problem and schedule.
@@ -75,10 +78,7 @@ def fingerprint() -> str:
     Timings made with different ones are those of different kernels.
     """
     package, templates = resources.files("jitgen"), resources.files("jitgen.templates")
-    files = [
-        package / f"{name}.py"
-        for name in ("groups", "schedule", "ir", "kernel", "lower", "codegen")
-    ]
+    files = [package / f"{name}.py" for name in _SOURCES]
     files += sorted(
         (file for file in templates.iterdir() if file.name.endswith(".j2")),
         key=lambda file: file.name,

@@ -11,17 +11,19 @@ import json
 import os
 import shlex
 import warnings
+from typing import TYPE_CHECKING
 
-from .build import build, configure_store, default_store, key_of
 from .errors import JitForbiddenError, JitgenError
 from .expr import acc
-from .lower import AnyKernel, AnyProblem, AnySchedule, lower_any
 from .problem import Gemm
 from .problem_mla import MlaDecode
 from .runtime.entry import Entry
 from .runtime.key import KernelKey
 from .runtime.stats import PROCESS, Stats
 from .runtime.tiers import Tiers
+
+if TYPE_CHECKING:  # what compiles is imported by those who need it: `import jitgen` is quick
+    from .lower import AnyKernel, AnyProblem, AnySchedule
 
 JIT_MODES = ("allow", "warn", "forbid")
 
@@ -77,6 +79,8 @@ def configure(
     }
     given = _places | {name: text for name, text in places.items() if text is not None}
     if given != _places:
+        from .build import configure_store
+
         configure_store(Tiers.of(**given))
         _places.update(given)
     _configured = mode
@@ -105,6 +109,8 @@ def stats() -> Stats:
 
 def count_load() -> None:
     """Count a kernel that was loaded onto a GPU."""
+    from .build import default_store
+
     default_store().count_load()
 
 
@@ -117,6 +123,9 @@ def build_for_call(problem: AnyProblem, schedule: AnySchedule) -> tuple[AnyKerne
     JitgenError : $JITGEN_JIT is no mode
     ProblemError, ScheduleError, VerifyError, CompileError, StoreError : as lower and build
     """
+    from .build import build, default_store
+    from .lower import lower_any
+
     mode = jit_mode()
     if mode == "forbid":
         entry = default_store().get(_key(problem, schedule))
@@ -171,10 +180,16 @@ def prebuild_command(problem: Gemm, schedule: AnySchedule) -> str:
 @functools.lru_cache(maxsize=4096)
 def _key(problem: AnyProblem, schedule: AnySchedule) -> KernelKey:
     """Kept for those who ask again: making it takes 0.6 ms, all the rest of a miss 0.03 ms."""
+    from .build import key_of
+    from .lower import lower_any
+
     return key_of(lower_any(problem, schedule))
 
 
 def _missing(problem: AnyProblem, schedule: AnySchedule) -> str:
+    from .build import default_store
+    from .lower import lower_any
+
     name = lower_any(problem, schedule).name
     store = default_store().root or "in memory"
     return f"kernel {name} is not in the store {store} ({problem}; schedule {schedule})"

@@ -22,7 +22,6 @@ from .ir import (
     Stmt,
     Store,
     Tensor,
-    Traversal,
     Window,
     Zero,
 )
@@ -45,6 +44,7 @@ from .schedule import (
 )
 from .schedule_mla import MlaSchedule
 from .target import SM90A, Target
+from .traversal import Traversal
 
 AnyProblem = Gemm | MlaDecode
 AnySchedule = Schedule | MlaSchedule

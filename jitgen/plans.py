@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .build import Prebuilt, prebuild
 from .errors import ProblemError
 from .problem import Gemm, check_problem, check_rows
 from .schedule import Schedule
 from .target import Gpu
 from .tuning.model import m_bucket, m_buckets
 from .tuning.select import named_gpu, select
+
+if TYPE_CHECKING:
+    from .build import Prebuilt
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Plan:
 
         No `gemm` with an m of the plan compiles afterwards.
         """
+        from .build import prebuild
+
         return prebuild(self.kernels, num_processes=num_processes)
 
 

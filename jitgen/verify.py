@@ -40,7 +40,6 @@ from .ir import (
     Stmt,
     Store,
     Tensor,
-    Traversal,
     Window,
     Zero,
 )
@@ -58,6 +57,7 @@ from .schedule import (
     split_blocks,
     tile_columns,
 )
+from .traversal import Traversal
 from .verify_mla import verify_mla
 
 SWIZZLE_BYTES = 128  # of the tiles that wgmma reads, whose descriptors say so

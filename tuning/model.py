@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 
 from ..groups import typical_rows
-from ..ir import Traversal
 from ..problem import MAX_EXTENT, Gemm, without_epilogue
 from ..schedule import (
     BLOCK_K,
@@ -27,6 +26,7 @@ from ..schedule import (
     split_blocks,
 )
 from ..target import SM90A, Target
+from ..traversal import Traversal
 from .space import candidates
 
 GPC_SMS = 16  # 33 clusters of 4 or 18 of 6 blocks did not fit into the 132 SMs of an H100

@@ -22,6 +22,7 @@ COMPILER = (
     ("groups",),  # which rows are whose
     ("layouts",),  # as users say it
     ("schedule", "schedule_mla"),  # how it is mapped to the GPU: what may be tuned
+    ("traversal",),  # the order of its tiles
     ("ir",),  # the tile program that both become
     ("kernel",),  # it, and what a launch passes
     ("ir_mla",),  # that of MLA decode

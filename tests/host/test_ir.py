@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jitgen import BF16, F32, Gemm, Schedule, matrix, scalar, silu, vector
-from jitgen.ir import Buffer, Dim, ForK, Load, Reduce, Store, Tensor, Traversal, Window, walk
+from jitgen.ir import Buffer, Dim, ForK, Load, Reduce, Store, Tensor, Window, walk
 from jitgen.kernel import (
     ExtentParameter,
     Kernel,
@@ -20,6 +20,7 @@ from jitgen.kernel import (
     TensorMapParameter,
 )
 from jitgen.lower import lower
+from jitgen.traversal import Traversal
 
 traversals = st.builds(
     Traversal,

@@ -26,7 +26,6 @@ from jitgen.ir import (
     Stmt,
     Store,
     Tensor,
-    Traversal,
     Window,
     Zero,
     walk,
@@ -34,6 +33,7 @@ from jitgen.ir import (
 from jitgen.kernel import Kernel
 from jitgen.lower import lower
 from jitgen.target import SM90A
+from jitgen.traversal import Traversal
 from jitgen.verify import verify
 
 Edit = Callable[[Any], "Stmt | tuple[Stmt, ...]"]
