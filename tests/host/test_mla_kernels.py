@@ -203,7 +203,7 @@ def test_prebuild_and_forbid_know_the_family(
 ) -> None:
     problem = MlaDecode(2, 1, 320, 256)
     job = (problem, select_mla(problem))
-    monkeypatch.setattr("jitgen.control.default_store", functools.partial(KernelStore, tmp_path))
+    monkeypatch.setattr("jitgen.build.default_store", functools.partial(KernelStore, tmp_path))
     monkeypatch.setattr("jitgen.control._configured", None)
     configure(jit="forbid")
     with pytest.raises(JitForbiddenError, match=r"jitgen\.MlaDecode\(2, 1, 320, 256, 64, jitgen"):

@@ -177,11 +177,13 @@ def test_read_model_splits_evenly_or_names_what_tp_does_not_divide(name: str, tp
     fields = fields_of(name)
     latent = "q_lora_rank" in fields
     divided = ["num_attention_heads"] + ["intermediate_size"] * ("num_experts" not in fields)
-    divided += ["moe_intermediate_size"] * latent
+    divided += ["moe_intermediate_size"] * ("moe_intermediate_size" in fields)
     kv_heads = fields["num_key_value_heads"]
     broken = [field for field in divided if fields[field] % tp]
     if not latent and kv_heads % tp and tp % kv_heads:
         broken.append("num_key_value_heads")
+    if fields.get("moe_intermediate_size", 0) % (16 * tp):
+        broken.append("mlp.experts")  # rows of 16 bytes
     if broken:
         with pytest.raises(ProblemError) as caught:
             shapes(name, tp)
