@@ -52,7 +52,8 @@ def configure(
         $JITGEN_JIT or else "allow".
     pdl : launch under programmatic dependent launch, in CUDA graphs too: a kernel is set up while
         the one before it on the stream ends, and waits for its results. It pays where small kernels
-        follow one another in a graph; a launch without a graph costs the host more. Default: False.
+        follow one another in a graph; a launch without a graph costs the host more. MLA decode is
+        always launched when the kernel before it has ended. Default: False.
     cache_dir, cache_lower, cache_shared, cache_remote, cache_remote_write, cache_remote_timeout :
         where kernels are kept, each spelled as the environment variable of its name,
         $JITGEN_CACHE_DIR and so on, and in its place: see `jitgen.runtime.tiers.Tiers.of`

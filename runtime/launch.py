@@ -78,21 +78,25 @@ class Launch:
             kernel.smem_bytes,
         )
         self._arguments = ctypes.addressof(self._pointers)
-        # A cooperative launch takes no extra options.
+        # A cooperative launch takes no extra options, and its kernel does not wait by itself for
+        # the one before it: it must not begin while that runs.
         self._options = () if is_cooperative else (0,)
+        self._may_depend = not is_cooperative
         api = driver()
         self._launch = api.cuLaunchCooperativeKernel if is_cooperative else api.cuLaunchKernel
 
     def __call__(self, stream: int, *, pdl: bool = False) -> None:
         """Launch on `stream`, a CUstream handle of the kernel's device.
 
-        With `pdl` under programmatic dependent launch: the kernel may be set up while the one
-        before it on the stream ends. No context of another device may be current.
+        With `pdl` under programmatic dependent launch, unless it is cooperative: the kernel may be
+        set up while the one before it on the stream ends. No context of another device may be
+        current.
 
         Raises
         ------
         DeviceError : the driver refuses the launch
         """
+        pdl = pdl and self._may_depend
         if pdl:
             status = self._enqueue_dependent(stream)
         else:

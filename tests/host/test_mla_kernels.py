@@ -218,9 +218,9 @@ def test_prebuild_and_forbid_know_the_family(
 # --- launching ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_cooperative", [False, True])
+@pytest.mark.parametrize(("is_cooperative", "pdl"), [(False, False), (True, False), (True, True)])
 def test_launch_is_cooperative_if_asked(
-    is_cooperative: bool, monkeypatch: pytest.MonkeyPatch
+    is_cooperative: bool, pdl: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, tuple[object, ...]]] = []
 
@@ -239,7 +239,7 @@ def test_launch_is_cooperative_if_asked(
     prepared = launch.Launch(
         kernel, [launch.UInt32(7)], (), grid=132, num_threads=384, is_cooperative=is_cooperative
     )
-    prepared(5)
+    prepared(5, pdl=pdl)
     ((kind, arguments),) = calls
     assert kind == ("cooperative" if is_cooperative else "plain")
     assert arguments[:9] == ("function", 132, 1, 1, 384, 1, 1, 1024, 5)
