@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import ArrayView, check_gemm, name_arrays
+from .arrays import check_gemm, name_arrays, numpy_view
 from .calls import find_call
 from .dlpack import borrow, borrow_call, hand_over, is_foreign, keep_until_done
-from .dtypes import array_dtype
 from .errors import ProblemError, ScheduleError
 from .expr import Bound, Expr, acc, as_expr
 from .groups import expected_rows, find_fault, num_values
@@ -304,15 +303,7 @@ def _bind_numpy(
     from .interpret import interpret
     from .lower import lower
 
-    views = {
-        name: ArrayView(
-            name,
-            array_dtype(array.dtype, array.itemsize),
-            array.shape,
-            tuple(stride // max(array.itemsize, 1) for stride in array.strides),
-        )
-        for name, array in arrays.items()
-    }
+    views = {name: numpy_view(name, array) for name, array in arrays.items()}
     out = arrays.pop("d", None)
     if "sfd" in arrays:
         out = out, arrays.pop("sfd")

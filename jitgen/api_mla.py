@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arrays import ArrayView
+from .arrays import numpy_view
 from .arrays_mla import NAMES, check_mla_call, check_mla_out
 from .calls_mla import mla_on_device
-from .dtypes import array_dtype
 from .errors import ProblemError, ScheduleError
 from .schedule_mla import MlaSchedule, num_parts, select_mla
 from .target import H100
@@ -79,22 +78,34 @@ def mla_decode(
     if not isinstance(q, np.ndarray):
         return mla_on_device(tensors, head_dim_v, softmax_scale, causal, plan, out, schedule)
     arrays = dict(zip(NAMES, tensors, strict=True))
+    return _interpret(arrays, head_dim_v, softmax_scale, causal, out, schedule)
+
+
+def _interpret(
+    arrays: dict[str, Any],
+    head_dim_v: int,
+    softmax_scale: float | None,
+    causal: bool,
+    out: Any,
+    schedule: MlaSchedule | None,
+) -> tuple[Any, Any]:
+    """Check everything, and interpret the call."""
+    from .interpret_mla import LOG2_E, interpret_mla
+    from .lower_mla import lower_mla
+
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):
             raise ProblemError(
                 f"{name} is a {type(array).__name__}, q is a NumPy array: convert it"
             )
     about = check_mla_call(
-        {name: _view(name, array) for name, array in arrays.items()},
+        {name: numpy_view(name, array) for name, array in arrays.items()},
         head_dim_v,
         softmax_scale,
         causal,
     )
     if out is not None:
-        check_mla_out(_view("out", out), about.problem, about.batch)
-    from .interpret_mla import LOG2_E, interpret_mla
-    from .lower_mla import lower_mla
-
+        check_mla_out(numpy_view("out", out), about.problem, about.batch)
     kernel = lower_mla(about.problem, schedule or select_mla(about.problem))
     o, lse = interpret_mla(
         kernel,
@@ -106,9 +117,3 @@ def mla_decode(
         return o, lse
     out[...] = o
     return out, lse
-
-
-def _view(name: str, array: np.ndarray[Any, Any]) -> ArrayView:
-    size = max(array.itemsize, 1)
-    strides = tuple(stride // size for stride in array.strides)
-    return ArrayView(name, array_dtype(array.dtype, array.itemsize), array.shape, strides)

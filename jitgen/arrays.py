@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .dtypes import BF16, F32, I32, DType, dtype_of
+from .dtypes import BF16, F32, I32, DType, array_dtype, dtype_of
 from .errors import ProblemError
 from .expr import Bound, Expr, operands
 from .groups import num_values
@@ -68,6 +68,13 @@ class ArrayView:
         return (
             f"{self.name} is {self.dtype.name}{list(self.shape)} with strides {list(self.strides)}"
         )
+
+
+def numpy_view(name: str, array: np.ndarray[Any, Any]) -> ArrayView:
+    """What the rules need to know of a NumPy array."""
+    size = max(array.itemsize, 1)
+    strides = tuple(stride // size for stride in array.strides)
+    return ArrayView(name, array_dtype(array.dtype, array.itemsize), array.shape, strides)
 
 
 def name_arrays(

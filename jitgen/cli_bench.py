@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import make_console
-from .files import read_json, write_text
+from .files import read_json, write_json, write_text
 from .problem_list import Grid
 
 if TYPE_CHECKING:
@@ -62,9 +61,7 @@ def bench_gemm(
         for row in progress.track(bench.bench_gemm(shapes, device), total=len(shapes)):
             result = replace(result, rows=(*result.rows, row))
             if json_file:
-                write_text(
-                    json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n"
-                )
+                write_json(json_file, result.to_json())
             if markdown:
                 write_text(markdown, report.render_markdown(result))
             console.print(f"{row.shape}: {row.jitgen.kernel_us:.2f} us", highlight=False)
@@ -104,7 +101,7 @@ def bench_grouped(
     for row in bench_grouped.bench_grouped(shapes, device):
         result = replace(result, rows=(*result.rows, row))
         if json_file:
-            write_text(json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+            write_json(json_file, result.to_json())
         if markdown:
             write_text(markdown, report_grouped.render_markdown(result))
         console.print(f"{row.shape}: {row.jitgen.kernel_us:.2f} us", highlight=False)
@@ -182,14 +179,14 @@ def bench_mla(
                 "baseline": mla.mla_baseline_meta(),
                 "rows": [row.to_json() for row in rows],
             }
-            write_text(json_file, json.dumps(result, indent=1, allow_nan=False) + "\n")
+            write_json(json_file, result)
     console = make_console()
     console.print(table)
     for name, some in (
         ("all", rows),
         *((f"b = {n}", _with_b(rows, n)) for n in (1, 16, 32, 64, 128)),
     ):
-        mean = mla.geomean(row.ratio for row in some)
+        mean = mla.known_geomean(row.ratio for row in some)
         if mean is not None:
             console.print(f"geomean of ratios, {name}: {mean:.3f}", highlight=False)
 
@@ -256,5 +253,5 @@ def bench_host(
         command=report.command_line(sys.argv[1:]),
     )
     if json_file:
-        write_text(json_file, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+        write_json(json_file, result.to_json())
     host.print_host_result(make_console(), result)

@@ -24,6 +24,11 @@ def read_json(path: Path) -> Any:
         raise ProblemError(f"{path} is not JSON: {error}") from None
 
 
+def write_json(path: Path, data: object) -> None:
+    """Write `data` as JSON, which knows no NaN; errors as `write_text`."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write the file, and the folders above it where there are none.
 

@@ -1,4 +1,4 @@
-"""What serving a model computes: its dense FP8 GEMMs on one rank, from its `config.json`.
+"""What serving a model computes on one rank, from its `config.json`: FP8 GEMMs and MLA decode.
 
 Shapes are those of the `transformers` modules. Engines (vLLM, SGLang) fuse projections that read
 the same rows (q+k+v, gate+up, q_a+kv_a) and split heads and intermediate sizes over the ranks:
@@ -170,9 +170,11 @@ def _problems(config: _Config, linears: list[_Linear], num_groups: int = 0) -> d
     num_layers = config.number("num_hidden_layers")
     names: dict[Gemm, list[str]] = {}
     for linear in linears:
-        problem = Gemm(linear.n, linear.k)
-        if num_groups:
-            problem = GroupedGemm(linear.n, linear.k, num_groups=num_groups)
+        problem = (
+            GroupedGemm(linear.n, linear.k, num_groups=num_groups)
+            if num_groups
+            else Gemm(linear.n, linear.k)
+        )
         try:
             check_problem(problem)
         except ProblemError as error:

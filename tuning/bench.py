@@ -32,6 +32,7 @@ from .peers import PEERS, check_result
 from .select import select
 from .timing import Measurement, measure_kernel_us
 
+DENSE_FILE = "h100_gemm_dense.json"
 GRID_M = (1, 16, 64, 128, 256, 512, 4096)
 # (n, k) of DeepSeek-V3's linear layers.
 GRID_NK = (
@@ -189,15 +190,16 @@ def _measurement(data: dict[str, Any]) -> Measurement:
 
 
 @functools.cache
-def _baseline_file() -> dict[str, Any]:
-    file = resources.files("jitgen.tuning") / "baselines" / "h100_gemm_dense.json"
+def baseline_file(name: str) -> dict[str, Any]:
+    """A file of peers' times that comes with jitgen, and is not to be changed."""
+    file = resources.files("jitgen.tuning") / "baselines" / name
     data: dict[str, Any] = json.loads(file.read_text())
     return data
 
 
 def baseline_meta() -> Mapping[str, Any]:
     """Where, when and how the baselines were measured; `gpu` as the driver names it."""
-    meta: dict[str, Any] = _baseline_file()["meta"]
+    meta: dict[str, Any] = baseline_file(DENSE_FILE)["meta"]
     return meta
 
 
@@ -205,7 +207,7 @@ def baseline_dense() -> Mapping[Shape, Baseline]:
     """The peers' kernel times on GRID_DENSE, on the GPU that `baseline_meta` names."""
     return {
         Shape(row["m"], row["n"], row["k"]): Baseline(row["deepgemm_us"], row["cublaslt_us"])
-        for row in _baseline_file()["dense"]
+        for row in baseline_file(DENSE_FILE)["dense"]
     }
 
 

@@ -7,13 +7,10 @@ with the same tokens and no padding. Ratios are DeepGEMM / jitgen, for the same 
 
 from __future__ import annotations
 
-import functools
-import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from typing import Any
 
 from ..api import bind, quantize
@@ -30,6 +27,7 @@ from .bench import (
     FLOOR_FLOPS_PER_US,
     FLOOR_LAUNCH_US,
     Shape,
+    baseline_file,
     baseline_meta,
     bench_gemm,
     check_tiles,
@@ -38,6 +36,7 @@ from .bench import (
 from .select import select
 from .timing import Measurement, measure_kernel_us
 
+GROUPED_FILE = "h100_gemm_grouped.json"
 PADDING = 128  # rows of which DeepGEMM wants a multiple in every contiguous group
 CONTIGUOUS: tuple[Layout, ...] = ("group_of_row", "ragged")
 NUM_TILES = 3  # that are compared with the interpreter
@@ -133,22 +132,15 @@ def padded(count: int) -> int:
 # --- baselines ------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _baseline_file() -> dict[str, Any]:
-    file = resources.files("jitgen.tuning") / "baselines" / "h100_gemm_grouped.json"
-    data: dict[str, Any] = json.loads(file.read_text())
-    return data
-
-
 def grid_grouped() -> Mapping[GroupedShape, float]:
     """The shapes of the baselines with DeepGEMM's times, contiguous ones as they are and ragged."""
     grid: dict[GroupedShape, float] = {}
-    for row in _baseline_file()["contiguous"]:
+    for row in baseline_file(GROUPED_FILE)["contiguous"]:
         counts = deal(row["groups"], row["expected"], row["rows"], padded)
         for layout in CONTIGUOUS:
             shape = GroupedShape(layout, counts, row["n"], row["k"], 0, row["expected"])
             grid[shape] = row["deepgemm_us"]
-    for row in _baseline_file()["masked"]:
+    for row in baseline_file(GROUPED_FILE)["masked"]:
         counts = deal(row["groups"], row["expected"], row["rows"], int, row["max_m"])
         shape = GroupedShape("masked", counts, row["n"], row["k"], row["max_m"], row["expected"])
         grid[shape] = row["deepgemm_us"]

@@ -7,19 +7,20 @@ bounds of FlashMLA's own tests. Ratios are FlashMLA's time / jitgen's: above 1, 
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib import resources
 from typing import Any
 
 from ..api_mla import mla_decode
 from ..errors import VerifyError
 from ..problem_mla import MlaDecode
 from ..runtime import driver
+from .bench import baseline_file
+from .report import geomean
 from .timing import measure_event_us
 
+MLA_FILE = "h100_mla_decode.json"
 PAGE = 64
 ABSOLUTE_ERROR, RELATIVE_ERROR, COSINE_ERROR, LSE_ERROR = 8e-4, 2.01 / 128, 5e-6, 8 / 65536
 
@@ -77,16 +78,9 @@ class MlaRow:
         return asdict(self) | {"derived": derived}
 
 
-@functools.cache
-def _baseline_file() -> dict[str, Any]:
-    file = resources.files("jitgen.tuning") / "baselines" / "h100_mla_decode.json"
-    data: dict[str, Any] = json.loads(file.read_text())
-    return data
-
-
 def mla_baseline_meta() -> Mapping[str, Any]:
     """Where, when and how FlashMLA was measured; `gpu` as the driver names it."""
-    meta: dict[str, Any] = _baseline_file()["meta"]
+    meta: dict[str, Any] = baseline_file(MLA_FILE)["meta"]
     return meta
 
 
@@ -94,7 +88,7 @@ def mla_baselines() -> Mapping[MlaShape, float]:
     """FlashMLA's times in microseconds, on the GPU that `mla_baseline_meta` names."""
     return {
         MlaShape(row["b"], row["s_q"], row["h"], row["s_k"]): row["flashmla_us"]
-        for row in _baseline_file()["dense_decode"]
+        for row in baseline_file(MLA_FILE)["dense_decode"]
     }
 
 
@@ -162,7 +156,7 @@ def _check(shape: MlaShape, q: Any, keys: Any, o: Any, lse: Any) -> None:
         )
 
 
-def geomean(ratios: Iterable[float | None]) -> float | None:
+def known_geomean(ratios: Iterable[float | None]) -> float | None:
     """The geometric mean of those that are known."""
     known = [ratio for ratio in ratios if ratio is not None]
-    return math.exp(sum(map(math.log, known)) / len(known)) if known else None
+    return geomean(known) if known else None
