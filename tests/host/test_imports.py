@@ -52,7 +52,9 @@ ALLOWED |= {
     "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
     "tuning.bench_mla": _before | {"runtime", "tuning", "api_mla"},
     "tuning.bench_grouped": _before | {"runtime", "tuning", "tuning.bench", "api"},
+    "tuning.bench_fused": _before | {"runtime", "tuning", "tuning.bench_grouped", "api"},
     "tuning.report_grouped": {"tuning.bench", "tuning.bench_grouped", "tuning.report"},
+    "tuning.operands": {"api"},  # that are timed and checked
     "tuning.measure": _before | {"api"},  # checks, and times, what may be recorded
     "tuning.timing": {"errors"},  # of any call
     "tuning.peers": _before | {"tuning", "api"},  # what it is timed beside
@@ -61,7 +63,7 @@ ALLOWED |= {
     | {"runtime", "tuning.bench", "tuning.peers", "calls", "api"},  # times what they wait for
     "tuning.load": _before | {"runtime", "build"},  # of kernels that are compiled
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
-    "tuning.plot": {"tuning.bench", "tuning.report"},  # and in a picture
+    "tuning.plot": {"problem", "tuning.bench", "tuning.report"},  # and in a picture
     "tuning.page": _before
     | {"runtime", "tuning.bench", "tuning.report", "tuning.plot"},  # and all of it on a page
     "arrays": set(_before),  # the rules that a caller's arrays must keep
@@ -88,11 +90,13 @@ ALLOWED |= {
     "console": set(),  # what the commands print on
     "epilogues": {"expr"},  # that the commands know by name
     "files": {"errors"},  # that users name
-    "problem_list": _before | {"files", "tuning", "tuning.bench"},  # what to compile or tune
+    "problem_list": _before  # what to compile or tune
+    | {"files", "tuning", "tuning.bench", "tuning.bench_fused", "tuning.bench_grouped"},
     "models": _before | {"files"},  # what a model computes
     "schedule_text": _before | {"tuning"},  # schedules as users spell them
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"}
+    | {"tuning.bench_fused"}
     | {"tuning.load", "tuning.bench_mla", "build", "plans", "problem", "runtime"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
     "cli_explain": _before
@@ -121,13 +125,14 @@ LAZY: dict[str, set[str]] = {
         "demo",
         "dlpack",
         "tuning.bench",
+        "tuning.bench_fused",
         "tuning.bench_grouped",
         "tuning.bench_mla",
         "tuning.host",
         "tuning.peers",
         "tuning.report",
     }
-    | {"tuning.measure", "tuning.timing"},
+    | {"tuning.measure", "tuning.operands", "tuning.timing"},
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
     "jinja2": {"codegen", "tuning.page"},
