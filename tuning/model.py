@@ -6,8 +6,8 @@ of the seven N, K of DeepSeek-V3's linear layers at M = 16..4096. Of those, the 
 model picks is 3.1% slower than the fastest (geometric mean), 13% at worst; on an N, K held out of
 the fitting 3.7%, 19% at worst.
 
-What grouped GEMMs add was fitted to 676 timings of 40 shapes (2026-11-22): 1 to 64 groups of 8 to
-8192 rows. There the pick is 3.6% slower than the fastest of some ten to twenty, 15% at worst.
+What grouped GEMMs add was fitted to 664 timings of 40 shapes (2026-11-22): 1 to 64 groups of 8 to
+8192 rows. There the pick is 1.5% slower than the fastest of some ten to twenty, 9% at worst.
 """
 
 from __future__ import annotations
@@ -56,14 +56,15 @@ EXCHANGE_BYTES_PER_CLOCK = 7.85  # of sums between the blocks of a split cluster
 # Of grouped GEMMs: the groups are found first, and each tile's. A round of tiles that is not full
 # costs a part of one that is, for tiles of a round differ, and less where memory bounds. A math
 # warpgroup without rows leaves the tensor cores to others. What is read after FIRST_BYTES need not
-# wait for L2 to write back.
-GROUPED_FIXED_US = 4.58
-GROUPED_TILE_CLOCKS = 644.0
-ROUNDING_SHARE = 0.357
-MEMORY_ROUNDING_SHARE = 0.13
-SKIPPED_SHARE = 0.258
-FIRST_BYTES = 75e6
-LATER_HBM_BYTES_PER_US = 2.94e6
+# wait for L2 to write back; of tiles of many rows of B, it is read a little slower.
+GROUPED_FIXED_US = 4.37
+GROUPED_TILE_CLOCKS = 583.0
+ROUNDING_SHARE = 0.166
+MEMORY_ROUNDING_SHARE = 0.082
+MEMORY_ROW_SHARE = 0.00011
+SKIPPED_SHARE = 0.416
+FIRST_BYTES = 45e6
+LATER_HBM_BYTES_PER_US = 2.92e6
 
 # Two steps an octave from the least row tile on; below it, extents that a schedule may exploit.
 M_BUCKETS = (16, 32, *sorted(base << i for i in range(11) for base in (64, 96))[:-1])
@@ -116,7 +117,7 @@ def _predict_grouped_us(
     bytes_moved = read + m * problem.columns * problem.d_dtype.size_bytes
     first = min(bytes_moved, FIRST_BYTES)
     memory_us = first / HBM_BYTES_PER_US + (bytes_moved - first) / LATER_HBM_BYTES_PER_US
-    memory_us *= 1 + MEMORY_ROUNDING_SHARE * uneven / rounds
+    memory_us *= 1 + MEMORY_ROUNDING_SHARE * uneven / rounds + MEMORY_ROW_SHARE * s.block_n
     return GROUPED_FIXED_US + _soft_max(compute_us, memory_us)
 
 
