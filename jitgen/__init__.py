@@ -1,6 +1,7 @@
 """jitgen: a compiler-style JIT kernel generator for NVIDIA Hopper GPUs."""
 
 from .api import bind, gemm, grouped_gemm, quantize
+from .api_merge import merge_states
 from .api_mla import mla_decode
 from .calls_mla import MlaPlan
 from .control import configure, stats
@@ -17,6 +18,7 @@ from .errors import (
 )
 from .expr import acc, cast, gate, gelu, matrix, maximum, per_row, relu, scalar, silu, up, vector
 from .layouts import Contiguous, Masked, Ragged
+from .merge import MergeSchedule, MergeStates
 from .plans import Plan, plan
 from .problem import Gemm, GroupedGemm, ScaleBlock, supports
 from .problem_mla import MlaDecode
@@ -40,6 +42,8 @@ __all__ = [
     "JitForbiddenError",
     "JitgenError",
     "Masked",
+    "MergeSchedule",
+    "MergeStates",
     "MlaDecode",
     "MlaPlan",
     "MlaSchedule",
@@ -62,6 +66,7 @@ __all__ = [
     "grouped_gemm",
     "matrix",
     "maximum",
+    "merge_states",
     "mla_decode",
     "per_row",
     "plan",

@@ -13,6 +13,7 @@ from pathlib import Path
 from .codegen import headers, render
 from .errors import CompileError, JitgenError, StoreError
 from .lower import AnyKernel, AnyProblem, AnySchedule, lower_any
+from .merge import MergeKernel, MergeSchedule
 from .runtime.entry import Entry
 from .runtime.key import KernelKey, make_key
 from .runtime.nvrtc import Compiled, compile_cubin, compile_options, compiler_version
@@ -142,6 +143,8 @@ def check_register_split(kernel: AnyKernel, compiled: Compiled) -> None:
 
     The kernel would hang: a warpgroup that raises its share waits until the pool has it.
     """
+    if isinstance(kernel, MergeKernel):
+        return  # has no setmaxnreg
     warpgroups = kernel.schedule.num_math_warpgroups
     producer, math = REGISTER_SPLIT[warpgroups]
     need = WARPGROUP_THREADS * (producer + warpgroups * math)
@@ -270,6 +273,8 @@ def slowest_first(
     def size(schedule: AnySchedule) -> int:
         if isinstance(schedule, MlaSchedule):
             return 256 * 256  # as slow to compile as the largest GEMM
+        if isinstance(schedule, MergeSchedule):
+            return 0
         return schedule.block_m * schedule.block_n
 
     return sorted(kernels, key=lambda kernel: -size(kernel[1]))

@@ -26,6 +26,7 @@ from .errors import CaptureError, DeviceError
 from .expr import Bound
 from .groups import expected_rows
 from .layouts import GroupLayout
+from .merge import MergeSchedule, MergeStates
 from .problem import Gemm
 from .problem_mla import MlaDecode
 from .runtime import driver
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .ir_mla import MlaKernel
     from .kernel import Kernel, Parameter
     from .lower import AnyKernel, AnyProblem, AnySchedule
+    from .merge import MergeKernel
 
 MAX_CALLS = 4096  # signatures that stay prepared
 
@@ -259,6 +261,10 @@ def load(problem: Gemm, schedule: Schedule, ordinal: int) -> tuple[Kernel, drive
 def load(
     problem: MlaDecode, schedule: MlaSchedule, ordinal: int
 ) -> tuple[MlaKernel, driver.LoadedKernel]: ...
+@overload
+def load(
+    problem: MergeStates, schedule: MergeSchedule, ordinal: int
+) -> tuple[MergeKernel, driver.LoadedKernel]: ...
 def load(
     problem: AnyProblem, schedule: AnySchedule, ordinal: int
 ) -> tuple[AnyKernel, driver.LoadedKernel]:

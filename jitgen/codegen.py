@@ -22,6 +22,7 @@ from .kernel import (
     TensorMapParameter,
     operand_parameter,
 )
+from .merge import MergeKernel, merge_context
 from .problem import GroupedGemm, Layout, is_masked
 from .schedule import (
     REGISTER_SPLIT,
@@ -36,11 +37,13 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def render(kernel: Kernel | MlaKernel) -> str:
+def render(kernel: Kernel | MlaKernel | MergeKernel) -> str:
     """The CUDA source of `kernel`; it includes only headers of `headers()`."""
     template = _environment().get_template(f"{kernel.family}.cu.j2")
     if isinstance(kernel, MlaKernel):
         return template.render(kernel=kernel, **mla_context(kernel))
+    if isinstance(kernel, MergeKernel):
+        return template.render(kernel=kernel, **merge_context(kernel))
     evaluate, is_grouped = _evaluate(kernel), kernel.body.groups is not None
     operand_parameters = [p for p in kernel.parameters if p.name.startswith("operand_")]
     return template.render(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from .errors import JitForbiddenError, JitgenError
 from .expr import acc
+from .merge import MergeStates
 from .problem import Gemm
 from .problem_mla import MlaDecode
 from .runtime.entry import Entry
@@ -154,6 +155,10 @@ def remedy(problem: AnyProblem, schedule: AnySchedule) -> str:
 
     Only Python can spell an epilogue, and there it is the one of the call.
     """
+    if isinstance(problem, MergeStates):
+        dtype = f"jitgen.{problem.dtype.short.upper()}"
+        made = f"(jitgen.MergeStates({problem.head_dim_v}, {dtype}), jitgen.{schedule!r})"
+        return f"this makes it: jitgen.build.prebuild([{made}])"
     if isinstance(problem, MlaDecode):
         p, dtype = problem, f"jitgen.{problem.dtype.short.upper()}"
         fields = (

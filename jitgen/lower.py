@@ -28,6 +28,7 @@ from .ir import (
 from .ir_mla import MlaKernel
 from .kernel import Kernel
 from .lower_mla import lower_mla
+from .merge import MergeKernel, MergeSchedule, MergeStates, lower_merge
 from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_masked
 from .problem_mla import MlaDecode
 from .schedule import (
@@ -46,9 +47,9 @@ from .schedule_mla import MlaSchedule
 from .target import SM90A, Target
 from .traversal import Traversal
 
-AnyProblem = Gemm | MlaDecode
-AnySchedule = Schedule | MlaSchedule
-AnyKernel = Kernel | MlaKernel
+AnyProblem = Gemm | MlaDecode | MergeStates
+AnySchedule = Schedule | MlaSchedule | MergeSchedule
+AnyKernel = Kernel | MlaKernel | MergeKernel
 
 
 def lower(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> Kernel:
@@ -79,10 +80,12 @@ def lower_any(problem: AnyProblem, schedule: AnySchedule) -> AnyKernel:
 
     Raises
     ------
-    ProblemError, ScheduleError : as `lower` and `lower_mla`
+    ProblemError, ScheduleError : as `lower`, `lower_mla` and `lower_merge`
     """
     if isinstance(problem, MlaDecode) and isinstance(schedule, MlaSchedule):
         return lower_mla(problem, schedule)
+    if isinstance(problem, MergeStates) and isinstance(schedule, MergeSchedule):
+        return lower_merge(problem, schedule)
     if isinstance(problem, Gemm) and isinstance(schedule, Schedule):
         return lower(problem, schedule)
     kinds = type(problem).__name__, type(schedule).__name__

@@ -12,6 +12,7 @@ from .dtypes import BF16, DType, dtype_of
 from .errors import ProblemError
 from .files import read_json
 from .lower import AnyProblem, AnySchedule
+from .merge import MergeSchedule, MergeStates
 from .problem import MAX_EXTENT, Gemm, GroupedGemm, check_problem
 from .problem_mla import MlaDecode, check_mla
 from .schedule_mla import select_mla
@@ -82,6 +83,8 @@ def select_kernels(
     def schedule(problem: AnyProblem, m: int) -> AnySchedule:
         if isinstance(problem, MlaDecode):
             return select_mla(problem)
+        if isinstance(problem, MergeStates):
+            return MergeSchedule()
         return select(problem, m, gpu, batch_invariant=batch_invariant)
 
     return list(dict.fromkeys((problem, schedule(problem, m)) for problem, m in pairs))

@@ -46,6 +46,7 @@ from .ir import (
 from .ir_mla import MlaKernel
 from .kernel import Kernel
 from .limits import check_registers, check_smem, check_tma, require
+from .merge import MergeKernel, verify_merge
 from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_masked
 from .schedule import (
     BLOCK_K,
@@ -64,16 +65,18 @@ SWIZZLE_BYTES = 128  # of the tiles that wgmma reads, whose descriptors say so
 SWIZZLE_SPANS = (32, 64, 128)
 
 
-def verify(kernel: Kernel | MlaKernel) -> None:
+def verify(kernel: Kernel | MlaKernel | MergeKernel) -> None:
     """Raise VerifyError, naming the op and the rule, unless `kernel` is sound.
 
     Checked: every tile of D is computed and stored exactly once; the K blocks cover k once, in
     order; every op gets what the problem asks of it, in buffers of the right type and shape; boxes
     and alignments are what TMA and wgmma take; shared memory and registers suffice.
-    MLA decode: see verify_mla.
+    MLA decode, merges: see verify_mla, verify_merge.
     """
     if isinstance(kernel, MlaKernel):
         return verify_mla(kernel)
+    if isinstance(kernel, MergeKernel):
+        return verify_merge(kernel)
     try:
         check_problem(kernel.problem)
         check_schedule(kernel.problem, kernel.schedule, kernel.target)

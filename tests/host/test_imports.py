@@ -31,6 +31,7 @@ COMPILER = (
     ("limits",),  # what the hardware takes of a kernel
     ("lower_mla", "interpret_mla", "codegen_mla"),  # as below, for MLA decode
     ("verify_mla",),
+    ("merge",),  # a kernel of its own, from problem to meaning
     ("lower", "verify", "interpret", "codegen"),  # make it, check it, run it, print it
 )
 
@@ -73,9 +74,10 @@ ALLOWED |= {
     "dlpack": set(_before),  # arrays of other libraries
     "api": _before | {"tuning", "arrays", "calls", "dlpack"},  # what users call
     "api_mla": _before | {"arrays", "arrays_mla", "calls_mla"},
+    "api_merge": _before | {"runtime", "arrays", "calls"},
     "plans": _before | {"tuning", "build"},  # finite sets of kernels
     # __init__.py: the public names
-    "jitgen": _before | {"runtime", "api", "api_mla", "calls_mla", "control", "plans"},
+    "jitgen": _before | {"runtime", "api", "api_merge", "api_mla", "calls_mla", "control", "plans"},
     # jitgen in other libraries, which each module may import
     "integrations": _before | {"api", "api_mla"},
     # other libraries' interfaces, on torch as those are
@@ -114,6 +116,7 @@ ALLOWED |= {
 LAZY: dict[str, set[str]] = {
     "torch": {
         "calls",
+        "api_merge",
         "calls_mla",
         "demo",
         "dlpack",
