@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from .arrays import ADDRESS_UNIT, ArrayView
@@ -123,7 +124,12 @@ def _plan_of_stream(device: torch.device) -> MlaPlan:
     if torch.cuda.is_current_stream_capturing():
         return MlaPlan(device)
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
-    return _plans.get(key) or _plans.setdefault(key, MlaPlan(device))
+    plan = _plans.get(key)
+    if plan is None:
+        # In a thread of its own: torch may be giving this one the memory of a graph to come.
+        with ThreadPoolExecutor(1) as thread:
+            plan = _plans.setdefault(key, thread.submit(MlaPlan, device).result())
+    return plan
 
 
 def _prepare(
