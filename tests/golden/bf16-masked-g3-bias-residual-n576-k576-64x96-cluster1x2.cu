@@ -401,7 +401,7 @@ void grouped_gemm_masked_g3_e4m3_bf16_n576_k576_64x96x128_s4_w1_c1x2_g8_k1_overl
                 }
             }
             launch_dependents();
-            // The last one to exit: peers arrive on this block's barriers until all its stages have been read.
+            // It stays: peers arrive on this block's barriers until all its stages have been read.
             if constexpr (kShareTiles) {
                 for (u32 i = 0; i < kNumStages; ++i, pipeline.advance())
                     mbarrier_wait(empty_barriers + 8 * pipeline.stage, pipeline.phase ^ 1);

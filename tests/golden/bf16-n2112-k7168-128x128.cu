@@ -372,7 +372,7 @@ void gemm_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_overlapped(
                 }
             }
             launch_dependents();
-            // The last one to exit: peers arrive on this block's barriers until all its stages have been read.
+            // It stays: peers arrive on this block's barriers until all its stages have been read.
             if constexpr (kShareTiles) {
                 for (u32 i = 0; i < kNumStages; ++i, pipeline.advance())
                     mbarrier_wait(empty_barriers + 8 * pipeline.stage, pipeline.phase ^ 1);

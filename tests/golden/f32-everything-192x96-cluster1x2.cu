@@ -386,7 +386,7 @@ void gemm_e4m3_f32_n72_k144_192x96x128_s3_w3_c1x2_g16_k1_overlapped_epilogue(
                 }
             }
             launch_dependents();
-            // The last one to exit: peers arrive on this block's barriers until all its stages have been read.
+            // It stays: peers arrive on this block's barriers until all its stages have been read.
             if constexpr (kShareTiles) {
                 for (u32 i = 0; i < kNumStages; ++i, pipeline.advance())
                     mbarrier_wait(empty_barriers + 8 * pipeline.stage, pipeline.phase ^ 1);

@@ -372,7 +372,7 @@ void gemm_e4m3_f32_n8_k16_64x16x128_s2_w1_c1x1_g8_k1_overlapped(
                 }
             }
             launch_dependents();
-            // The last one to exit: peers arrive on this block's barriers until all its stages have been read.
+            // It stays: peers arrive on this block's barriers until all its stages have been read.
             if constexpr (kShareTiles) {
                 for (u32 i = 0; i < kNumStages; ++i, pipeline.advance())
                     mbarrier_wait(empty_barriers + 8 * pipeline.stage, pipeline.phase ^ 1);
