@@ -17,7 +17,7 @@ from .errors import (
     VerifyError,
 )
 from .expr import acc, cast, gate, gelu, matrix, maximum, per_row, relu, scalar, silu, up, vector
-from .layouts import Contiguous, Masked, Ragged
+from .layouts import Contiguous, KGrouped, Masked, Ragged
 from .merge import MergeSchedule, MergeStates
 from .plans import Plan, plan
 from .problem import Gemm, GroupedGemm, ScaleBlock, supports
@@ -41,6 +41,7 @@ __all__ = [
     "GroupedGemm",
     "JitForbiddenError",
     "JitgenError",
+    "KGrouped",
     "Masked",
     "MergeSchedule",
     "MergeStates",

@@ -47,7 +47,7 @@ def gemm(
     a : float8_e4m3fn [m, k], row-major; k % 16 == 0
     b : float8_e4m3fn [n, k], row-major; n % 8 == 0
     scales : the pair of sfa float32 [m, ceil(k/128)], with any strides,
-        and sfb float32 [ceil(n/128), ceil(k/128)], row-major
+        and sfb float32 [ceil(n/128), ceil(k/128)], row-major, or [n, ceil(k/128)], with any strides
     out : where to put D, rows a multiple of 16 bytes apart; a new array if None
     out_dtype : bfloat16, float32 or float8_e4m3fn; default that of `out`, or bfloat16
     epilogue : expression of `jitgen.acc`, bound to the operands it has: `expr.bind(bias=bias)`; or
@@ -99,6 +99,9 @@ def grouped_gemm(
 ) -> Any:
     """For the rows of each group g: D = epilogue((A * sfa) @ (B[g] * sfb[g])^T), in one launch.
 
+    With KGrouped, for weight gradients, groups are parts of k instead, each a multiple of 128: D[g]
+    += A[:, ks_g] @ B[:, ks_g]^T, both scaled, in float32. A group of no k leaves its D alone.
+
     Which rows are whose is read on the device when the kernel runs: no synchronization, and a CUDA
     graph replays with what the layout's tensor holds then. Rows of no group are neither read into a
     result nor written: in `out` they stay as they were, in a new array they hold anything.
@@ -106,20 +109,25 @@ def grouped_gemm(
     Parameters
     ----------
     a : float8_e4m3fn [m, k] or, with Masked, [num_groups, max_m, k], row-major; k % 16 == 0
-    b : float8_e4m3fn [num_groups, n, k], row-major; n % 8 == 0, 1 to 512 groups
+    b : float8_e4m3fn [num_groups, n, k] or, with KGrouped, [n, k], row-major; n % 8 == 0, 1 to 512
+        groups
     scales : the pair of sfa float32 [m, ceil(k/128)] or [num_groups, max_m, ceil(k/128)], with any
-        strides, and sfb float32 [num_groups, ceil(n/128), ceil(k/128)], row-major
-    layout : Ragged(offsets), Contiguous(group_of_row or group_ends) or Masked(rows): int32 arrays
-        of the same kind as a. Faulty ones are clamped: no row is in two groups, or beyond the end
-    out : where to put D; a new array if None
+        strides, and sfb float32 [num_groups, ceil(n/128), ceil(k/128)], row-major, or, with
+        KGrouped, [n, k/128], with any strides
+    layout : Ragged(offsets), Contiguous(group_of_row or group_ends), Masked(rows) or
+        KGrouped(offsets): int32 arrays of the same kind as a. Faulty ones are clamped: no row (or
+        column, with KGrouped, which cuts them to multiples of 128) is in two groups, or beyond the
+        end
+    out : where to put D or, with KGrouped, what to add to; a new array if None, of zeros then
     out_dtype, epilogue, ue8m0, schedule, batch_invariant : as for `gemm`. Vectors of the epilogue
-        are [num_groups, n], one a group; its matrices have the rows of D
+        are [num_groups, n], one a group; its matrices have the rows of D. KGrouped makes float32,
+        with no epilogue
     debug : raise ProblemError if the layout's tensor is faulty; copies it to the host and waits
 
     Returns
     -------
     bfloat16 or float32 [m, n] or, with Masked, [num_groups, max_m, n]; `out` if it was given. With
-    float8_e4m3fn the pair of D and its scales, as `gemm`
+    float8_e4m3fn the pair of D and its scales, as `gemm`. With KGrouped float32 [num_groups, m, n]
 
     Raises
     ------
@@ -323,12 +331,13 @@ def _check_values(a: Any, b: Any, layout: GroupLayout) -> None:
         values = borrow("groups", values, a)
     if not isinstance(values, np.ndarray):
         values = values.cpu().numpy()
-    if a.ndim < 2 or b.ndim != 3:
+    by_k = layout.kind == "k_grouped"
+    if a.ndim < 2 or b.ndim != 3 - by_k or values.ndim != 1:
         return
-    num_groups, n, k = b.shape
+    num_groups = len(values) - 1 if by_k else b.shape[0]
     problem = GroupedGemm(
-        n, k, num_groups=num_groups, layout=layout.kind, alignment=layout.alignment
+        *b.shape[-2:], num_groups=num_groups, layout=layout.kind, alignment=layout.alignment
     )
-    m = a.shape[-2]
+    m = a.shape[-1 if by_k else -2]
     if values.shape == (num_values(problem, m),) and (fault := find_fault(problem, values, m)):
         raise ProblemError(fault)

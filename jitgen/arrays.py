@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,20 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from .dtypes import BF16, F32, I32, DType, array_dtype, dtype_of
+from .dtypes import F32, I32, DType, array_dtype, dtype_of
 from .errors import ProblemError
 from .expr import Bound, Expr, operands
 from .groups import num_values
-from .layouts import GroupLayout
+from .layouts import GroupLayout, default_dtype
 from .problem import (
     D_SCALE,
     MAX_EXTENT,
     Gemm,
     GroupedGemm,
+    ScaleBlock,
     check_operand_names,
     check_problem,
     check_rows,
+    check_total_k,
+    is_k_grouped,
     is_masked,
+    of_k_groups,
 )
 
 ADDRESS_UNIT = 16  # bytes; the rules look at addresses modulo this only
@@ -126,7 +131,7 @@ def check_gemm(
     ------
     ProblemError : a dtype, shape, stride or address breaks a rule; every rule is checked here
     """
-    d: DType = BF16
+    d = default_dtype(layout)
     if out_dtype is not None:
         d = dtype_of(out_dtype)
     elif "d" in views:
@@ -157,8 +162,9 @@ def gemm_problem(
     ProblemError : a dtype, shape or stride breaks a rule; says what was expected and what was got
     """
     a, b, sfa, sfb = (views[name] for name in ("a", "b", "sfa", "sfb"))
-    masked = layout is not None and layout.kind == "masked"
-    for view, rank in ((a, 2 + masked), (b, 2 + (layout is not None))):
+    kind = layout.kind if layout is not None else None
+    masked, by_k = kind == "masked", kind == "k_grouped"
+    for view, rank in ((a, 2 + masked), (b, 2 + (layout is not None and not by_k))):
         if len(view.shape) != rank:
             what = "a matrix" if rank == 2 else "a matrix for each group"
             raise ProblemError(f"{view}: must be {what}")
@@ -166,7 +172,19 @@ def gemm_problem(
         raise ProblemError(f"{a}; {b}: must agree in k, the last dimension of both")
     m, (n, k) = a.shape[-2], b.shape[-2:]
     problem = Gemm(n, k, d_dtype, epilogue, a.dtype, b.dtype, ue8m0=ue8m0)
-    if layout is not None:
+    if layout is None and sfb.shape[:1] == (n,):
+        problem = replace(problem, b_scale=ScaleBlock(1, problem.b_scale.k))
+    elif by_k:
+        problem = replace(
+            of_k_groups(n, math.prod(views["groups"].shape) - 1),
+            d_dtype=d_dtype,
+            epilogue=epilogue,
+            a_dtype=a.dtype,
+            b_dtype=b.dtype,
+            ue8m0=ue8m0,
+        )
+        check_total_k(k)
+    elif layout is not None:
         problem = GroupedGemm(
             *(n, k, d_dtype, epilogue, a.dtype, b.dtype),
             ue8m0=ue8m0,
@@ -183,7 +201,8 @@ def gemm_problem(
     k_blocks = -(-k // problem.a_scale.k)
     _check_scales(sfa, problem.a_scale, (*a.shape[:-2], -(-m // problem.a_scale.rows), k_blocks))
     _check_scales(sfb, problem.b_scale, (*b.shape[:-2], -(-n // problem.b_scale.rows), k_blocks))
-    _check_contiguous(sfb)
+    if problem.b_scale.rows > 1:
+        _check_contiguous(sfb)
     if isinstance(problem, GroupedGemm):
         _check_groups(views["groups"], problem, m)
     return problem, m
@@ -199,7 +218,7 @@ def _check_contiguous(view: ArrayView) -> None:
 
 def output_shape(problem: Gemm, m: int) -> tuple[int, ...]:
     """The shape of D."""
-    if isinstance(problem, GroupedGemm) and is_masked(problem):
+    if isinstance(problem, GroupedGemm) and (is_masked(problem) or is_k_grouped(problem)):
         return problem.num_groups, m, problem.columns
     return m, problem.columns
 

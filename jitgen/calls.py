@@ -27,7 +27,7 @@ from .expr import Bound
 from .groups import expected_rows
 from .layouts import GroupLayout
 from .merge import MergeSchedule, MergeStates
-from .problem import Gemm
+from .problem import Gemm, is_k_grouped
 from .problem_mla import MlaDecode
 from .runtime import driver
 from .runtime.launch import Argument, Launch, LaunchPool, Pointer, TensorMap, UInt32
@@ -54,11 +54,16 @@ class Call:
     """A signature, checked and prepared; safe in threads."""
 
     def __init__(
-        self, device: torch.device, outputs: list[ArrayView], launches: LaunchPool | None
+        self,
+        device: torch.device,
+        outputs: list[ArrayView],
+        launches: LaunchPool | None,
+        *,
+        adds: bool = False,
     ) -> None:
         import torch
 
-        self.launches = launches  # None if D is empty
+        self.launches = launches  # None if nothing is computed
         self._index = device.index
         self._current_device = torch._C._cuda_getDevice
         self._current_stream = torch._C._cuda_getCurrentRawStream
@@ -68,13 +73,13 @@ class Call:
             torch.empty(1, dtype=getattr(torch, out.dtype.name), device=device).expand(out.shape)
             for out in outputs
         )
+        make = torch.zeros_like if adds else torch.empty_like
         self._make_outputs = [
-            functools.partial(torch.empty_like, like, memory_format=torch.contiguous_format)
-            for like in likes
+            functools.partial(make, like, memory_format=torch.contiguous_format) for like in likes
         ]
 
     def empty(self) -> tuple[torch.Tensor, ...]:
-        """New tensors for d and, if it has scales, sfd."""
+        """New tensors for d, of zeros if it is added to, and, if it has scales, sfd."""
         return tuple(make() for make in self._make_outputs)
 
     def launch(self, addresses: Addresses) -> None:
@@ -215,8 +220,9 @@ def _prepare(
     outputs = _outputs(problem, m)
     for view in outputs:
         views.setdefault(view.name, view)
-    if m == 0:
-        return Call(device, outputs, None)
+    adds = is_k_grouped(problem)
+    if m == 0 or views["a"].shape[-1] == 0:
+        return Call(device, outputs, None, adds=adds)
     rows = expected_rows(problem, m, layout.expected_rows if layout else None)
     schedule = schedule or select(problem, rows, found.gpu, batch_invariant=batch_invariant)
     kernel, loaded = load(problem, schedule, device.index)
@@ -226,7 +232,7 @@ def _prepare(
         grid=kernel.num_blocks(m, found.num_sms),
         num_threads=kernel.num_threads,
     )
-    return Call(device, outputs, launches)
+    return Call(device, outputs, launches, adds=adds)
 
 
 def _outputs(problem: Gemm, m: int) -> list[ArrayView]:
@@ -305,7 +311,7 @@ def _argument(parameter: Parameter, views: Mapping[str, ArrayView], m: int) -> A
 
     match parameter:
         case ExtentParameter():
-            return UInt32(m)
+            return UInt32({"m": m, "k": views["a"].shape[-1]}[parameter.name])
         case PointerParameter():
             return Pointer(list(views).index(parameter.tensor.name))
         case StrideParameter():
@@ -315,17 +321,21 @@ def _argument(parameter: Parameter, views: Mapping[str, ArrayView], m: int) -> A
             return UInt32(view.strides[dim])
         case TensorMapParameter():
             view = views[parameter.tensor.name].flat
-            size = view.dtype.size_bytes
+            size, (rows, columns) = view.dtype.size_bytes, view.shape
+            if parameter.is_apart:
+                rows = m
             box_rows, box_columns = parameter.box
             if parameter.tensor.dims[-2].extent is None:
-                box_rows = min(box_rows, view.shape[0])
+                box_rows = min(box_rows, rows)
             spec = TensorMapSpec(
                 element_bytes=size,
-                rows=view.shape[0],
-                columns=view.shape[1],
+                rows=rows,
+                columns=columns,
                 pitch_bytes=view.row_stride * size,
                 box_rows=box_rows,
                 box_columns=box_columns,
                 swizzle_bytes=parameter.swizzle_bytes,
+                num_matrices=view.shape[0] // m if parameter.is_apart else 0,
+                matrix_bytes=m * view.row_stride * size if parameter.is_apart else 0,
             )
             return TensorMap(list(views).index(view.name), spec)

@@ -23,10 +23,11 @@ from .kernel import (
     operand_parameter,
 )
 from .merge import MergeKernel, merge_context
-from .problem import GroupedGemm, Layout, is_masked
+from .problem import GroupedGemm, Layout, is_k_grouped, is_masked
 from .schedule import (
     REGISTER_SPLIT,
     UNROLL_K,
+    is_scaled_by_row,
     num_parts,
     num_scale_stages,
     part_columns,
@@ -45,6 +46,7 @@ def render(kernel: Kernel | MlaKernel | MergeKernel) -> str:
     if isinstance(kernel, MergeKernel):
         return template.render(kernel=kernel, **merge_context(kernel))
     evaluate, is_grouped = _evaluate(kernel), kernel.body.groups is not None
+    store = next(stmt for stmt in walk(kernel.body.body) if isinstance(stmt, Store))
     operand_parameters = [p for p in kernel.parameters if p.name.startswith("operand_")]
     return template.render(
         kernel=kernel,
@@ -56,6 +58,9 @@ def render(kernel: Kernel | MlaKernel | MergeKernel) -> str:
         epilogue=render_expr(evaluate.expr, is_grouped),
         is_grouped=is_grouped,
         is_masked=is_masked(kernel.problem),
+        is_k_grouped=is_k_grouped(kernel.problem),
+        is_scaled_by_row=is_scaled_by_row(kernel.problem),
+        is_stored_by_row=store.by_row,
         is_quantized=kernel.problem.is_quantized,
     )
 
@@ -111,7 +116,7 @@ def constants(kernel: Kernel) -> dict[str, int]:
         special["kUe8m0"] = int(problem.ue8m0)
     return special | {
         "kN": problem.columns,
-        "kK": kernel.problem.k,
+        "kK": kernel.problem.max_k,
         "kBlockM": traversal.block_m,
         "kBlockN": schedule.block_n,
         "kHalves": problem.num_halves,

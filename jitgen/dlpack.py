@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from .dtypes import BF16, E4M3, dtype_of
+from .dtypes import E4M3, dtype_of
 from .errors import DeviceError, ProblemError
 from .expr import Bound
-from .layouts import GroupLayout, with_tensor
+from .layouts import GroupLayout, default_dtype, with_tensor
 
 CPU, CUDA = 1, 2  # device types of DLPack
 IMMUTABLE = ("jax", "jaxlib")  # packages whose arrays must not be written
@@ -42,7 +42,7 @@ class Loan:
 
     def check_output(self, out_dtype: object) -> None:
         """Raise ProblemError unless the library takes a new D of that dtype, before it is made."""
-        dtype = dtype_of(BF16 if out_dtype is None else out_dtype)
+        dtype = dtype_of(default_dtype(self.layout) if out_dtype is None else out_dtype)
         if self.out is not None or dtype == E4M3:
             return
         is_numpy = isinstance(self.a, np.ndarray)

@@ -36,8 +36,8 @@ from .ir import (
     Zero,
 )
 from .kernel import Kernel
-from .numerics import NAN_F32, fma_f32, quantize_rows, round_to, wgmma_e4m3
-from .problem import D_SCALE, Gemm, GroupedGemm
+from .numerics import NAN_F32, fma_f32, quantize_rows, round_to, sum_f32, wgmma_e4m3
+from .problem import D_SCALE, Gemm, GroupedGemm, is_k_grouped
 from .schedule import BLOCK_K
 
 Array = NDArray[Any]
@@ -58,12 +58,12 @@ def interpret(
     ----------
     tensors : the kernel's tensors by name, d left out: a float8_e4m3fn [m, k],
         b float8_e4m3fn [n, k], sfa float32 [m, ceil(k/128)],
-        sfb float32 [ceil(n/128), ceil(k/128)], and the epilogue's operands; those of a grouped
-        problem as `GroupedGemm` says, and groups int32
+        sfb float32 [ceil(n/b_scale.rows), ceil(k/128)], and the epilogue's operands; those of a
+        grouped problem as `GroupedGemm` says, and groups int32
     numerics : "hopper" or "exact", see above
     tiles : the tiles to compute, or their origins (row, column); None for all of `tiles_of`
-    out : where to put D; by default a new array, NaN where no tile is. A pair of arrays if D has
-        scales: what comes back is D and sfd float32 [m, columns / 128] then
+    out : where to put D; by default a new array, NaN where no tile is, or 0 if D is added to. A
+        pair of arrays if D has scales: what comes back is D and sfd float32 [m, columns / 128] then
 
     Raises
     ------
@@ -74,7 +74,9 @@ def interpret(
     if numerics not in ("hopper", "exact"):
         raise ProblemError(f'numerics must be "hopper" or "exact", got {numerics!r}')
     rows = tensors["a"].shape[:-1]
-    if out is None:
+    if out is None and is_k_grouped(problem):
+        out = np.zeros((len(tensors["groups"]) - 1, *rows, problem.columns), np.float32)
+    elif out is None:
         out = np.full((*rows, problem.columns), np.nan, problem.d_dtype.numpy)
         if problem.is_quantized:
             out = out, np.full((*rows, problem.columns // D_SCALE.k), np.nan, np.float32)
@@ -83,12 +85,13 @@ def interpret(
     # The part of each tensor that a tile of a group sees.
     parts = {t.name for t in kernel.tensors if t.dims and t.dims[0].axis == "g"}
     for tile in tiles_of(kernel, tensors) if tiles is None else tiles:
-        row, column, group, end = Tile(*tile)
-        origin: dict[Axis, int] = {"m": row, "n": column, "k": 0}
+        row, column, group, end, part = Tile(*tile)
+        k_begin, k_end = part or (0, problem.max_k)
+        origin: dict[Axis, int] = {"m": row, "n": column, "k": k_begin}
         seen = {name: t[group] if name in parts else t for name, t in arrays.items()}
         named = seen["groups"] == group if _names_rows(problem) else None
         end = m if end is None else end
-        machine = _Machine(seen, origin, numerics == "exact", problem.k, end, named)
+        machine = _Machine(seen, origin, numerics == "exact", k_end, end, named)
         machine.run(kernel.body.body)
     return out
 
@@ -104,9 +107,12 @@ def _in_halves(tensor: Tensor, array: Array) -> Array:
 
 def tiles_of(kernel: Kernel, tensors: Mapping[str, Array]) -> Iterator[Tile]:
     """The tiles of D in the order of the traversal, those outside D included."""
-    m, problem = tensors["a"].shape[-2], kernel.problem
+    (*_, m, k), problem = tensors["a"].shape, kernel.problem
     rows = [Rows(0, m)]
     if isinstance(problem, GroupedGemm):
+        if is_k_grouped(problem):
+            parts = rows_of_groups(problem, tensors["groups"], k)
+            return kernel.body.tiles_of_parts(m, problem.columns, parts)
         rows = rows_of_groups(problem, tensors["groups"], m)
     return kernel.body.tiles(problem.columns, rows)
 
@@ -165,7 +171,7 @@ class _Machine:
                 case Quantize():
                     self.quantize(stmt)
                 case Store():
-                    self.put(stmt.dst, stmt.windows, self.buffers[stmt.src.name])
+                    self.put(stmt.dst, stmt.windows, self.buffers[stmt.src.name], stmt.adds)
 
     @property
     def real(self) -> np.dtype[Any]:
@@ -188,11 +194,15 @@ class _Machine:
         self.buffers[op.dst.name] = tile.reshape(op.dst.shape)
         self.loaded_k[op.dst.name] = self.origin["k"]
 
-    def put(self, tensor: Tensor, windows: tuple[Window, ...], value: Array) -> None:
-        """tensor[windows] = value, in the rows of the tile's group."""
+    def put(
+        self, tensor: Tensor, windows: tuple[Window, ...], value: Array, adds: bool = False
+    ) -> None:
+        """tensor[windows] = value, or += value, in the rows of the tile's group."""
         target = self.tensors[tensor.name]
         rows, columns = self.clipped(windows, target.shape)
         value = value[: rows.stop - rows.start, : columns.stop - columns.start]
+        if adds:
+            value = sum_f32(target[rows, columns], value)
         if self.named is not None:
             named = self.named[rows]
             target[rows, columns][named] = value[named]
@@ -338,11 +348,13 @@ def _check_tensors(kernel: Kernel, tensors: Mapping[str, Array]) -> int:
     if set(tensors) != set(expected):
         raise ProblemError(f"kernel takes tensors {', '.join(expected)}; got {', '.join(tensors)}")
     a = tensors["a"]
-    m = a.shape[-2] if a.ndim >= 2 else 0
+    m, k = a.shape[-2:] if a.ndim >= 2 else (0, 0)
+    at_run_time = {"m": m, "k": k}
     for name, tensor in expected.items():
         array = tensors[name]
         shape: tuple[int | None, ...] = tuple(
-            -(-m // dim.block) if dim.extent is None else dim.num_elements for dim in tensor.dims
+            -(-at_run_time[dim.axis] // dim.block) if dim.extent is None else dim.num_elements
+            for dim in tensor.dims
         )
         if any(dim.axis == "h" for dim in tensor.dims):
             *groups, halves, rows, columns = tensor.dims

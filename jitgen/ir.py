@@ -10,7 +10,8 @@
              | Reduce(dst, src, ...)         dst = src in the first part of k, then rn(dst + src)
              | Evaluate(dst, src, expr)      dst = expr(src), rounded to dst's dtype
              | Quantize(dst, scales, src)    dst, scales = src as E4M3 with a scale a 1x128 block
-             | Store(dst, src, windows)      dst[windows] = src, clipped at the end of its rows
+             | Store(dst, src, windows)      dst[windows] = src, clipped at the end of its rows; or
+                                             dst[windows] += src
 
 A Window says which elements of one tensor dimension belong to the current tile: those that scale or
 hold the tile's `size` positions along `axis`, one element for every `block` positions. Promote
@@ -19,6 +20,7 @@ takes the scales of the K block at hand.
 A tensor with an `h` axis, of two halves, takes part with the same window of each, one below the
 other; see jitgen.expr.Half. With `groups` a tile is of one group: of tensors that have a `g` axis,
 the first, it sees that group's part, and it neither reads nor writes rows that are not the group's.
+Where groups have parts of k instead, a tile's loops over k run over its group's.
 """
 
 from __future__ import annotations
@@ -231,7 +233,7 @@ class Store:
     """dst[windows] = src; `box` is the part of the tile that one TMA store writes.
 
     `by_row`: where rows of the box are another group's, or none's, those of the tile's group are
-    written one by one instead.
+    written one by one instead. `adds`: dst[windows] = rn(dst[windows] + src).
     """
 
     dst: Tensor
@@ -239,13 +241,12 @@ class Store:
     windows: tuple[Window, ...]
     box: tuple[int, int]
     by_row: bool = False
+    adds: bool = False
 
     def __str__(self) -> str:
         note = ", at a group's end by row" if self.by_row else ""
-        return (
-            f"store {self.dst.name}[{', '.join(map(str, self.windows))}] = {self.src.name} via tma"
-            f"{note}"
-        )
+        where, sign = ", ".join(map(str, self.windows)), "+=" if self.adds else "="
+        return f"store {self.dst.name}[{where}] {sign} {self.src.name} via tma{note}"
 
 
 @dataclass(frozen=True)
@@ -265,18 +266,21 @@ class ForK:
 class Tile(NamedTuple):
     """A block's tile: its origin in D; its group, and where that one's rows end (by default D's).
 
-    If D has a matrix for each group, it is the origin in the group's.
+    If D has a matrix for each group, it is the origin in the group's. `k`: the group's part of it
+    (by default all).
     """
 
     row: int
     column: int
     group: int = 0
     end: int | None = None
+    k: Rows | None = None
 
 
 @dataclass(frozen=True)
 class ForTiles:
-    """`body` for every tile of D or, with the tensor `groups`, of every group's rows in turn.
+    """`body` for every tile of D or, with the tensor `groups`, of every group's rows, or of its D,
+    in turn.
 
     `num_turns` tiles of a block are at work at once: their K loops run one after the other, each
     under the end of the tile before, on math warpgroups and with a buffer for the result of their
@@ -293,6 +297,12 @@ class ForTiles:
         for group, (begin, end) in enumerate(groups):
             for row, column in self.traversal.tiles(end - begin, n):
                 yield Tile(begin + row, column, group, end)
+
+    def tiles_of_parts(self, m: int, n: int, groups: Sequence[Rows]) -> Iterator[Tile]:
+        """The same where each group has an m x n matrix of D, and a part of k that may be empty."""
+        for group, part in enumerate(groups):
+            for row, column in self.traversal.tiles(m, n) if part.begin < part.end else ():
+                yield Tile(row, column, group, m, part)
 
 
 Stmt = Zero | Load | Mma | Promote | Reduce | Evaluate | Quantize | Store | ForK

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .groups import max_tile_rows
 from .ir import Axis, Evaluate, ForK, ForTiles, Load, Quantize, Stmt, Store, Tensor, walk
-from .problem import Gemm, GroupedGemm
+from .problem import Gemm, GroupedGemm, is_k_grouped
 from .schedule import WARPGROUP_THREADS, Schedule, SmemPlan
 from .target import Target
 
@@ -15,7 +15,7 @@ from .target import Target
 class TensorMapParameter:
     """A TMA descriptor of `tensor`: `box` rows x columns, swizzled over `swizzle_bytes`.
 
-    The matrices of all groups are one, one below the other.
+    The matrices of all groups are one, one below the other; or apart, in a third dimension.
 
     If the tensor's rows are known at run time only, a box has at most as many: rows beyond the end
     would take time to fill.
@@ -24,6 +24,7 @@ class TensorMapParameter:
     tensor: Tensor
     box: tuple[int, ...]
     swizzle_bytes: int
+    is_apart: bool = False
 
     @property
     def name(self) -> str:
@@ -97,7 +98,7 @@ class Kernel:
         """
         maps: list[Parameter] = []
         scales: list[Parameter] = []
-        groups: list[Parameter] = []
+        groups: list[Parameter] = [ExtentParameter("k")] if is_k_grouped(self.problem) else []
         epilogue: list[Parameter] = []
         if self.body.groups:
             groups.append(PointerParameter(self.body.groups, "groups"))
@@ -113,7 +114,8 @@ class Kernel:
                         StrideParameter(stmt.src, i, f"{name}_stride_{dim.axis}") for i, dim in dims
                     ]
             elif isinstance(stmt, Store):
-                maps.append(TensorMapParameter(stmt.dst, stmt.box, stmt.src.swizzle_bytes))
+                span = stmt.src.swizzle_bytes
+                maps.append(TensorMapParameter(stmt.dst, stmt.box, span, stmt.adds))
                 if stmt.by_row:
                     groups.append(PointerParameter(stmt.dst, "d", is_output=True))
                     groups.append(StrideParameter(stmt.dst, len(stmt.dst.dims) - 2, "d_stride"))
@@ -132,7 +134,8 @@ class Kernel:
     def _of_groups(self) -> str:
         if not isinstance(self.problem, GroupedGemm):
             return ""
-        return f", of each of {self.problem.num_groups} groups"
+        of_k = " and its part of k" if is_k_grouped(self.problem) else ""
+        return f", of each of {self.problem.num_groups} groups{of_k}"
 
     def __str__(self) -> str:
         lines = [f"kernel {self.name}({', '.join(map(str, self.tensors))})"]

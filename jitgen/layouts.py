@@ -1,12 +1,13 @@
-"""Layouts of a grouped GEMM's rows, with the device tensor that each needs."""
+"""Layouts of a grouped GEMM's rows, or of its k, with the device tensor that each needs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+from .dtypes import BF16, F32, DType
 from .errors import ProblemError
-from .problem import Layout
+from .problem import K_UNIT, Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,14 +86,39 @@ class Masked:
         return self.rows
 
 
-GroupLayout = Ragged | Contiguous | Masked
+@dataclass(frozen=True, eq=False)
+class KGrouped:
+    """A [m, k], B [n, k]: columns offsets[g] .. offsets[g + 1] of both are group g's.
+
+    offsets : int32 [num_groups + 1], multiples of 128, not decreasing, within 0..k. Columns before
+        the first and behind the last one are no group's
+    """
+
+    offsets: Any
+
+    kind: ClassVar[Layout] = "k_grouped"
+    alignment: ClassVar[int] = K_UNIT
+    expected_rows: ClassVar[None] = None
+
+    @property
+    def tensor(self) -> Any:
+        return self.offsets
+
+
+GroupLayout = Ragged | Contiguous | Masked | KGrouped
+
+
+def default_dtype(layout: GroupLayout | None) -> DType:
+    """That of D, if nobody names one."""
+    return F32 if isinstance(layout, KGrouped) else BF16
 
 
 def check_layout(layout: object) -> GroupLayout:
     """`layout`, if it is one; else ProblemError."""
-    if not isinstance(layout, (Ragged, Contiguous, Masked)):
+    if not isinstance(layout, (Ragged, Contiguous, Masked, KGrouped)):
         raise ProblemError(
-            f"layout is a {type(layout).__name__}, must be jitgen.Ragged, Contiguous or Masked"
+            f"layout is a {type(layout).__name__}, must be jitgen.Ragged, Contiguous, Masked or"
+            " KGrouped"
         )
     return layout
 

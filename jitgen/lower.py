@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from .dtypes import F32, I32
 from .errors import ScheduleError
@@ -29,7 +30,7 @@ from .ir_mla import MlaKernel
 from .kernel import Kernel
 from .lower_mla import lower_mla
 from .merge import MergeKernel, MergeSchedule, MergeStates, lower_merge
-from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_masked
+from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_k_grouped, is_masked
 from .problem_mla import MlaDecode
 from .schedule import (
     BLOCK_K,
@@ -37,6 +38,7 @@ from .schedule import (
     WGMMA_M,
     Schedule,
     check_schedule,
+    is_scaled_by_row,
     num_sfb_rows,
     slice_columns,
     smem_plan,
@@ -99,8 +101,10 @@ def kernel_name(problem: Gemm, schedule: Schedule) -> str:
     if isinstance(problem, GroupedGemm):
         aligned = f"_{problem.alignment}" if problem.layout == "group_ends" else ""
         family = f"grouped_gemm_{problem.layout}{aligned}_g{problem.num_groups}"
+    k = f"_k{problem.k}" if problem.k else ""
+    by_row = f"_{problem.b_scale}" if is_scaled_by_row(problem) else ""
     name = (
-        f"{family}_{problem.a_dtype}_{problem.d_dtype}_n{problem.n}_k{problem.k}"
+        f"{family}_{problem.a_dtype}_{problem.d_dtype}_n{problem.n}{k}{by_row}"
         f"_{s.block_m}x{s.block_n}x{BLOCK_K}_s{s.num_stages}_w{s.num_math_warpgroups}"
         f"_c{s.cluster_m}x{s.cluster_n}_g{s.raster_group}_k{s.split_k}_{s.promotion}"
         f"{'_swap' * s.swap_ab}{'_pingpong' * s.pingpong}"
@@ -124,9 +128,9 @@ def store_box(schedule: Schedule, element_bytes: int, num_halves: int = 1) -> tu
 
 def _tensors(problem: Gemm) -> tuple[Tensor, ...]:
     """a, b, sfa, sfb and d."""
-    m, n, k = Dim("m", None), Dim("n", problem.columns), Dim("k", problem.k)
-    sfa = Dim("m", None, problem.a_scale.rows), Dim("k", problem.k, problem.a_scale.k)
-    sfb = Dim("n", problem.columns, problem.b_scale.rows), Dim("k", problem.k, problem.b_scale.k)
+    m, n, k = Dim("m", None), Dim("n", problem.columns), Dim("k", problem.k or None)
+    sfa = replace(m, block=problem.a_scale.rows), replace(k, block=problem.a_scale.k)
+    sfb = replace(n, block=problem.b_scale.rows), replace(k, block=problem.b_scale.k)
     halves = (Dim("h", problem.num_halves),) if problem.num_halves > 1 else ()
     return (
         Tensor("a", problem.a_dtype, _of_groups(problem, (m, k))),
@@ -160,10 +164,12 @@ def _operand_tensor(problem: Gemm, operand: Operand) -> Tensor:
 
 
 def _of_groups(problem: Gemm, dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """`dims`, once for every group if the tensor does not span the rows that groups share."""
+    """`dims`, once for every group if the tensor does not span the rows, or k, that they share."""
     if not isinstance(problem, GroupedGemm) or not dims:
         return dims
     shared = dims[0].axis == "m" and not is_masked(problem)
+    if is_k_grouped(problem):
+        shared = dims[-1].axis == "k"
     return dims if shared else (Dim("g", problem.num_groups), *dims)
 
 
@@ -189,7 +195,7 @@ def _gemm_body(
         part_k = split_blocks(problem, schedule) * BLOCK_K
         k_loop = (
             ForK(
-                problem.k,
+                problem.max_k,
                 part_k,
                 (*k_loop, Reduce(sums, part_sums, inbox)),
                 num_blocks=schedule.split_k,
@@ -213,7 +219,8 @@ def _gemm_body(
                 smem_d,
                 (Window("m", rows), Window("n", columns)),
                 box,
-                by_row=groups is not None,
+                by_row=groups is not None and not is_k_grouped(problem),
+                adds=is_k_grouped(problem),
             ),
         ),
         schedule.num_turns,
@@ -251,11 +258,17 @@ def _k_loop(
         ),
     )
     chunk_loop = ForK(
-        split_blocks(problem, schedule) * BLOCK_K if schedule.split_k > 1 else problem.k,
+        split_blocks(problem, schedule) * BLOCK_K if schedule.split_k > 1 else problem.max_k,
         scale_k.size,
         (
             Load(smem_sfa, sfa, (scale_m, scale_k), "registers", any_strides=True),
-            Load(smem_sfb, sfb, (scale_n, scale_k), "registers"),
+            Load(
+                smem_sfb,
+                sfb,
+                (scale_n, scale_k),
+                "registers",
+                any_strides=is_scaled_by_row(problem),
+            ),
             block_loop,
         ),
     )

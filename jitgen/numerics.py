@@ -192,6 +192,18 @@ def _fma_chunk(
     np.copyto(out, NAN_F32, where=np.isnan(out))
 
 
+def sum_f32(x: F32Array, y: F32Array) -> F32Array:
+    """x + y rounded once to nearest even, with subnormals kept; every NaN is 0x7FFFFFFF.
+
+    So adds `add.rn.f32`, and so does TMA in L2 (`cp.reduce.async.bulk.tensor`; on an H100, with
+    subnormals, zeros, infinities and NaN on either side).
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.asarray(x + y)
+    np.copyto(total, NAN_F32, where=np.isnan(total))
+    return total
+
+
 def round_to(x: NDArray[Any], dtype: DType) -> NDArray[Any]:
     """x rounded to nearest even in `dtype`, as the GPU's `cvt.rn` (E4M3: `.satfinite`).
 

@@ -12,6 +12,7 @@ from .expr import Expr, acc, check_expr, gate, is_gated, operands, up
 
 MAX_EXTENT = 2**31 - 1  # coordinates of a TMA box are int32
 MAX_GROUPS = 512
+K_UNIT = 128  # of layout k_grouped, that each group's k is a multiple of
 TENSOR_NAMES = ("a", "b", "sfa", "sfb", "d", "sfd", "groups")  # not for an epilogue's operands
 
 # How the groups' rows lie in A and D, and what the int32 tensor `groups` says of them:
@@ -20,7 +21,9 @@ TENSOR_NAMES = ("a", "b", "sfa", "sfb", "d", "sfd", "groups")  # not for an epil
 #                 on and ends at groups[g]
 #   group_of_row  A [m, k]; row r is group groups[r]'s, or none's if that is -1
 #   masked        A [num_groups, m, k]; the first groups[g] rows of A[g] are group g's
-Layout = Literal["ragged", "group_ends", "group_of_row", "masked"]
+#   k_grouped     A [m, k], B [n, k], D [num_groups, m, n]; columns groups[g] .. groups[g + 1] of A
+#                 and of B are group g's
+Layout = Literal["ragged", "group_ends", "group_of_row", "masked", "k_grouped"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Gemm:
     """D = epilogue((A * sfa) @ (B * sfb)^T): A [m, k], B [n, k], both K-major; m is run-time.
 
     sfa is float32 [m, ceil(k / a_scale.k)],
-    sfb float32 [ceil(n / b_scale.rows), ceil(k / b_scale.k)].
+    sfb float32 [ceil(n / b_scale.rows), ceil(k / b_scale.k)]: b_scale is 128x128 or 1x128.
 
     An epilogue of `gate` and `up` makes one column of D of two rows of B. D in E4M3 gets scales of
     its own, float32 [m, columns / 128]: amax / 448 of each 1x128 block; with ue8m0 rounded up to
@@ -65,6 +68,11 @@ class Gemm:
         return 2 if is_gated(self.epilogue) else 1
 
     @property
+    def max_k(self) -> int:
+        """Most positions of k that a tile sums over: k, where it is compiled in."""
+        return self.k
+
+    @property
     def columns(self) -> int:
         """Columns of D."""
         return self.n // self.num_halves
@@ -76,9 +84,10 @@ class Gemm:
 
     def __str__(self) -> str:
         scaled = f" scaled {D_SCALE}{' ue8m0' * self.ue8m0}" if self.is_quantized else ""
+        k = self.k or "k"
         text = (
-            f"gemm {self.a_dtype}[m, {self.k}] scaled {self.a_scale}"
-            f" x {self.b_dtype}[{self.n}, {self.k}] scaled {self.b_scale}"
+            f"gemm {self.a_dtype}[m, {k}] scaled {self.a_scale}"
+            f" x {self.b_dtype}[{self.n}, {k}] scaled {self.b_scale}"
             f" -> {self.d_dtype}[m, {self.columns}]{scaled}"
         )
         return text if self.epilogue == acc else f"{text}, {self.epilogue}"
@@ -92,12 +101,21 @@ class GroupedGemm(Gemm):
     neither read into a result nor written. An epilogue's vectors are [num_groups, n]; its matrices
     have the rows of D.
 
-    alignment : of group_ends, a multiple of which each group begins at; 1 for other layouts
+    With layout k_grouped, groups share the rows, and k is theirs instead: D[g] += the product over
+    the columns of A and B that are group g's. `k` is 0 then, for it is known at run time only. See
+    `of_k_groups`.
+
+    alignment : of group_ends and k_grouped, a multiple of which each group begins at; 1 for other
+        layouts
     """
 
     num_groups: int = field(default=1, kw_only=True)
     layout: Layout = field(default="ragged", kw_only=True)
     alignment: int = field(default=1, kw_only=True)
+
+    @property
+    def max_k(self) -> int:
+        return MAX_EXTENT // K_UNIT * K_UNIT if is_k_grouped(self) else self.k
 
     def __str__(self) -> str:
         how = f"{self.layout} to {self.alignment}" if self.alignment > 1 else self.layout
@@ -109,6 +127,17 @@ class GroupedGemm(Gemm):
         return Gemm(**{field.name: getattr(self, field.name) for field in fields(Gemm)})
 
 
+def of_k_groups(n: int, num_groups: int) -> GroupedGemm:
+    """The problem of weight gradients, D[g] += A[:, ks_g] @ B[:, ks_g]^T in float32, B [n, k]."""
+    return GroupedGemm(
+        *(n, 0, F32),
+        b_scale=ScaleBlock(1, 128),
+        num_groups=num_groups,
+        layout="k_grouped",
+        alignment=K_UNIT,
+    )
+
+
 def without_epilogue(problem: Gemm) -> Gemm:
     """The problem with the least epilogue of as many columns: what schedules are chosen for."""
     return replace(problem, epilogue=gate * up if is_gated(problem.epilogue) else acc)
@@ -117,6 +146,11 @@ def without_epilogue(problem: Gemm) -> Gemm:
 def is_masked(problem: Gemm) -> bool:
     """Whether A and D are a matrix for each group; else all groups share their m rows."""
     return isinstance(problem, GroupedGemm) and problem.layout == "masked"
+
+
+def is_k_grouped(problem: Gemm) -> bool:
+    """Whether groups have a part of k each, and D a matrix for each; A and B have one for all."""
+    return isinstance(problem, GroupedGemm) and problem.layout == "k_grouped"
 
 
 @dataclass(frozen=True)
@@ -145,7 +179,10 @@ def check_problem(problem: Gemm) -> None:
         raise ProblemError(f"a problem is a Gemm, got {type(problem).__name__}")
     check_expr(problem.epilogue)
     _check_extent("n", problem.n, *_unit_of_n(problem))
-    _check_extent("k", problem.k, 16, "rows of A and B are loaded in units of 16 bytes")
+    if is_k_grouped(problem):
+        _check_k_groups(problem)
+    else:
+        _check_extent("k", problem.k, 16, "rows of A and B are loaded in units of 16 bytes")
     for name, dtype in (("a", problem.a_dtype), ("b", problem.b_dtype)):
         if dtype != E4M3:
             raise ProblemError(f"{name} has dtype {_name(dtype)}, must be {E4M3.name}")
@@ -154,16 +191,38 @@ def check_problem(problem: Gemm) -> None:
             f"d has dtype {_name(problem.d_dtype)}, must be {BF16.name}, {F32.name} or {E4M3.name}"
         )
     for name, block, legal in (
-        ("a_scale", problem.a_scale, ScaleBlock(1, 128)),
-        ("b_scale", problem.b_scale, ScaleBlock(128, 128)),
+        ("a_scale", problem.a_scale, (ScaleBlock(1, 128),)),
+        ("b_scale", problem.b_scale, _legal_b_scales(problem)),
     ):
-        if block != legal:
-            raise ProblemError(f"{name} has one scale a {block} block, must be {legal}")
+        if block not in legal:
+            must = " or ".join(map(str, legal))
+            raise ProblemError(f"{name} has one scale a {block} block, must be {must}")
     check_operand_names(operand.name for operand in operands(problem.epilogue))
     if problem.ue8m0 and not problem.is_quantized:
         raise ProblemError(f"ue8m0 is of the scales of D, which {problem.d_dtype.name} has not")
     if isinstance(problem, GroupedGemm):
         _check_groups(problem)
+
+
+def _legal_b_scales(problem: Gemm) -> tuple[ScaleBlock, ...]:
+    """The granularity of sfb that a problem may have, its usual one first."""
+    blocks, rows = ScaleBlock(128, 128), ScaleBlock(1, 128)
+    if is_k_grouped(problem):
+        return (rows,)
+    if isinstance(problem, GroupedGemm) or problem.num_halves > 1:
+        return (blocks,)  # what a B of weights has, one of each group, or of gate and up
+    return blocks, rows
+
+
+def _check_k_groups(problem: Gemm) -> None:
+    """What only a sum over parts of k, in D as it is, must be."""
+    if problem.k != 0 or isinstance(problem.k, bool):
+        raise ProblemError(f"k = {problem.k!r} of k_grouped is known at run time only: must be 0")
+    if problem.d_dtype != F32 or problem.epilogue != acc:
+        raise ProblemError(
+            f"d has dtype {_name(problem.d_dtype)} and epilogue {problem.epilogue}: k_grouped adds"
+            f" to D, which must be {F32.name}, and has no epilogue"
+        )
 
 
 def _unit_of_n(problem: Gemm) -> tuple[int, str]:
@@ -192,9 +251,18 @@ def _check_groups(problem: GroupedGemm) -> None:
         )
     if problem.layout not in get_args(Layout):
         raise ProblemError(f"layout {problem.layout!r} must be one of {get_args(Layout)}")
-    legal = (1, 64, 128) if problem.layout == "group_ends" else (1,)
+    legal = {"group_ends": (1, 64, 128), "k_grouped": (K_UNIT,)}.get(problem.layout, (1,))
     if alignment not in legal:
         raise ProblemError(f"alignment = {alignment!r} of {problem.layout} must be one of {legal}")
+
+
+def check_total_k(k: int) -> None:
+    """Raise ProblemError unless k of all groups of k_grouped, known at run time only, is legal."""
+    if not 0 <= k <= MAX_EXTENT or k % K_UNIT:
+        raise ProblemError(
+            f"k = {k} of all groups must be a multiple of {K_UNIT}: the nearest is"
+            f" {-(-k // K_UNIT) * K_UNIT}"
+        )
 
 
 def check_rows(m: int) -> None:
@@ -235,15 +303,18 @@ def _nearest(problem: Gemm) -> Gemm | None:
         check_expr(problem.epilogue)
     except ProblemError:
         return None
+    legal_scales = _legal_b_scales(problem)
+    if is_k_grouped(problem):
+        problem = replace(problem, d_dtype=F32, epilogue=acc)
     fixed = replace(
         problem,
         n=_nearest_multiple(problem.n, _unit_of_n(problem)[0]),
-        k=_nearest_multiple(problem.k, 16),
+        k=0 if is_k_grouped(problem) else _nearest_multiple(problem.k, 16),
         a_dtype=E4M3,
         b_dtype=E4M3,
         d_dtype=problem.d_dtype if problem.d_dtype in (BF16, F32, E4M3) else BF16,
         a_scale=ScaleBlock(1, 128),
-        b_scale=ScaleBlock(128, 128),
+        b_scale=problem.b_scale if problem.b_scale in legal_scales else legal_scales[0],
     )
     try:
         check_problem(fixed)

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from .dtypes import BF16, DType, dtype_of
 from .errors import ProblemError
 from .files import read_json
 from .lower import AnyProblem, AnySchedule
 from .merge import MergeSchedule, MergeStates
-from .problem import MAX_EXTENT, Gemm, GroupedGemm, check_problem
+from .problem import MAX_EXTENT, Gemm, GroupedGemm, check_problem, of_k_groups
 from .problem_mla import MlaDecode, check_mla
 from .schedule_mla import select_mla
 from .target import Gpu
@@ -24,7 +25,8 @@ PROBLEMS_HELP = (
     'JSON: a list of {"n": 7168, "k": 2048, "m": [1, 64]}; instead of m, "m_max": 4096 stands for'
     ' every m up to it; "out_dtype" is bfloat16 by default, "name" a remark. With "num_groups" a'
     ' grouped GEMM, m rows in all; "layout" is ragged by default. {"num_heads": 16, "num_queries":'
-    " 1, ...}, the fields of jitgen.MlaDecode, is MLA decode."
+    " 1, ...}, the fields of jitgen.MlaDecode, is MLA decode. Layout k_grouped has no k, no"
+    " choice of out_dtype."
 )
 GEMM_FIELDS = ("name", "n", "k", "m", "m_max", "out_dtype", "num_groups", "layout")
 MLA_FIELDS = ("name", *(field.name for field in fields(MlaDecode)))
@@ -123,15 +125,7 @@ def _read_problem(entry: object) -> tuple[AnyProblem, list[int]]:
         attention = MlaDecode(**given, dtype=dtype)
         check_mla(attention)
         return attention, [1]
-    if missing := {"n", "k"} - set(entry):
-        raise ProblemError(f"field {min(missing)} is missing")
-    dtype = _read_dtype("out_dtype", entry.get("out_dtype", BF16.name))
-    problem = Gemm(entry["n"], entry["k"], dtype)
-    if "num_groups" in entry:
-        groups, layout = entry["num_groups"], entry.get("layout", "ragged")
-        problem = GroupedGemm(problem.n, problem.k, dtype, num_groups=groups, layout=layout)
-    elif "layout" in entry:
-        raise ProblemError("layout is of a grouped GEMM: give num_groups too")
+    problem = _read_gemm(entry)
     check_problem(problem)
     if ("m" in entry) == ("m_max" in entry):
         raise ProblemError("give either m, a list, or m_max")
@@ -141,6 +135,23 @@ def _read_problem(entry: object) -> tuple[AnyProblem, list[int]]:
     if not isinstance(extents, list) or not extents:
         raise ProblemError(f"m must be a list of extents, not empty, got {extents!r:.80}")
     return problem, [_read_extent(f"m[{i}]", m) for i, m in enumerate(extents)]
+
+
+def _read_gemm(entry: dict[str, Any]) -> Gemm:
+    by_k = entry.get("layout") == "k_grouped"
+    if missing := {"n", "num_groups" if by_k else "k"} - set(entry):
+        raise ProblemError(f"field {min(missing)} is missing")
+    if by_k:
+        if given := {"k", "out_dtype"} & set(entry):
+            raise ProblemError(f"{min(given)} is no choice of layout k_grouped: leave it out")
+        return of_k_groups(entry["n"], entry["num_groups"])
+    dtype = _read_dtype("out_dtype", entry.get("out_dtype", BF16.name))
+    if "num_groups" in entry:
+        groups, layout = entry["num_groups"], entry.get("layout", "ragged")
+        return GroupedGemm(entry["n"], entry["k"], dtype, num_groups=groups, layout=layout)
+    if "layout" in entry:
+        raise ProblemError("layout is of a grouped GEMM: give num_groups too")
+    return Gemm(entry["n"], entry["k"], dtype)
 
 
 def _read_dtype(field: str, name: object) -> DType:

@@ -18,6 +18,7 @@ BLOCK_K = 128  # bytes of an SW128 row of E4M3, and elements between two promoti
 # K blocks whose scales are loaded together: 32 bytes of a row-major sfa, one L2 sector.
 SCALE_BLOCKS = 8
 WGMMA_M = 64
+SCALE_ROWS = 16  # of wgmma's columns, whose scales a thread reads together where each has one
 UNROLL_K = 4  # K blocks of straight-line code; only the last promotion of each is not overlapped
 MAX_CLUSTER_BLOCKS = 8  # which every Hopper GPU can launch
 EPILOGUE_COLUMNS = {False: 16, True: 8}  # of wgmma's that a warp writes at once; by swap_ab
@@ -36,6 +37,8 @@ F32_TWO_WAVES_ACCUMULATOR_REGISTERS = 128
 F32_TWO_ROWS_ACCUMULATOR_REGISTERS = 136
 # With groups, 128 rows a warpgroup and two stages, whose addresses are kept.
 GROUPED_TWO_STAGES_ACCUMULATOR_REGISTERS = 176
+# Where every row of B has its scale, by number of math warpgroups: those of 16 columns are at hand.
+SCALED_BY_ROW_ACCUMULATOR_REGISTERS = {1: 156, 2: 156, 3: 92}
 
 Promotion = Literal["overlapped", "serial"]
 
@@ -124,9 +127,16 @@ class SmemPlan:
     total_bytes: int
 
 
+def is_scaled_by_row(problem: Gemm) -> bool:
+    """Whether every row of B has scales of its own, as those of A have."""
+    return problem.b_scale.rows == 1
+
+
 def num_sfb_rows(problem: Gemm, block_n: int) -> int:
-    """Most rows of sfb that a tile of `block_n` columns touches."""
+    """Most rows of sfb that a tile of `block_n` columns touches; all, if it has one a column."""
     rows = problem.b_scale.rows
+    if is_scaled_by_row(problem):
+        return block_n
     if problem.num_halves > 1:
         return problem.num_halves
     starts = range(0, min(problem.n, math.lcm(rows, block_n)), block_n)  # the pattern repeats there
@@ -185,7 +195,7 @@ def split_blocks(problem: Gemm, schedule: Schedule) -> int:
 
 def num_k_blocks(problem: Gemm) -> int:
     """K blocks of the problem, the last of which may be partial."""
-    return -(-problem.k // BLOCK_K)
+    return -(-problem.max_k // BLOCK_K)
 
 
 def slice_columns(schedule: Schedule) -> int:
@@ -209,7 +219,8 @@ def _scale_stage_bytes(problem: Gemm, schedule: Schedule) -> int:
 def accumulator_registers(problem: Gemm, schedule: Schedule) -> int:
     """Registers of a math thread that sums and partial accumulators may take."""
     two_waves = schedule.num_waves > 1
-    two_rows = not schedule.swap_ab and num_sfb_rows(problem, schedule.block_n) > 1
+    by_row = is_scaled_by_row(problem)
+    two_rows = not (schedule.swap_ab or by_row) and num_sfb_rows(problem, schedule.block_n) > 1
     limits = [ACCUMULATOR_REGISTERS[schedule.num_math_warpgroups]]
     if two_waves and two_rows:
         limits.append(TWO_WAVES_TWO_ROWS_ACCUMULATOR_REGISTERS)
@@ -217,6 +228,8 @@ def accumulator_registers(problem: Gemm, schedule: Schedule) -> int:
         limits.append(F32_TWO_WAVES_ACCUMULATOR_REGISTERS)
     if problem.d_dtype == F32 and two_rows:
         limits.append(F32_TWO_ROWS_ACCUMULATOR_REGISTERS)
+    if by_row:
+        limits.append(SCALED_BY_ROW_ACCUMULATOR_REGISTERS[schedule.num_math_warpgroups])
     if isinstance(problem, GroupedGemm) and two_waves and schedule.num_stages == 2:
         limits.append(GROUPED_TWO_STAGES_ACCUMULATOR_REGISTERS)
     return min(limits)
@@ -234,17 +247,20 @@ def part_columns(problem: Gemm, schedule: Schedule) -> int | None:
     accumulators fit into registers beside the sums.
     """
     width = schedule.mma_tile[1]
+    unit = SCALE_ROWS if is_scaled_by_row(problem) else 8
     budget = accumulator_registers(problem, schedule) - schedule.num_waves * width // 2
     for num_slices in range(1, max(width // MIN_PART_COLUMNS, 1) + 1):
         columns, rest = divmod(width, num_slices)
-        if not rest and columns % 8 == 0 and part_registers(schedule, columns) <= budget:
+        needed = part_registers(problem, schedule, columns)
+        if not rest and columns % unit == 0 and needed <= budget:
             return columns
     return None
 
 
-def part_registers(schedule: Schedule, columns: int) -> int:
+def part_registers(problem: Gemm, schedule: Schedule, columns: int) -> int:
     """Registers of a math thread for parts of `columns` columns, and for their scales."""
-    scales = columns // 4 if schedule.swap_ab else 0  # else two, of the rows
+    # Those of A, which are many if swapped; where each row of B has one, 16 columns' at a time.
+    scales = columns // 4 if schedule.swap_ab and not is_scaled_by_row(problem) else 0
     return num_parts(schedule) * columns // 2 + scales
 
 
@@ -257,7 +273,12 @@ def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) ->
     _check_split(problem, schedule)
     _check_columns(problem, schedule)
     rows = num_sfb_rows(problem, schedule.block_n)
-    if rows > 2:
+    if is_scaled_by_row(problem) and schedule.block_m % SCALE_ROWS:
+        raise ScheduleError(
+            f"block_m = {schedule.block_m} must be a multiple of {SCALE_ROWS} where every row of B"
+            " has its scale"
+        )
+    if rows > 2 and not is_scaled_by_row(problem):
         raise ScheduleError(
             f"block_n = {schedule.block_n} touches {rows} rows of sfb in one tile, at most 2 are"
             " kept: choose 128, 160, 192 or 256"

@@ -47,7 +47,7 @@ from .ir_mla import MlaKernel
 from .kernel import Kernel
 from .limits import check_registers, check_smem, check_tma, require
 from .merge import MergeKernel, verify_merge
-from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_masked
+from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_k_grouped, is_masked
 from .schedule import (
     BLOCK_K,
     SCALE_BLOCKS,
@@ -92,7 +92,7 @@ def verify(kernel: Kernel | MlaKernel | MergeKernel) -> None:
     _check_traversal(kernel.body.traversal, schedule, columns)
     turns = kernel.body.num_turns
     require(turns == schedule.num_turns, kernel.name, f"takes {turns} turns, not as {schedule}")
-    tile: dict[Axis, int] = {"m": schedule.block_m, "n": columns, "k": kernel.problem.k}
+    tile: dict[Axis, int] = {"m": schedule.block_m, "n": columns, "k": kernel.problem.max_k}
     block = _Block(kernel, tensors, tile)
     block.run(kernel.body.body)
     block.end(kernel.name)
@@ -113,23 +113,27 @@ def _tensors(problem: Gemm) -> dict[str, Tensor]:
     a_scale, b_scale = problem.a_scale, problem.b_scale
     of_group: tuple[Dim, ...] = ()  # of what each group has; and of A and D, which may be shared
     of_rows: tuple[Dim, ...] = ()
+    of_d: tuple[Dim, ...] = ()
     groups = []
     if isinstance(problem, GroupedGemm):
         of_group = (Dim("g", problem.num_groups),)
-        of_rows = of_group if is_masked(problem) else ()
-        count = Dim("g", problem.num_groups + (problem.layout == "ragged"))
+        of_rows = of_d = of_group if is_masked(problem) else ()
+        if is_k_grouped(problem):
+            of_group, of_d = (), of_group
+        count = Dim("g", problem.num_groups + (problem.layout in ("ragged", "k_grouped")))
         groups = [Tensor("groups", I32, (m if problem.layout == "group_of_row" else count,))]
-    sfa = replace(m, block=a_scale.rows), Dim("k", problem.k, a_scale.k)
-    sfb = replace(n, block=b_scale.rows), Dim("k", problem.k, b_scale.k)
+    k = Dim("k", None if is_k_grouped(problem) else problem.k)
+    sfa = replace(m, block=a_scale.rows), replace(k, block=a_scale.k)
+    sfb = replace(n, block=b_scale.rows), replace(k, block=b_scale.k)
     halves = (Dim("h", 2),) if problem.num_halves == 2 else ()
     sfd = replace(m, block=D_SCALE.rows), replace(n, block=D_SCALE.k)
     scales = [Tensor("sfd", F32, (*of_rows, *sfd))] if problem.is_quantized else []
     tensors = [
-        Tensor("a", problem.a_dtype, (*of_rows, m, Dim("k", problem.k))),
-        Tensor("b", problem.b_dtype, (*of_group, *halves, n, Dim("k", problem.k))),
+        Tensor("a", problem.a_dtype, (*of_rows, m, k)),
+        Tensor("b", problem.b_dtype, (*of_group, *halves, n, k)),
         Tensor("sfa", F32, (*of_rows, *sfa)),
         Tensor("sfb", F32, (*of_group, *halves, *sfb)),
-        Tensor("d", problem.d_dtype, (*of_rows, m, n)),
+        Tensor("d", problem.d_dtype, (*of_d, m, n)),
         *scales,
         *groups,
     ]
@@ -300,7 +304,8 @@ class _Block:
         sharing = schedule.cluster_n if name == "a" else schedule.cluster_m
         shares = sharing if is_tile else 1
         require(op.multicast == shares, op, f"must be multicast {shares}")
-        require(op.any_strides == (name == "sfa"), op, "only sfa has any strides")
+        by_row = name in ("sfa", "sfb") and op.src.dims[-2].block == 1
+        require(op.any_strides == by_row, op, "scales of every row have any strides, no others")
         rows, width = map(_num_elements, windows, op.src.dims[-2:])
         shape = rows * (2 if any(dim.axis == "h" for dim in op.src.dims) else 1), width
         swizzle_bytes = SWIZZLE_BYTES if is_tile else 0
@@ -406,8 +411,10 @@ class _Block:
         require(op.box == (parts[0], columns), op, f"box {op.box} must be ({parts[0]}, {columns})")
         require(parts[1] % columns == 0, op, f"boxes of {columns} columns do not tile {parts[1]}")
         check_tma(op, op.dst, op.src, op.box)
-        grouped = "groups" in self.tensors
-        require(op.by_row == grouped, op, "must write by row at a group's end, and there only")
+        adds = is_k_grouped(self.kernel.problem)
+        require(op.adds == adds, op, "must add to D where groups are parts of k, and there only")
+        by_row = "groups" in self.tensors and not adds
+        require(op.by_row == by_row, op, "must write by row at a group's end, and there only")
 
 
 def _num_elements(window: Window, dim: Dim) -> int:

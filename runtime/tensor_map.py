@@ -13,6 +13,9 @@ from .driver import check, driver, make_current
 class TensorMapSpec:
     """A row-major matrix, and the box [rows, columns] of it that one TMA instruction moves.
 
+    With `num_matrices` > 0 as many of them, `matrix_bytes` apart, of which a third coordinate
+    chooses one.
+
     What lies outside the matrix is read as zero and never written. The rules of the hardware (CUDA
     driver API, cuTensorMapEncodeTiled): address and row pitch multiples of 16 bytes, box extents at
     most 256, a box row at most `swizzle_bytes`.
@@ -25,6 +28,8 @@ class TensorMapSpec:
     box_rows: int
     box_columns: int
     swizzle_bytes: int
+    num_matrices: int = 0
+    matrix_bytes: int = 0
 
 
 def encode(spec: TensorMapSpec, address: int) -> Any:
@@ -50,15 +55,18 @@ def encode(spec: TensorMapSpec, address: int) -> Any:
     def words(*values: int) -> list[Any]:
         return [api.cuuint32_t(value) for value in values]
 
+    apart = [1] if spec.num_matrices else []
+    extents = (spec.columns, spec.rows, spec.num_matrices)[: 2 + len(apart)]
+    strides = (spec.pitch_bytes, spec.matrix_bytes)[: 1 + len(apart)]
     return check(
         api.cuTensorMapEncodeTiled(
             data_type,
-            2,
+            len(extents),
             address,
-            [api.cuuint64_t(spec.columns), api.cuuint64_t(spec.rows)],
-            [api.cuuint64_t(spec.pitch_bytes)],
-            words(spec.box_columns, spec.box_rows),
-            words(1, 1),
+            [api.cuuint64_t(extent) for extent in extents],
+            [api.cuuint64_t(stride) for stride in strides],
+            words(spec.box_columns, spec.box_rows, *apart),
+            words(1, 1, *apart),
             api.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             swizzle,
             api.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

@@ -15,11 +15,12 @@ import math
 from collections.abc import Sequence
 
 from ..groups import typical_rows
-from ..problem import MAX_EXTENT, Gemm, without_epilogue
+from ..problem import MAX_EXTENT, Gemm, is_k_grouped, without_epilogue
 from ..schedule import (
     BLOCK_K,
     WGMMA_M,
     Schedule,
+    is_scaled_by_row,
     num_sfb_rows,
     part_columns,
     slice_columns,
@@ -46,6 +47,7 @@ SMEM_CLOCKS_PER_ROW = 0.696  # a row of 128 bytes read by wgmma or written by TM
 EPILOGUE_CLOCKS_PER_ELEMENT = 0.023
 LOAD_BYTES_PER_CLOCK = 88.8  # of one SM from L2
 SPLIT_CLOCKS = 2805.0  # a split cluster's start, for it has one tile only, and end
+TYPICAL_K = 4096  # of a group of k_grouped, whose k is known on the device only
 EXCHANGE_BYTES_PER_CLOCK = 7.85  # of sums between the blocks of a split cluster, for each
 
 # Two steps an octave from the least row tile on; below it, extents that a schedule may exploit.
@@ -67,7 +69,9 @@ def _predict_us(problem: Gemm, s: Schedule, m: int, num_sms: int, clocks_per_blo
     clusters = max_clusters(s.cluster_size, num_sms)
     rounds = -(-rows * columns // clusters) if clusters else math.inf
     load_clocks = (min(m, s.block_m) + s.block_n) * BLOCK_K / LOAD_BYTES_PER_CLOCK
-    k_loop = split_blocks(problem, s) * _soft_max(clocks_per_block, load_clocks)
+    k = TYPICAL_K if is_k_grouped(problem) else problem.k
+    num_blocks = k // BLOCK_K if is_k_grouped(problem) else split_blocks(problem, s)
+    k_loop = num_blocks * _soft_max(clocks_per_block, load_clocks)
     stored = s.mma_tile[0] * slice_columns(s)
     end = stored * EPILOGUE_CLOCKS_PER_ELEMENT
     if s.split_k > 1:
@@ -76,7 +80,9 @@ def _predict_us(problem: Gemm, s: Schedule, m: int, num_sms: int, clocks_per_blo
     # Tiles in turns overlap; the end of the last one does not.
     tile = max(k_loop + TURN_CLOCKS, (k_loop + end) / 2) if s.pingpong else k_loop + end
     compute_us = (rounds * tile + (end if s.pingpong else 0.0)) / CLOCKS_PER_US
-    bytes_moved = (m + groups * problem.n) * problem.k + m * problem.n * problem.d_dtype.size_bytes
+    bytes_moved = (m + groups * problem.n) * k + m * problem.n * problem.d_dtype.size_bytes
+    if is_k_grouped(problem):  # A is of each group too, and D is read and written
+        bytes_moved = groups * ((m + problem.n) * k + 2 * m * problem.n * 4)
     return FIXED_US + _soft_max(compute_us, bytes_moved / HBM_BYTES_PER_US)
 
 
@@ -98,14 +104,16 @@ def block_clocks(problem: Gemm, schedule: Schedule) -> float:
     waves = rows // WGMMA_M
     slices = columns // (part_columns(problem, s) or columns)
     tensor = waves * columns * 2.0  # 64 x 1 x 128 multiply-adds at 4096 a clock
-    promote = waves / s.tile_warpgroups * columns / 2
+    promote = waves / s.tile_warpgroups * columns / 2 * (1 + is_scaled_by_row(problem))
     if s.promotion == "overlapped" or s.num_math_warpgroups > 1:
         compute = max(tensor, promote)
     else:
         compute = tensor + promote + SERIAL_CLOCKS_ALONE
     smem_rows = waves * (slices * WGMMA_M + columns) + rows + columns
     extra = BLOCK_CLOCKS
-    if s.swap_ab:
+    if is_scaled_by_row(problem):
+        smem_rows += waves * columns // 8  # 16 bytes for 16 columns, read by each of 4 warps
+    elif s.swap_ab:
         extra += SWAPPED_COLUMN_CLOCKS * s.num_waves * columns
     else:
         extra += SFB_ROW_CLOCKS * (num_sfb_rows(problem, s.block_n) - 1)

@@ -99,7 +99,9 @@ def make_inputs(d: Draw) -> dict[str, torch.Tensor]:
         return torch.randn(*shape, device="cuda", generator=generator)
 
     a, sfa = jitgen.quantize(normal(d.m, k) * torch.exp(2 * normal(d.m, 1)))
-    b, sfb = jitgen.quantize(normal(n, k), (128, 128))
+    b, sfb = jitgen.quantize(normal(n, k), (d.problem.b_scale.rows, 128))
+    if d.problem.b_scale.rows == 1:
+        sfb = _laid_out(sfb, SFA_LAYOUTS[d.seed % len(SFA_LAYOUTS)])
     if d.seed % 4 == 0:
         codes = torch.randint(
             0, 256, (d.m, k), device="cuda", generator=generator, dtype=torch.uint8

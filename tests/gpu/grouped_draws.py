@@ -161,7 +161,7 @@ def make_inputs(d: Draw) -> dict[str, torch.Tensor]:
     tensors = {
         "a": a,
         "b": torch.empty(p.num_groups, p.n, p.k, dtype=torch.float8_e4m3fn, device="cuda"),
-        "sfa": _laid_out(sfa, d.sfa_layout),
+        "sfa": laid_out(sfa, d.sfa_layout),
         "sfb": torch.exp(normal(p.num_groups, -(-p.n // 128), k_blocks)),
         "groups": torch.from_numpy(values).cuda(),
     }
@@ -175,7 +175,7 @@ def make_inputs(d: Draw) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _laid_out(scale: torch.Tensor, layout: str) -> torch.Tensor:
+def laid_out(scale: torch.Tensor, layout: str) -> torch.Tensor:
     """The same scales in another memory layout; padding holds NaN."""
     *outer, rows, columns = scale.shape
     pad = 3 if layout.endswith("padded") else 0

@@ -24,13 +24,14 @@ from jitgen.kernel import (
     TensorMapParameter,
 )
 from jitgen.lower import lower
-from jitgen.problem import Gemm
+from jitgen.problem import Gemm, is_k_grouped
 from jitgen.runtime import driver
 from jitgen.runtime.driver import Device, LoadedKernel
 from jitgen.schedule import Schedule
 
 H100 = Device(0, "NVIDIA H100 80GB HBM3", (9, 0), 132)
-WORDS = 5  # of a fake TMA descriptor: address, element bytes, rows, columns, pitch
+# Of a fake TMA descriptor: address, element bytes, rows, columns, pitch; matrices and theirs, or 0.
+WORDS = 7
 
 
 class Result(enum.IntEnum):
@@ -102,7 +103,8 @@ class FakeDriver:
             return Result.CUDA_ERROR_INVALID_CONTEXT, TensorMap()
         size = {"UINT8": 1, "BFLOAT16": 2, "FLOAT32": 4}[data_type.rpartition("_")[2]]
         made = TensorMap()
-        made.words[:] = (address, size, extents[1], extents[0], strides[0])
+        apart = (extents[2], strides[1]) if rank == 3 else (0, 0)
+        made.words[:] = (address, size, extents[1], extents[0], strides[0], *apart)
         return _aligned(address), made
 
     def cuTensorMapReplaceAddress(self, tensor_map: TensorMap, address: int) -> tuple[Result]:
@@ -148,7 +150,10 @@ class FakeDriver:
         again = _read(kernel, arguments)
         assert all(tensors[name].ctypes.data == again[name].ctypes.data for name in tensors)
         inputs = {name: tensor for name, tensor in tensors.items() if name != "d"}
-        tensors["d"][...] = interpret(kernel, inputs)
+        if is_k_grouped(kernel.problem):
+            interpret(kernel, inputs, out=tensors["d"])
+        else:
+            tensors["d"][...] = interpret(kernel, inputs)
         thread = threading.get_ident()
         launched = Launched(kernel, grid, num_threads, smem_bytes, stream, tensors, thread)
         self.launches.append(launched)
@@ -167,18 +172,20 @@ def _read(kernel: Kernel, arguments: int) -> dict[str, NDArray[Any]]:
     def uint32(parameter: Any) -> int:
         return ctypes.c_uint32.from_address(values[parameter] or 0).value
 
-    m = next(uint32(p) for p in values if isinstance(p, ExtentParameter))
+    extents = {p.name: uint32(p) for p in values if isinstance(p, ExtentParameter)}
     tensors: dict[str, NDArray[Any]] = {}
     for parameter, cell in values.items():
         if isinstance(parameter, TensorMapParameter):
-            address, size, rows, columns, pitch = TensorMap(cell or 0).words
+            address, size, rows, columns, pitch, matrices, apart = TensorMap(cell or 0).words
             shape, strides = (rows, columns), [pitch, size]
+            if matrices:
+                shape, strides = (matrices, rows, columns), [apart, pitch, size]
             assert size == parameter.tensor.dtype.size_bytes
         elif isinstance(parameter, PointerParameter):
             address = ctypes.c_uint64.from_address(cell or 0).value
             size = parameter.tensor.dtype.size_bytes
             dims = parameter.tensor.dims
-            shape = tuple(dim.num_elements or -(-m // dim.block) for dim in dims)  # type: ignore[assignment]
+            shape = tuple(dim.num_elements or -(-extents[dim.axis] // dim.block) for dim in dims)
             strides = [size * int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
             for p in values:
                 if isinstance(p, StrideParameter) and p.tensor == parameter.tensor:

@@ -389,9 +389,9 @@ BAD_ARRAYS: dict[str, tuple[Change, str]] = {
     "sfa vector": (one("sfa", lambda x: x[:, 0]), r"^sfa is.*\[7\].*float32\[7, 2\]"),
     "sfa transposed": (one("sfa", lambda x: x.T), r"^sfa is.*\[2, 7\].*float32\[7, 2\]"),
     "sfa upside down": (one("sfa", lambda x: x[::-1]), r"^sfa is.*strides must"),
-    "sfb a scale a row": (
-        one("sfb", lambda x: np.repeat(x, N, axis=0)),
-        r"^sfb is.*\[72, 2\].*128x128.*float32\[1, 2\]",
+    "sfb two scales a row": (
+        one("sfb", lambda x: np.repeat(x, 2 * N, axis=0)),
+        r"^sfb is.*\[144, 2\].*128x128.*float32\[1, 2\]",
     ),
     "sfb float16": (one("sfb", lambda x: x.astype(np.float16)), r"\bsfb\b.*float16"),
     "sfb strided": (one("sfb", lambda x: np.repeat(x, 2, axis=1)[:, ::2]), r"^sfb is.*contiguous"),

@@ -23,6 +23,7 @@ from jitgen import (
     F32,
     Gemm,
     GroupedGemm,
+    ScaleBlock,
     Schedule,
     acc,
     cast,
@@ -44,6 +45,7 @@ from jitgen.expr import OPERATIONS, Apply, Expr, as_expr
 from jitgen.ir import Evaluate, Store
 from jitgen.kernel import Kernel
 from jitgen.lower import lower
+from jitgen.problem import of_k_groups
 from jitgen.runtime.nvrtc import headers_used
 from jitgen.schedule import num_sfb_rows, part_columns, slice_columns, split_blocks
 from jitgen.tuning.space import candidates
@@ -92,6 +94,7 @@ GOLDEN_KERNELS = {
         ),
         Schedule(128, 256, 3, 2, promotion="serial"),
     ),
+    "f32-k-grouped-g4-n7168-128x128": (of_k_groups(7168, 4), Schedule(128, 128, 4, 2)),
     "bf16-bias-n2112-k7168-64x128-split3": (
         Gemm(2112, 7168, BF16, acc + vector("bias")),
         Schedule(64, 128, 5, 1, split_k=3),
@@ -118,6 +121,8 @@ PROBLEMS = [
     GroupedGemm(72, 144, F32, EVERYTHING, num_groups=512, layout="group_of_row"),
     GroupedGemm(576, 576, BF16, EVERYTHING, num_groups=7, layout="masked"),
     GroupedGemm(2112, 7168, num_groups=1, layout="group_ends", alignment=128),
+    of_k_groups(576, 512),
+    Gemm(576, 576, F32, b_scale=ScaleBlock(1, 128)),
 ]
 
 
@@ -348,14 +353,14 @@ def test_render_gives_every_number_of_the_schedule_a_name(problem: Gemm) -> None
         assert set(numbers) == set(of_schedule), "name the new number's constant here"
         want = {of_schedule[name]: value for name, value in numbers.items()} | {
             "kN": problem.n,
-            "kK": problem.k,
+            "kK": problem.max_k,
             "kNumTurns": schedule.num_math_warpgroups if pingpong else 1,
             "kPartColumns": part_columns(problem, schedule),
             "kStoreRows": store.box[0],
             "kBlockK": 128,
             "kPartBlocks": split_blocks(problem, schedule),
             "kSliceColumns": slice_columns(schedule),
-            "kScaleN": 128,
+            "kScaleN": problem.b_scale.rows,
             "kNumSfbRows": num_sfb_rows(problem, schedule.block_n),
             "kStoreColumns": store.box[1],
             "kStoreSpan": store.src.swizzle_bytes,

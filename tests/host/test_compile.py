@@ -188,7 +188,7 @@ def of_tightest() -> Iterator[Sample]:
 
     def free_registers(schedule: Schedule) -> int:
         sums = schedule.num_waves * schedule.mma_tile[1] // 2
-        parts = part_registers(schedule, part_columns(problem, schedule) or 0)
+        parts = part_registers(problem, schedule, part_columns(problem, schedule) or 0)
         return accumulator_registers(problem, schedule) - sums - parts
 
     for kind, promotion, split_k in itertools.product(KINDS, PROMOTIONS, (1, 2)):

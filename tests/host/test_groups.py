@@ -19,16 +19,19 @@ from jitgen.groups import (
     rows_of_groups,
     typical_rows,
 )
+from jitgen.problem import of_k_groups
 
 
 def problem(layout: str, num_groups: int, alignment: int = 1) -> GroupedGemm:
+    if layout == "k_grouped":
+        return of_k_groups(8, num_groups)
     return GroupedGemm(8, 16, num_groups=num_groups, layout=layout, alignment=alignment)  # type: ignore[arg-type]
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[GroupedGemm, np.ndarray, int]:
     """A problem, an m, and any values at all, or nearly right ones."""
-    layout = draw(st.sampled_from(("ragged", "group_ends", "group_of_row", "masked")))
+    layout = draw(st.sampled_from(("ragged", "group_ends", "group_of_row", "masked", "k_grouped")))
     num_groups, m = draw(st.integers(1, 12)), draw(st.integers(0, 300))
     alignment = draw(st.sampled_from((1, 64, 128))) if layout == "group_ends" else 1
     p = problem(layout, num_groups, alignment)
@@ -61,6 +64,9 @@ def test_rows_of_groups_are_inside_and_disjoint(case: tuple[GroupedGemm, np.ndar
 def test_max_tile_rows_is_enough(case: tuple[GroupedGemm, np.ndarray, int], height: int) -> None:
     p, values, m = case
     rows = rows_of_groups(p, values, m)
+    if p.layout == "k_grouped":  # m is k there; each group that has some has as many rows as D
+        rows = [Rows(0, 300 if begin < end else 0) for begin, end in rows]
+        m = 300
     assert sum(-(-(end - begin) // height) for begin, end in rows) <= max_tile_rows(p, height, m)
 
 
@@ -70,6 +76,8 @@ def test_max_tile_rows_is_enough(case: tuple[GroupedGemm, np.ndarray, int], heig
         ("ragged", 1, [0, 3, 3, 7], [(0, 3), (3, 3), (3, 7)]),
         ("ragged", 1, [2, 9, 5, 12], [(2, 9), (9, 9), (9, 10)]),
         ("ragged", 1, [-5, 4, -1, 99], [(0, 4), (4, 4), (4, 10)]),
+        ("k_grouped", 128, [0, 128, 128, 384], [(0, 128), (128, 128), (128, 384)]),
+        ("k_grouped", 128, [300, -7, 129, 9999], [(256, 256), (256, 256), (256, 384)]),
         ("group_ends", 1, [3, 3, 7], [(0, 3), (3, 3), (3, 7)]),
         ("group_ends", 64, [3, 3, 70], [(0, 3), (10, 10), (10, 10)]),
         ("group_of_row", 1, [1, 1, -1, 0, 0, 0, 5, -7, 2, 2], [(3, 6), (0, 2), (8, 10)]),
@@ -81,7 +89,8 @@ def test_rows_of_groups_clamps(
     layout: str, alignment: int, values: list[int], rows: list[tuple[int, int]]
 ) -> None:
     p = problem(layout, 3, alignment)
-    assert rows_of_groups(p, np.array(values, np.int32), 10) == [Rows(*r) for r in rows]
+    m = 384 if layout == "k_grouped" else 10
+    assert rows_of_groups(p, np.array(values, np.int32), m) == [Rows(*r) for r in rows]
 
 
 def test_rows_of_groups_begin_at_multiples() -> None:

@@ -139,8 +139,8 @@ BROKEN = {
     ),
     "a_scale k": (dataclasses.replace(LEGAL, a_scale=ScaleBlock(1, 64)), r"a_scale.*1x64.*1x128"),
     "b_scale rows": (
-        dataclasses.replace(LEGAL, b_scale=ScaleBlock(1, 128)),
-        r"b_scale.*1x128.*128x128",
+        dataclasses.replace(LEGAL, b_scale=ScaleBlock(64, 128)),
+        r"b_scale.*64x128.*128x128 or 1x128",
     ),
     "b_scale k": (
         dataclasses.replace(LEGAL, b_scale=ScaleBlock(128, 32)),

@@ -10,6 +10,7 @@ import pytest
 
 from jitgen import F16, F32, Gemm, GroupedGemm, MlaDecode
 from jitgen.errors import ProblemError
+from jitgen.problem import of_k_groups
 from jitgen.problem_list import parse_extents, read_problems
 
 
@@ -51,6 +52,7 @@ def test_read_problems_of_every_family(tmp_path: Path) -> None:
         {"n": 576, "k": 7168, "m": [1, 64]},
         {"n": 576, "k": 7168, "m": [8], "num_groups": 4, "out_dtype": "f32"},
         {"n": 576, "k": 7168, "m_max": 16, "num_groups": 4, "layout": "masked", "name": "x"},
+        {"n": 72, "m": [4096], "num_groups": 4, "layout": "k_grouped"},
         {"num_heads": 16, "name": "decode"},
         {"num_heads": 8, "num_queries": 2, "dtype": "f16", "page": 128},
     ]
@@ -60,6 +62,7 @@ def test_read_problems_of_every_family(tmp_path: Path) -> None:
         (Gemm(576, 7168), 64),
         (GroupedGemm(576, 7168, F32, num_groups=4), 8),
         (GroupedGemm(576, 7168, num_groups=4, layout="masked"), 16),
+        (of_k_groups(72, 4), 4096),
         (MlaDecode(16), 1),
         (MlaDecode(8, 2, page=128, dtype=F16), 1),
     ]
@@ -71,6 +74,8 @@ def test_read_problems_of_every_family(tmp_path: Path) -> None:
         ({"n": 8, "k": 16, "m": [1], "layout": "ragged"}, "layout is of a grouped GEMM"),
         ({"n": 8, "k": 16, "m": [1], "num_groups": 0}, "num_groups"),
         ({"n": 8, "k": 16, "m": [1], "num_groups": 2, "layout": "round"}, "layout"),
+        ({"n": 8, "k": 128, "m": [1], "num_groups": 2, "layout": "k_grouped"}, "k is no choice"),
+        ({"n": 8, "m": [1], "layout": "k_grouped"}, "field num_groups is missing"),
         ({"num_heads": 16, "m": [1]}, "unknown field m: use name, num_heads"),
         ({"num_heads": 129}, "num_heads = 129 must be in 1..128"),
         ({"num_heads": 16, "dtype": 3}, "dtype must be a name, got 3"),

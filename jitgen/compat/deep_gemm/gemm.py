@@ -213,8 +213,11 @@ def k_grouped_fp8_gemm_nt_contiguous(
     compiled_dims: str = "mn",
     use_psum_layout: bool = False,
 ) -> NoReturn:
-    """NotImplementedError: jitgen has no K-grouped GEMM yet."""
-    raise NotImplementedError("k_grouped_fp8_gemm_nt_contiguous: no K-grouped GEMM in jitgen yet")
+    """NotImplementedError: DeepGEMM's groups are matrices that follow one another."""
+    raise NotImplementedError(
+        "k_grouped_fp8_gemm_nt_contiguous takes a matrix for each group: lay them side by side, as"
+        " [m, k] and [n, k], and call jitgen.grouped_gemm with layout=jitgen.KGrouped(offsets)"
+    )
 
 
 @functools.cache

@@ -7,7 +7,7 @@
 namespace jitgen {
 
 // What the tensor `groups` holds, in the order of jitgen.problem.Layout.
-constexpr u32 kRagged = 0, kGroupEnds = 1, kGroupOfRow = 2, kMasked = 3;
+constexpr u32 kRagged = 0, kGroupEnds = 1, kGroupOfRow = 2, kMasked = 3, kKGrouped = 4;
 
 // The sum, and the maximum, of the values of the lanes before this one; 0 without any.
 __device__ __forceinline__ u32 sum_before(u32 value, u32 lane) {
@@ -29,7 +29,8 @@ __device__ __forceinline__ u32 max_before(u32 value, u32 lane) {
     return lane == 0 ? 0 : before;
 }
 
-// In shared memory. Rows count through all matrices of A; `runs` is of kGroupOfRow.
+// In shared memory. Rows count through all matrices of A; `runs` is of kGroupOfRow. Of kKGrouped, `begin` and `end` are
+// units of kAlignment of k, and every group that has some has all m rows.
 template <u32 kNumGroups> struct GroupTable {
     u32 begin[kNumGroups], end[kNumGroups], runs[kNumGroups];
     u32 first_tile[kNumGroups + 1];  // tile rows of the groups before, and of all
@@ -52,21 +53,24 @@ template <u32 kNumGroups> struct GroupTable {
 
     // By one warp, of which each lane owns some groups: where their rows lie, and how many tiles of kTileRows they make.
     template <u32 kLayout, u32 kAlignment, u32 kTileRows>
-    __device__ __forceinline__ void find(const int* groups, u32 m) {
+    __device__ __forceinline__ void find(const int* groups, u32 m, u32 k = 0) {
         constexpr u32 kOwned = ceil_div(kNumGroups, 32);
         const u32 lane = lane_index(), first = lane * kOwned;
-        const auto position = [&](u32 i) { return u32(min(max(__ldg(groups + i), 0), int(m))); };
+        constexpr bool kByK = kLayout == kKGrouped;
+        const auto position = [&](u32 i) {
+            return u32(min(max(__ldg(groups + i), 0), int(kByK ? k : m))) / (kByK ? kAlignment : 1);
+        };
         u32 value[kOwned], largest = 0, num_tiles = 0;
         if constexpr (kLayout != kGroupOfRow) {
 #pragma unroll
             for (u32 i = 0; i < kOwned; ++i) {
-                value[i] = first + i < kNumGroups ? position(first + i + (kLayout == kRagged)) : 0;
+                value[i] = first + i < kNumGroups ? position(first + i + (kLayout == kRagged || kByK)) : 0;
                 largest = max(largest, value[i]);
             }
         }
         u32 previous = 0;  // where the group before ends, for positions that must not decrease
-        if constexpr (kLayout == kRagged || kLayout == kGroupEnds) previous = max_before(largest, lane);
-        if constexpr (kLayout == kRagged) previous = max(previous, position(0));
+        if constexpr (kLayout == kRagged || kLayout == kGroupEnds || kByK) previous = max_before(largest, lane);
+        if constexpr (kLayout == kRagged || kByK) previous = max(previous, position(0));
 #pragma unroll
         for (u32 i = 0; i < kOwned; ++i) {
             const u32 group = first + i;
@@ -74,14 +78,15 @@ template <u32 kNumGroups> struct GroupTable {
             if constexpr (kLayout == kMasked) {
                 begin[group] = group * m, end[group] = group * m + value[i];
             } else if constexpr (kLayout != kGroupOfRow) {
-                begin[group] = min(round_up(previous, kAlignment), m);
+                begin[group] = kByK ? previous : min(round_up(previous, kAlignment), m);
                 previous = max(previous, value[i]);
                 end[group] = max(begin[group], previous);
             } else if (runs[group] == 0) {
                 begin[group] = 0;
             }
             first_tile[group] = num_tiles;
-            num_tiles += ceil_div(end[group] - begin[group], kTileRows);
+            const u32 num_rows = !kByK ? end[group] - begin[group] : begin[group] < end[group] ? m : 0;
+            num_tiles += ceil_div(num_rows, kTileRows);
         }
         const u32 before = sum_before(num_tiles, lane);
 #pragma unroll
@@ -112,6 +117,28 @@ template <u32 kRasterGroup, u32 kColumns, u32 kNumGroups> struct GroupedTraversa
         Tile tile = of_group.tile(index - first * kColumns);
         tile.group = group, tile.begin_m = table.begin[group];
         return tile;
+    }
+};
+
+// The same where every group has a part of k, and all m rows of a D of its own.
+template <u32 kRasterGroup, u32 kColumns, u32 kNumGroups> struct KGroupedTraversal {
+    const GroupTable<kNumGroups>& table;
+    u32 m;
+
+    __device__ __forceinline__ u32 size() const { return table.first_tile[kNumGroups] * kColumns; }
+
+    __device__ __forceinline__ Tile tile(u32 index) const {
+        const u32 group = table.of_tile_row(index / kColumns), first = table.first_tile[group];
+        const Traversal<kRasterGroup, kColumns> of_group{table.first_tile[group + 1] - first, m};
+        Tile tile = of_group.tile(index - first * kColumns);
+        tile.group = group;
+        return tile;
+    }
+
+    // Of the `index`-th tile.
+    __device__ __forceinline__ u32 num_k_blocks(u32 index) const {
+        const u32 group = table.of_tile_row(index / kColumns);
+        return table.end[group] - table.begin[group];
     }
 };
 

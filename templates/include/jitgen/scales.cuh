@@ -111,4 +111,89 @@ struct ThreadScales<true, kBlockM, kPartColumns, kSfbRows, kBlocks> {
     __device__ __forceinline__ float of(u32 slice, u32 i) const { return scale[i / 4 * 2 + i % 2]; }
 };
 
+// Where every row of B has scales of its own, as those of A have: both lie as [K block][row], rows of A first. Of every
+// 16 rows, those come together that a thread scales as columns of wgmma's: rows 2i, 2i + 1, 2i + 8 and 2i + 9.
+constexpr u32 kScaleRows = 16;
+__device__ __forceinline__ u32 row_scale_position(u32 row) {
+    return row / kScaleRows * kScaleRows + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
+}
+
+// Scales of an operand's rows, of which it has `num_rows`.
+struct RowScales {
+    const float* scales;
+    u32 stride_row, stride_k, num_rows;
+};
+
+// kNumThreads threads load the scales of a tile's rows of A and of B, one row a thread and turn, of some turns at once.
+template <u32 kBlockM, u32 kBlockN, u32 kBlocks, u32 kNumThreads> struct RowScaleLoader {
+    static constexpr u32 kRows = kBlockM + kBlockN, kTurns = ceil_div(kRows, kNumThreads);
+    static constexpr u32 kTurnsAtOnce = kTurns < 2 ? kTurns : 2;  // kBlocks registers each
+    RowScales a, b;
+    u32 end_k;  // in K blocks
+    u32 thread;
+
+    // The chunk at K block `k_base` for the tile at row `row_m` of A and `row_n` of B, as ScaleLoader's.
+    __device__ __forceinline__ void load(u32 smem, u32 row_m, u32 row_n, u32 k_base, u32 empty, u32 parity) const {
+#pragma unroll 1
+        for (u32 turn = 0; turn < kTurns; turn += kTurnsAtOnce) {
+            float scale[kTurnsAtOnce][kBlocks];
+#pragma unroll
+            for (u32 i = 0; i < kTurnsAtOnce; ++i) {
+                const u32 row = thread + (turn + i) * kNumThreads;
+                const bool is_a = row < kBlockM;
+                const u32 index = is_a ? row_m + row : row_n + row - kBlockM, stride_k = is_a ? a.stride_k : b.stride_k;
+                const float* source = (is_a ? a.scales : b.scales) + u64(index) * (is_a ? a.stride_row : b.stride_row) +
+                                      u64(k_base) * stride_k;
+                const bool valid = row < kRows && index < (is_a ? a.num_rows : b.num_rows);
+#pragma unroll
+                for (u32 k = 0; k < kBlocks; ++k, source += stride_k)
+                    scale[i][k] = valid && k_base + k < end_k ? __ldg(source) : 0.0f;
+            }
+            if (turn == 0) mbarrier_wait(empty, parity);  // the first loads are under way before the stage is free
+#pragma unroll
+            for (u32 i = 0; i < kTurnsAtOnce; ++i) {
+                const u32 row = thread + (turn + i) * kNumThreads;
+#pragma unroll
+                for (u32 k = 0; k < kBlocks; ++k)
+                    if (row < kRows) st_shared(smem + (k * kRows + row_scale_position(row)) * 4, scale[i][k]);
+            }
+        }
+    }
+};
+
+// As ThreadScales: every accumulator of a thread has a scale of its row of wgmma's and one of its column. Those of columns
+// are read while accumulators are promoted, four at a time: they must be asked for in order.
+template <bool kSwapAB, u32 kBlockM, u32 kBlockN, u32 kPartColumns> struct ThreadRowScales {
+    static constexpr u32 kBlockBytes = (kBlockM + kBlockN) * 4;
+    u32 smem_rows, smem_columns, part_columns;
+    float next_rows[2], rows[2];
+    float4 columns, next_columns;
+
+    // `row`: the thread's first row of wgmma's, one of the first 8 of 16.
+    __device__ __forceinline__ ThreadRowScales(u32 smem, u32 chunk_block, u32 row, u32 lane)
+        : smem_rows(smem + chunk_block * kBlockBytes + ((kSwapAB ? kBlockM : 0) + row_scale_position(row)) * 4),
+          smem_columns(smem + chunk_block * kBlockBytes + ((kSwapAB ? 0 : kBlockM) + lane % 4 * 4) * 4) {}
+
+    __device__ __forceinline__ void prefetch(u32 block, u32 wave, u32 slice) {
+        if (slice != 0) return;
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) next_rows[i] = ld_shared(smem_rows + block * kBlockBytes + (wave * 64 + i * 2) * 4);
+    }
+
+    __device__ __forceinline__ void prepare(u32 block, u32 wave, u32 slice) {
+        if (slice == 0) rows[0] = next_rows[0], rows[1] = next_rows[1];
+        part_columns = smem_columns + block * kBlockBytes + slice * kPartColumns * 4;
+        next_columns = ld_shared_v4(part_columns);
+    }
+
+    __device__ __forceinline__ float of(u32 slice, u32 i) {
+        if (i % 8 == 0) {
+            columns = next_columns;
+            if (i + 8 < kPartColumns / 2) next_columns = ld_shared_v4(part_columns + (i + 8) * 8);
+        }
+        const float column = i / 4 % 2 ? (i % 2 ? columns.w : columns.z) : (i % 2 ? columns.y : columns.x);
+        return __fmul_rn(rows[i / 2 % 2], column);
+    }
+};
+
 }  // namespace jitgen

@@ -1,4 +1,4 @@
-// The tensor memory accelerator: 2-D tile loads, multicast loads and stores (PTX ISA, cp.async.bulk.tensor).
+// The tensor memory accelerator: 2-D tile loads, multicast loads, stores and sums (PTX ISA, cp.async.bulk.tensor).
 #pragma once
 #include "jitgen/ptx.cuh"
 
@@ -53,6 +53,13 @@ __device__ __forceinline__ void tma_load(u32 smem, const TensorMap& map, u32 bar
 __device__ __forceinline__ void tma_store(const TensorMap& map, u32 smem, u32 x, u32 y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(smem),
                  "r"(x), "r"(y)
+                 : "memory");
+}
+
+// Adds the float32 box to what is at (x, y) of matrix `z`, in L2.
+__device__ __forceinline__ void tma_reduce_add(const TensorMap& map, u32 smem, u32 x, u32 y, u32 z) {
+    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];"
+                 ::"l"(&map), "r"(smem), "r"(x), "r"(y), "r"(z)
                  : "memory");
 }
 
