@@ -164,11 +164,12 @@ def test_compiled_experts_and_attention_take_any_m(mode: str) -> None:
 
 
 def test_captured_operators_replay_with_what_the_tensors_hold() -> None:
-    t, cache = make_grouped(300), make_cache()
+    t, cache, x = make_grouped(300), make_cache(), torch.randn(9, K, device="cuda")
 
-    def call() -> tuple[torch.Tensor, torch.Tensor]:
+    def call() -> tuple[torch.Tensor, ...]:
         o, _ = torch.ops.jitgen.mla_decode(*cache)
-        return torch.ops.jitgen.grouped_gemm(*t, layout="ragged"), o
+        _, scales = torch.ops.jitgen.quantize(x)
+        return torch.ops.jitgen.grouped_gemm(*t, layout="ragged"), o, scales
 
     call()
     graph = torch.cuda.CUDAGraph()
@@ -177,6 +178,7 @@ def test_captured_operators_replay_with_what_the_tensors_hold() -> None:
     for lengths, ends in (([1, 2, 3], [5, 5, 200, 300]), ([2048, 64, 0], [0, 300, 300, 300])):
         cache[3].copy_(torch.tensor(lengths))
         t[4][1:].copy_(torch.tensor(ends))
+        x.normal_()
         for got in captured:
             got.fill_(torch.nan)
         graph.replay()
