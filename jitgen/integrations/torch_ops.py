@@ -24,7 +24,7 @@ import torch
 from .. import api
 from ..errors import ProblemError
 from ..expr import Bound, Expr, acc, gelu, matrix, relu, silu, vector
-from ..layouts import Contiguous, GroupLayout, Masked, Ragged
+from ..layouts import Contiguous, GroupLayout, KGrouped, Masked, Ragged
 from .tensors import attend, multiply
 
 ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
@@ -125,7 +125,8 @@ def grouped_gemm(
     a, b, sfa, sfb, out_dtype, batch_invariant : as for `jitgen.grouped_gemm`
     groups : the layout's int32 tensor
     layout : what that holds: "ragged" the offsets of `jitgen.Ragged`; "group_of_row" or
-        "group_ends" that of `jitgen.Contiguous`; "masked" the rows of `jitgen.Masked`
+        "group_ends" that of `jitgen.Contiguous`; "masked" the rows of `jitgen.Masked`; "k_grouped"
+        the offsets of `jitgen.KGrouped`
     alignment : of group_ends: 1, 64 or 128
     expected_rows : of masked: how many rows a group has on average
     bias : bfloat16 or float32 [num_groups, n]
@@ -134,7 +135,8 @@ def grouped_gemm(
 
     Returns
     -------
-    bfloat16 or float32 [m, n] or, if masked, [num_groups, max_m, n]; rows of no group hold anything
+    bfloat16 or float32 [m, n] or, if masked, [num_groups, max_m, n]; rows of no group hold
+    anything. Of k_grouped float32 [num_groups, m, n]
 
     Raises
     ------
@@ -167,7 +169,10 @@ def grouped_gemm_out(
     activation: str = "none",
     batch_invariant: bool = False,
 ) -> None:
-    """`grouped_gemm` into `out`, bfloat16 or float32; rows of no group stay as they were."""
+    """`grouped_gemm` into `out`, bfloat16 or float32; rows of no group stay as they were.
+
+    With a k_grouped layout, what it makes is added to `out`.
+    """
     epilogue = _epilogue(bias, residual, activation)
     grouping = _layout(layout, groups, alignment, expected_rows)
     multiply(
@@ -258,7 +263,11 @@ def _layout(
             return Contiguous(group_ends=groups, alignment=alignment)
         case "masked":
             return Masked(groups, expected_rows)
-    raise ProblemError(f"layout {kind!r} must be one of ragged, group_of_row, group_ends, masked")
+        case "k_grouped":
+            return KGrouped(groups)
+    raise ProblemError(
+        f"layout {kind!r} must be one of ragged, group_of_row, group_ends, masked, k_grouped"
+    )
 
 
 # --- what tracing sees ----------------------------------------------------------------------------
@@ -280,11 +289,17 @@ def _gemm_fake(
 def _grouped_gemm_fake(
     a: torch.Tensor,
     b: torch.Tensor,
-    *_: torch.Tensor,
+    _sfa: torch.Tensor,
+    _sfb: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    layout: str,
     out_dtype: torch.dtype | None = None,
-    **__: Any,
+    **_: Any,
 ) -> torch.Tensor:
     torch._check(a.shape[-1] == b.shape[-1], lambda: "a and b must agree in k")
+    if layout == "k_grouped":
+        return a.new_empty((groups.shape[0] - 1, a.shape[0], b.shape[0]), dtype=torch.float32)
     return a.new_empty((*a.shape[:-1], b.shape[1]), dtype=out_dtype or torch.bfloat16)
 
 

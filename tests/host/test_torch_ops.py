@@ -184,6 +184,28 @@ def test_grouped_gemm_is_the_gemm_of_each_group(layout: str) -> None:
     assert out[~owned].isnan().all()
 
 
+def make_k_grouped() -> tuple[torch.Tensor, ...]:
+    """a, b, sfa, sfb and offsets of two groups of k, with an empty one between them."""
+    a, sfa = jitgen.quantize(torch.randn(M, 384))
+    b, sfb = jitgen.quantize(torch.randn(N, 384))
+    return a, b, sfa, sfb, torch.tensor([0, 256, 256, 384], dtype=torch.int32)
+
+
+def test_k_grouped_gemm_is_added_to_out() -> None:
+    a, b, sfa, sfb, _ = t = make_k_grouped()
+    d = torch.ops.jitgen.grouped_gemm(*t, layout="k_grouped")
+    assert (d.dtype, d.shape) == (torch.float32, (3, M, N))
+    out = torch.ones(3, M, N)
+    torch.ops.jitgen.grouped_gemm_out(*t, layout="k_grouped", out=out)
+    exact_a = a.double() * sfa.repeat_interleave(128, 1)
+    exact_b = b.double() * sfb.repeat_interleave(128, 1)
+    for group, ks in enumerate((slice(0, 256), slice(0, 0), slice(256, 384))):
+        exact = exact_a[:, ks] @ exact_b[:, ks].t()
+        tolerance = 2**-9 * max(float(exact.abs().max()), 1)
+        assert torch.allclose(d[group].double(), exact, atol=tolerance)
+        assert torch.allclose(out[group].double(), exact + 1, atol=tolerance)
+
+
 def test_grouped_gemm_rejects_unknown_layout() -> None:
     with pytest.raises(ProblemError, match="layout 'rows' must be one of ragged, group_of_row"):
         torch.ops.jitgen.grouped_gemm(*make_grouped("ragged"), layout="rows")
@@ -232,6 +254,7 @@ def test_grouped_gemm_and_mla_decode_pass_opcheck() -> None:
     for function, arguments, options in (
         (torch.ops.jitgen.grouped_gemm, t, {"layout": "ragged"}),
         (torch.ops.jitgen.grouped_gemm_out, t, {"layout": "ragged", "out": torch.zeros(M, N)}),
+        (torch.ops.jitgen.grouped_gemm, make_k_grouped(), {"layout": "k_grouped"}),
         (torch.ops.jitgen.mla_decode, make_cache(), small),
         (
             torch.ops.jitgen.mla_decode_out,
