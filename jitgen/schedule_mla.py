@@ -7,16 +7,20 @@ from dataclasses import dataclass
 
 from .errors import ScheduleError
 from .problem_mla import MlaDecode
+from .schedule import REGISTER_SPLIT
 from .target import SM90A, Target
 
 TILE_ROWS = 64  # query rows of a thread block: those of one wgmma
 BLOCK_KEYS = 64  # keys that a math warpgroup scores at a time
 CHUNK_COLUMNS = 64  # of 16 bits: 128 bytes, the swizzle span
 CHUNK_BYTES = 64 * 128
-GROUP_CHUNKS = 2  # chunks of a block of keys that arrive together
+GROUP_CHUNKS = 2  # chunks of a block of keys that arrive together, of a plain cache
 NUM_WARPS = 12  # of a block: two math warpgroups and the producer's
-REGISTER_CHUNKS = 1  # of Q that the math warpgroups keep in registers
-ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 1)  # segments that the producer tells of: mla_plan.cuh
+LOADER_WARPS = 4  # of the producer that decode an FP8 cache, each its share of every block of keys
+FP8_REGISTERS = (88, 208)  # a thread of the producer, and of the math warpgroups: as REGISTER_SPLIT
+REGISTER_CHUNKS = 1
+ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
+WALKER_BYTES = 48  # of a plan on its way: ibid.
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class MlaSmemPlan:
     states: int  # maxima and sums that the math warpgroups exchange
     barriers: int
     announcement: int
+    walkers: int  # of the producer's warps, which decode an FP8 cache
     scratch: int  # of the plan
     total_bytes: int
 
@@ -74,10 +79,29 @@ def num_chunks(problem: MlaDecode) -> int:
     return problem.head_dim_qk // CHUNK_COLUMNS
 
 
+def group_chunks(problem: MlaDecode) -> int:
+    """Chunks of a block of keys that arrive together: all, where tokens are decoded whole."""
+    return num_chunks(problem) if problem.is_fp8 else GROUP_CHUNKS
+
+
+def register_chunks(problem: MlaDecode) -> int:
+    """Chunks of Q that the math warpgroups keep in registers: over one lies the second P, unless
+    that lies over the last chunk of keys."""
+    return 0 if problem.is_fp8 else REGISTER_CHUNKS
+
+
+def registers(problem: MlaDecode) -> tuple[int, int]:
+    """Of a thread of the producer, and of a math warpgroup."""
+    return FP8_REGISTERS if problem.is_fp8 else REGISTER_SPLIT[2]
+
+
 def num_barriers(problem: MlaDecode, schedule: MlaSchedule) -> int:
-    """A stage's full ones, of each group of chunks, and empty ones, of both halves; and Q's."""
-    groups = -(-num_chunks(problem) // GROUP_CHUNKS)
-    return schedule.num_stages * (groups + 2) + 2
+    """A stage's full ones, of each group of chunks, and empty ones, of both halves; and Q's.
+
+    In sparse decode a stage has 8 bytes more, which say what keys there are.
+    """
+    groups = -(-num_chunks(problem) // group_chunks(problem))
+    return schedule.num_stages * (groups + 2 + problem.sparse) + 2
 
 
 def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
@@ -89,6 +113,7 @@ def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
         "states": 4 * TILE_ROWS * 4,
         "barriers": 8 * num_barriers(problem, schedule),
         "announcement": ANNOUNCEMENT_BYTES,
+        "walkers": LOADER_WARPS * WALKER_BYTES if problem.is_fp8 else 0,
         "scratch": 4 * (NUM_WARPS + 2),
     }
     offset, offsets = 0, {}
@@ -106,6 +131,8 @@ def num_parts(problem: MlaDecode, num_sms: int) -> int:
 def select_mla(problem: MlaDecode) -> MlaSchedule:
     """The schedule that measured best on an H100 for problems of this kind."""
     stages = 2 if problem.head_dim_qk > 320 else 4
+    if problem.is_fp8:
+        return MlaSchedule(num_stages=stages, prefetch=1)
     if num_tiles(problem) % 2 == 0:
         return MlaSchedule(
             cluster=2, num_stages=stages, prefetch=1, score_ahead=num_tiles(problem) >= 4
@@ -131,6 +158,11 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
         raise ScheduleError(
             f"cluster = {schedule.cluster} does not divide the {num_tiles(problem)} tiles of"
             f" {problem.num_rows} query rows: choose 1"
+        )
+    if problem.is_fp8 and (schedule.cluster > 1 or schedule.prefetch > 1):
+        raise ScheduleError(
+            f"cluster = {schedule.cluster}, prefetch = {schedule.prefetch}: blocks do not share the"
+            " keys of an FP8 cache, and look one block of keys ahead: choose 1, and 0 or 1"
         )
     total = mla_smem_plan(problem, schedule).total_bytes
     if total > target.smem_per_block_bytes:

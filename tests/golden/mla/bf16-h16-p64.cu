@@ -10,6 +10,7 @@ using namespace jitgen;
 // ---- problem and schedule ----------------------------------------------------------------------------------------
 constexpr u32 kHeads = 16;
 constexpr u32 kQueries = 1;
+constexpr u32 kTokens = 1;
 constexpr u32 kDimQk = 576;
 constexpr u32 kDimV = 512;
 constexpr u32 kPage = 64;
@@ -20,6 +21,9 @@ constexpr u32 kBlockKeys = 64;
 constexpr u32 kOverhead = 3;
 constexpr u32 kNumStages = 2;
 constexpr u32 kCluster = 1;
+constexpr u32 kIsFp8 = 0;
+constexpr u32 kIsSparse = 0;
+constexpr u32 kLoaders = 1;
 constexpr u32 kPrefetch = 0;
 constexpr u32 kScoreAhead = 0;
 constexpr u32 kQueryBoxRows = 16;
@@ -33,8 +37,8 @@ constexpr u32 kSmemP = 221184;
 constexpr u32 kSmemStates = 229376;
 constexpr u32 kSmemBarriers = 230400;
 constexpr u32 kSmemAnnouncement = 230528;
-constexpr u32 kSmemScratch = 230604;
-constexpr u32 kSmemBytes = 230660;
+constexpr u32 kSmemScratch = 230608;
+constexpr u32 kSmemBytes = 230664;
 using T = bf16;
 
 // ---- what follows from them --------------------------------------------------------------------------------------
@@ -46,19 +50,21 @@ constexpr u32 kStageBytes = kChunks * kChunkBytes;
 constexpr u32 kHalfV = kDimV / 2;
 constexpr u32 kPieces = kBlockKeys / kPieceRows, kOwnPieces = kPieces / kCluster;  // of a block of keys, TMA boxes
 constexpr u32 kGroups = ceil_div(kChunks, kGroupChunks);    // of chunks that arrive together
-constexpr u32 kStageBarriers = kGroups + 2;                 // full, one a group; empty, one a half
+constexpr u32 kStageBarriers = kGroups + 2 + kIsSparse;     // full, one a group; empty, one a half; which keys there are
 constexpr u32 kSmemQueryBarriers = kSmemBarriers + 8 * kStageBarriers * kNumStages;
 constexpr u32 kMathThreads = 256, kNumThreads = 384;        // two math warpgroups, and one for the producer
 
 static_assert(kTileRows == 64 && kBlockKeys == 64, "a warpgroup's wgmma scores 64 rows for 64 keys");
-static_assert(kHalfChunks % kGroupChunks == 0 && kDimQk % 64 == 0, "the warpgroups share whole chunks of V");
-static_assert(kRegisterChunks >= 1, "the second P lies over the chunk of Q that is read from registers");
+static_assert(kHalfChunks % kGroupChunks == 0 || kGroups == 1, "the warpgroups share whole chunks of V");
+static_assert(kDimQk % 64 == 0, "chunks have 64 columns");
+static_assert(kRegisterChunks >= 1 || kIsFp8, "the second P lies over the chunk of Q that is read from registers");
 static_assert(kTiles % kCluster == 0, "a cluster's blocks work on tiles of one sequence");
 static_assert(kSmemBytes <= 232448, "sm_90 allows 227 KiB of shared memory a block");
 
-using Walker = SegmentWalker<kBlockKeys, kOverhead>;
+using Lengths = SequenceLengths;
+using Walker = SegmentWalker<Lengths, kBlockKeys, kOverhead>;
 using MlaPartials = Partials<kTiles, kDimV>;
-using MlaResults = Results<T, kHeads, kQueries, kDimV>;
+using MlaResults = Results<T, kHeads, kQueries, kDimV, kTokens>;
 
 // Named barriers of the math threads: results of one warpgroup that the other waits for, then those they both wait at.
 constexpr u32 kFirstReady = 1, kSecondReady = 2, kBoth = 3, kWarpgroupBarrier = 4;
@@ -75,23 +81,26 @@ struct Stage {
     __device__ __forceinline__ u32 empty(u32 half) const { return barriers + 8 * (kGroups + half); }
     __device__ __forceinline__ void wait_values(u32 half) const {
 #pragma unroll
-        for (u32 i = 0; i < kHalfChunks / kGroupChunks; ++i)
-            mbarrier_wait(full(half * (kHalfChunks / kGroupChunks) + i), phase);
+        for (u32 i = half * kHalfChunks / kGroupChunks; i < ceil_div((half + 1) * kHalfChunks, kGroupChunks); ++i)
+            mbarrier_wait(full(i), phase);
     }
+    __device__ __forceinline__ u32 valid() const { return barriers + 8 * (kGroups + 2); }
 };
 
 // What a math warpgroup carries; kHalf says which blocks of keys it scores and which half of O's columns it sums.
 template <u32 kHalf> struct Math {
     const u32 smem_base, lane, warp_row;
     const float scale;
-    u32 queries[kRegisterChunks][16];  // A fragments of the last chunks of Q
+    u32 queries[kRegisterChunks + kIsFp8][16];  // A fragments of the last chunks of Q
     float scores[32], out[kHalfV / 2];
     RowState state;
     u32 p[16];
     u32 limits[2];  // keys that rows g and g + 8 see
     u32 first_limit, length;
-
-    __device__ __forceinline__ u32 smem_p(u32 half) const {
+    // Where a warpgroup has the other find the P of the block of keys in `stage`: over its last chunk, of which V is
+    // no part, if the producer waits for both halves before it writes there.
+    __device__ __forceinline__ u32 smem_p(Stage stage, u32 half) const {
+        if constexpr (kIsFp8) return stage.keys + (kChunks - 1) * kChunkBytes;
         return half == 0 ? smem_base + kSmemP : smem_base + (kChunks - 1) * kChunkBytes;
     }
     __device__ __forceinline__ u32 smem_max(u32 half) const { return smem_base + kSmemStates + half * 256; }
@@ -131,10 +140,10 @@ template <u32 kHalf> struct Math {
     }
 
     // p and the new maxima, for this warpgroup and, in shared memory, for the other; the factors of earlier results.
-    __device__ __forceinline__ void soften(u32 block, float (&factors)[2]) {
+    __device__ __forceinline__ void soften(Stage stage, u32 block, float (&factors)[2]) {
         if ((block + 1) * kBlockKeys > first_limit) mask(scores, block * kBlockKeys, limits, lane);
         softmax<T>(scores, p, state, factors, scale);
-        const u32 fragment = opaque(smem_p(kHalf) + fragment_offset(warp_row, opaque(lane)));
+        const u32 fragment = opaque(smem_p(stage, kHalf) + fragment_offset(warp_row, opaque(lane)));
 #pragma unroll
         for (u32 k = 0; k < 4; ++k)
             stmatrix_x4(fragment ^ 32 * k, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3]);
@@ -156,6 +165,7 @@ template <u32 kHalf> struct Math {
 
     // Keys beyond the sequence's end have p = 0, and must be zero themselves.
     __device__ __forceinline__ void zero_tail(Stage stage, u32 block) {
+        if constexpr (kIsFp8) return;  // the producer writes zeros there
         if ((block + 1) * kBlockKeys <= length) return;
         zero_rows<kHalfChunks>(stage.keys + kHalf * kHalfChunks * kChunkBytes, length - block * kBlockKeys);
         named_barrier_sync<128>(kWarpgroupBarrier + kHalf);
@@ -164,7 +174,7 @@ template <u32 kHalf> struct Math {
     // out += P V for the half of the columns, in flight; P is this warpgroup's (in registers) or the other's.
     template <bool kOwn> __device__ __forceinline__ void issue_out(Stage stage) {
         const u32 v = descriptor_n_major(stage.keys + kHalf * kHalfChunks * kChunkBytes, kChunkBytes);
-        const u32 other_p = descriptor_k_major(smem_p(1 - kHalf));
+        const u32 other_p = descriptor_k_major(smem_p(stage, 1 - kHalf));
         pin_registers(out);
         wgmma_fence();
 #pragma unroll
@@ -206,7 +216,7 @@ template <u32 kHalf> struct Math {
             const u32 block = first_block + i;
             const bool has_second = i + 1 < count;
             if constexpr (kHalf == 0) {
-                soften(block, factors);
+                soften(stage(i), block, factors);
                 named_barrier_arrive<kMathThreads>(kFirstReady);
                 rescale(out, factors);
                 zero_tail(stage(i), block);
@@ -227,12 +237,12 @@ template <u32 kHalf> struct Math {
                 stage(i).wait_values(kHalf);
                 zero_tail(stage(i), block);
                 issue_out<false>(stage(i));
-                if (kScoreAhead && has_second) soften(block + 1, factors);
+                if (kScoreAhead && has_second) soften(stage(i + 1), block + 1, factors);
                 finish_out<false>(stage(i));
                 if (has_second) {
                     if constexpr (!kScoreAhead) {
                         score(stage(i + 1));
-                        soften(block + 1, factors);
+                        soften(stage(i + 1), block + 1, factors);
                     }
                     named_barrier_arrive<kMathThreads>(kSecondReady);
                     rescale(out, factors);
@@ -352,6 +362,25 @@ __device__ __forceinline__ void compute(u32 smem_base, const Announcement& annou
               smem_base + kSmemKeys, kBoth);  // all keys have been read
 }
 
+// The producer's leader tells of a segment, of the end if there is none, and has the queries loaded.
+__device__ __forceinline__ void announce(Announcement& announced, Segment& segment, bool is_some, u32& num_shared,
+                                         u32 smem_base, u32 q_phase, const TensorMap& map_q, u32 tile) {
+    const u32 q_full = smem_base + kSmemQueryBarriers, q_empty = q_full + 8;
+    if (!is_some) segment.sequence = kNoSequence;
+    mbarrier_wait(q_empty, q_phase);
+    announced.segment = segment;
+    announced.num_shared = num_shared;
+    if (is_some && segment.num_parts > 1) announced.shared[num_shared++] = segment;
+    if (is_some && segment.begin < segment.end) {
+        mbarrier_arrive_expect_tx(q_full, kChunks * kQueryBoxRows * 128);
+        for (u32 chunk = 0; chunk < kChunks; ++chunk)
+            tma_load<false>(smem_base + chunk * kChunkBytes, map_q, q_full, chunk * 64,
+                            segment.sequence * kRows + tile * kTileRows, 0);
+    } else {
+        mbarrier_arrive(q_full);
+    }
+}
+
 extern "C" __global__ __launch_bounds__(kNumThreads, 1)
 void mla_decode_bf16_h16_q1_d576x512_p64_c1_s2_f0_o3(
     const __grid_constant__ TensorMap map_q,
@@ -377,7 +406,7 @@ void mla_decode_bf16_h16_q1_d576x512_p64_c1_s2_f0_o3(
         tma_prefetch_descriptor(map_q);
         tma_prefetch_descriptor(map_kv);
         for (u32 stage = 0; stage < kNumStages; ++stage) {
-            for (u32 group = 0; group < kGroups; ++group) mbarrier_init(Stage(smem_base, stage).full(group), 1);
+            for (u32 group = 0; group < kGroups; ++group) mbarrier_init(Stage(smem_base, stage).full(group), kLoaders);
             for (u32 half = 0; half < 2; ++half) mbarrier_init(Stage(smem_base, stage).empty(half), 4 * kCluster);
         }
         mbarrier_init(q_full, 1);
@@ -386,7 +415,7 @@ void mla_decode_bf16_h16_q1_d576x512_p64_c1_s2_f0_o3(
     }
     Announcement& announced = *reinterpret_cast<Announcement*>(smem + kSmemAnnouncement);
     Walker walker;
-    walker.start<kNumThreads>(seqlens_k, num_sequences, part, gridDim.x / kTiles,
+    walker.start<kNumThreads>(Lengths{seqlens_k}, num_sequences, part, gridDim.x / kTiles,
                               reinterpret_cast<u32*>(smem + kSmemScratch));
     if constexpr (kCluster > 1) cluster_sync();
 
@@ -409,21 +438,7 @@ void mla_decode_bf16_h16_q1_d576x512_p64_c1_s2_f0_o3(
             Segment segment;
             for (u32 q_phase = 1;; q_phase ^= 1) {
                 const bool is_some = walker.next(segment);
-                if (!is_some) segment.sequence = kNoSequence;
-                if (is_leader) {
-                    mbarrier_wait(q_empty, q_phase);
-                    announced.segment = segment;
-                    announced.num_shared = num_shared;
-                    if (is_some && segment.num_parts > 1) announced.shared[num_shared++] = segment;
-                    if (is_some && segment.begin < segment.end) {
-                        mbarrier_arrive_expect_tx(q_full, kChunks * kQueryBoxRows * 128);
-                        for (u32 chunk = 0; chunk < kChunks; ++chunk)
-                            tma_load<false>(smem_base + chunk * kChunkBytes, map_q, q_full, chunk * 64,
-                                            segment.sequence * kRows + tile * kTileRows, 0);
-                    } else {
-                        mbarrier_arrive(q_full);
-                    }
-                }
+                if (is_leader) announce(announced, segment, is_some, num_shared, smem_base, q_phase, map_q, tile);
                 __syncwarp();
                 if (!is_some) break;
                 PageTable table{block_table + u64(segment.sequence) * block_table_stride,
