@@ -58,6 +58,8 @@ def check_mla_call(
     is_fp8 = kv.dtype.name == "uint8"
     if is_fp8 and kv.shape[3] != TOKEN_BYTES:
         raise ProblemError(f"{kv}: an FP8 cache has {TOKEN_BYTES} bytes a token")
+    if is_fp8 and kv.shape[0] == 0:
+        raise ProblemError(f"{kv}: an FP8 cache must have a block")
     if is_sparse and not is_fp8:
         raise ProblemError(f"{kv}: sparse decode takes an FP8 cache, uint8 [.., {TOKEN_BYTES}]")
     if q.dtype not in (BF16, F16) or not (is_fp8 or (kv.dtype, kv.shape[3]) == (q.dtype, head_dim)):

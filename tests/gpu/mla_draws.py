@@ -83,7 +83,7 @@ def make_inputs(d: MlaDraw, gap: int = 0) -> dict[str, torch.Tensor]:
     memory = normal(num_blocks, p.page + gap, 1, p.head_dim_qk)
     poison: float = float("nan")
     if p.is_fp8:
-        memory[:, :, :, :512] *= 1 + torch.arange(512, device="cuda") // 128
+        memory[:, :, :, :512] /= 1 + torch.arange(512, device="cuda") // 128
         memory, poison = jitgen.quantize_mla_cache(memory), 0xFF
     memory[:, p.page :] = poison
     kv_cache = memory[:, : p.page]

@@ -8,7 +8,6 @@
 namespace jitgen {
 
 constexpr u32 kTokenBytes = 656, kScalesAt = 512, kTailAt = 528;
-constexpr u32 kNoToken = 0xffffffff;
 constexpr u32 kTokenChunkBytes = 64 * 128;  // of a tile: 64 tokens, 64 columns
 
 // Read once: past L1.
@@ -64,29 +63,36 @@ __device__ __forceinline__ void st_shared(u32 smem, uint4 v) {
                  : "memory");
 }
 
+// Where in the cache 16 tokens are, one a lane, and a bit for each that there is; 0 is the place of the others.
+struct TokenRows {
+    u32 row, there;
+
+    __device__ __forceinline__ u32 operator[](u32 token) const { return __shfl_sync(0xffffffff, row, token); }
+    __device__ __forceinline__ bool has(u32 token) const { return there >> token & 1; }
+};
+
 // Four tokens on their way from memory, in the registers of a warp: 16 columns of each a lane, and of token lane / 4 % 4
-// the scale of the columns from 128 (lane % 4) on. `rows` are those of 16 tokens in the cache, one a lane.
+// the scale of the columns from 128 (lane % 4) on. What takes the place of a token that there is not is read too, and
+// counts as zero: a branch around a load would have ptxas copy, and so wait for, the result at once.
 struct TokenBatch {
     static constexpr u32 kTokens = 4;
     uint4 codes[kTokens];
     float scale;
+    u32 there;
 
-    __device__ __forceinline__ void load(const u8* cache, u32 rows, u32 first) {
-        const u32 lane = opaque(lane_index()), of_scale = __shfl_sync(0xffffffff, rows, first + lane / 4 % kTokens);
-        scale = 0.0f;
-        if (of_scale != kNoToken)
-            scale = ld_stream_float(cache + u64(of_scale) * kTokenBytes + kScalesAt + lane % 4 * 4);
+    __device__ __forceinline__ void load(const u8* cache, const TokenRows& rows, u32 first) {
+        const u32 lane = opaque(lane_index());
+        there = rows.there >> first;
+        scale = ld_stream_float(cache + u64(rows[first + lane / 4 % kTokens]) * kTokenBytes + kScalesAt + lane % 4 * 4);
 #pragma unroll
-        for (u32 j = 0; j < kTokens; ++j) {
-            const u32 row = __shfl_sync(0xffffffff, rows, first + j);
-            codes[j] = {};
-            if (row != kNoToken) codes[j] = ld_stream(cache + u64(row) * kTokenBytes + lane * 16);
-        }
+        for (u32 j = 0; j < kTokens; ++j)
+            codes[j] = ld_stream(cache + u64(rows[first + j]) * kTokenBytes + lane * 16);
     }
 
     // Into rows `to_row` .. of the tiles at `tiles`, to_row % 4 == 0.
     __device__ __forceinline__ void decode(u32 tiles, u32 to_row) const {
-        const u32 lane = opaque(lane_index()), factors = split_scale(scale);
+        const u32 lane = opaque(lane_index());
+        const u32 factors = there >> lane / 4 % kTokens & 1 ? split_scale(scale) : 0;
         // Neighbouring quads begin with different halves of their 32 bytes, or their stores would meet in a bank.
         const bool is_odd = lane / 4 % 2;
         const u32 to = tiles + lane / 4 * kTokenChunkBytes + to_row * 128;
@@ -104,13 +110,13 @@ struct TokenBatch {
 };
 
 // The last 64 columns of 16 tokens, as they are, into rows `to_row` .. of the tile.
-__device__ __forceinline__ void copy_tails(u32 tile, u32 to_row, const u8* cache, u32 rows) {
+__device__ __forceinline__ void copy_tails(u32 tile, u32 to_row, const u8* cache, const TokenRows& rows) {
     const u32 lane = opaque(lane_index()), unit = lane % 8;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-        const u32 j = i * 4 + lane / 8, row = __shfl_sync(0xffffffff, rows, j), to = to_row + j;
-        const u8* from = cache + (row == kNoToken ? 0 : u64(row) * kTokenBytes) + kTailAt + unit * 16;
-        cp_async_16(tile + to * 128 + (unit ^ to % 8) * 16, from, row == kNoToken ? 0 : 16);
+        const u32 j = i * 4 + lane / 8, to = to_row + j;
+        cp_async_16(tile + to * 128 + (unit ^ to % 8) * 16, cache + u64(rows[j]) * kTokenBytes + kTailAt + unit * 16,
+                    rows.has(j) * 16);
     }
 }
 

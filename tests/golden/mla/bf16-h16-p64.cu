@@ -23,6 +23,7 @@ constexpr u32 kNumStages = 2;
 constexpr u32 kCluster = 1;
 constexpr u32 kIsFp8 = 0;
 constexpr u32 kIsSparse = 0;
+constexpr u32 kHasSink = 0;
 constexpr u32 kLoaders = 1;
 constexpr u32 kPrefetch = 0;
 constexpr u32 kScoreAhead = 0;
@@ -64,7 +65,7 @@ static_assert(kSmemBytes <= 232448, "sm_90 allows 227 KiB of shared memory a blo
 using Lengths = SequenceLengths;
 using Walker = SegmentWalker<Lengths, kBlockKeys, kOverhead>;
 using MlaPartials = Partials<kTiles, kDimV>;
-using MlaResults = Results<T, kHeads, kQueries, kDimV, kTokens>;
+using MlaResults = Results<T, kHeads, kQueries, kDimV, kTokens, kHasSink>;
 
 // Named barriers of the math threads: results of one warpgroup that the other waits for, then those they both wait at.
 constexpr u32 kFirstReady = 1, kSecondReady = 2, kBoth = 3, kWarpgroupBarrier = 4;
@@ -278,7 +279,8 @@ template <u32 kHalf> struct Math {
         float factors[2];
 #pragma unroll
         for (u32 row = 0; row < 2; ++row) {
-            factors[row] = results.factor(state.sum[row]);
+            const u32 of_row = tile * kTileRows + warp_row + lane / 4 + row * 8;
+            factors[row] = results.factor(results.denominator(of_row, state.max[row], state.sum[row]));
             if (kHalf == 0 && lane % 4 == 0)
                 results.store_lse(sequence, tile * kTileRows + warp_row + lane / 4 + row * 8, state.max[row],
                                   state.sum[row]);
@@ -424,7 +426,7 @@ void mla_decode_bf16_h16_q1_d576x512_p64_c1_s2_f0_o3(
         setmaxnreg_inc<kMathRegisters>();
         const MlaPartials partials{reinterpret_cast<float4*>(partial_out), reinterpret_cast<float2*>(partial_states),
                                    counters};
-        const Outputs outputs{{o, lse}, partials, part, tile};
+        const Outputs outputs{{o, lse, nullptr}, partials, part, tile};
         const float scale = __uint_as_float(scale_log2);
         if (warp < 4) compute<0>(smem_base, announced, outputs, scale);
         else compute<1>(smem_base, announced, outputs, scale);
