@@ -83,7 +83,13 @@ struct Stage {
     __device__ __forceinline__ void wait_values(u32 half) const {
 #pragma unroll
         for (u32 i = half * kHalfChunks / kGroupChunks; i < ceil_div((half + 1) * kHalfChunks, kGroupChunks); ++i)
-            mbarrier_wait(full(i), phase);
+            wait(full(i));
+    }
+    // With what other threads wrote, for wgmma to read. (A fence behind their own stores would have them wait for all
+    // that they load.)
+    __device__ __forceinline__ void wait(u32 barrier) const {
+        mbarrier_wait(barrier, phase);
+        if constexpr (kIsFp8) fence_proxy_async();
     }
     __device__ __forceinline__ u32 valid() const { return barriers + 8 * (kGroups + 2); }
 };
@@ -125,7 +131,7 @@ template <u32 kHalf> struct Math {
 #pragma unroll
         for (u32 chunk = 0; chunk < kChunks; ++chunk) {
             if (chunk % kGroupChunks == 0) {
-                mbarrier_wait(stage.full(chunk / kGroupChunks), stage.phase);
+                stage.wait(stage.full(chunk / kGroupChunks));
                 wgmma_fence();
             }
 #pragma unroll
