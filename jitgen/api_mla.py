@@ -33,6 +33,7 @@ def mla_decode(
     plan: MlaPlan | None = None,
     out: Any = None,
     schedule: MlaSchedule | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Any, Any]:
     """(o, lse): attention of each sequence's query tokens over its paged latent keys.
 
@@ -54,6 +55,8 @@ def mla_decode(
     plan : workspace of this call, needed in a CUDA graph; default one a stream
     out : where to put o, contiguous; a new array if None
     schedule : pins the schedule; None lets jitgen choose
+    batch_invariant : no sequence is split, so that its bits do not depend on the others of the
+        batch; slow where there are fewer sequences than multiprocessors
 
     The sequences are split over the GPU by their lengths as the kernel finds them: a captured call
     may be replayed with other lengths, and gives the bits of an eager call. All are torch CUDA
@@ -77,7 +80,7 @@ def mla_decode(
     JitForbiddenError : it is not in the store, and `configure` forbids to compile
     """
     given = dict(zip(NAMES, (q, kv_cache, block_table, seqlens_k), strict=True))
-    return _decode(given, head_dim_v, softmax_scale, causal, plan, out, schedule)
+    return _decode(given, head_dim_v, softmax_scale, causal, plan, out, schedule, batch_invariant)
 
 
 def mla_decode_sparse(
@@ -91,6 +94,7 @@ def mla_decode_sparse(
     plan: MlaPlan | None = None,
     out: Any = None,
     schedule: MlaSchedule | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Any, Any]:
     """(o, lse): attention of each query token over its own list of tokens of an FP8 cache.
 
@@ -107,7 +111,7 @@ def mla_decode_sparse(
     attention_sink : float32 [h_q], in natural units: o is divided by e^sink more than the sum of
         its keys' weights; lse is without
     softmax_scale : positive; default 576^-0.5
-    plan, out, schedule : as of `mla_decode`
+    plan, out, schedule, batch_invariant : as of `mla_decode`
 
     Returns
     -------
@@ -123,7 +127,9 @@ def mla_decode_sparse(
         given["topk_length"] = topk_length
     if attention_sink is not None:
         given["sink"] = attention_sink
-    return _decode(given, FP8_HEAD_DIMS[1], softmax_scale, False, plan, out, schedule)
+    return _decode(
+        given, FP8_HEAD_DIMS[1], softmax_scale, False, plan, out, schedule, batch_invariant
+    )
 
 
 def quantize_mla_cache(keys: Any) -> Any:
@@ -165,14 +171,17 @@ def _decode(
     plan: MlaPlan | None,
     out: Any,
     schedule: MlaSchedule | None,
+    batch_invariant: bool,
 ) -> tuple[Any, Any]:
     if not isinstance(schedule, (MlaSchedule, type(None))):
         raise ScheduleError(
             f"schedule is a {type(schedule).__name__}, must be a jitgen.MlaSchedule"
         )
     if isinstance(given["q"], np.ndarray):
-        return _interpret(given, head_dim_v, softmax_scale, causal, out, schedule)
-    return mla_on_device(given, head_dim_v, softmax_scale, causal, plan, out, schedule)
+        return _interpret(given, head_dim_v, softmax_scale, causal, out, schedule, batch_invariant)
+    return mla_on_device(
+        given, head_dim_v, softmax_scale, causal, plan, out, schedule, batch_invariant
+    )
 
 
 def _interpret(
@@ -182,6 +191,7 @@ def _interpret(
     causal: bool,
     out: Any,
     schedule: MlaSchedule | None,
+    batch_invariant: bool,
 ) -> tuple[Any, Any]:
     """Check everything, and interpret the call."""
     from .interpret_mla import LOG2_E, interpret_mla
@@ -200,7 +210,8 @@ def _interpret(
     )
     if out is not None:
         check_mla_out(numpy_view("out", out), about.problem, about.batch)
-    kernel = lower_mla(about.problem, schedule or select_mla(about.problem))
+    chosen = schedule or select_mla(about.problem, batch_invariant=batch_invariant)
+    kernel = lower_mla(about.problem, chosen)
     if about.problem.sparse and "topk_length" not in arrays:
         arrays = {**arrays, "topk_length": np.full(about.batch, about.topk, np.int32)}
     o, lse = interpret_mla(

@@ -77,6 +77,7 @@ def mla_on_device(
     plan: MlaPlan | None,
     out: torch.Tensor | None,
     schedule: MlaSchedule | None,
+    batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of tensors by name, as `jitgen.mla_decode` or `jitgen.mla_decode_sparse`."""
 
@@ -88,6 +89,7 @@ def mla_on_device(
             softmax_scale,
             causal,
             schedule,
+            batch_invariant,
             *given,
             *((t.dtype, t.shape, t.stride(), t.device) for t in given.values()),
             *(address % ADDRESS_UNIT for address in addresses.values()),
@@ -98,7 +100,7 @@ def mla_on_device(
             f"{', '.join(given)} must be all torch tensors, or all NumPy arrays: {error}"
         ) from error
     if found is None:
-        found = _prepare(tensors, head_dim_v, softmax_scale, causal, out, schedule)
+        found = _prepare(tensors, head_dim_v, softmax_scale, causal, out, schedule, batch_invariant)
         with _mutex:
             _calls[signature] = found
             while len(_calls) > MAX_CALLS:
@@ -136,6 +138,7 @@ def _prepare(
     causal: bool,
     out: torch.Tensor | None,
     schedule: MlaSchedule | None,
+    batch_invariant: bool,
 ) -> tuple[Call, MlaCall]:
     """Check everything, then build, load and lay out the launches of one signature."""
     given = tensors if out is None else {**tensors, "out": out}
@@ -158,7 +161,8 @@ def _prepare(
     outputs.append(ArrayView("lse", F32, (shape[0], shape[2], shape[1]), ()))
     if about.batch == 0:
         return Call(device, outputs, None), about
-    kernel, loaded = load(problem, schedule or select_mla(problem), device.index)
+    schedule = schedule or select_mla(problem, batch_invariant=batch_invariant)
+    kernel, loaded = load(problem, schedule, device.index)
     launches = LaunchPool(
         loaded,
         _arguments(kernel, about),

@@ -37,6 +37,7 @@ def mla_constants(kernel: MlaKernel) -> dict[str, int]:
         "kTiles": body.tiles,
         "kBlockKeys": loop.step,
         "kOverhead": body.split.overhead,
+        "kWhole": int(body.split.whole),
         "kNumStages": schedule.num_stages,
         "kCluster": body.cluster,
         "kIsFp8": int(problem.is_fp8),

@@ -61,12 +61,14 @@ class Segment:
 class Split:
     """How the keys of all sequences are cut into parts of equal cost, in the order of sequences.
 
-    A sequence costs `overhead` and then one for each of its blocks of `block_keys` keys. The kernel
-    makes the same plan from the lengths on the device: templates/include/jitgen/mla_plan.cuh.
+    A sequence costs `overhead` and then one for each of its blocks of `block_keys` keys. It is not
+    cut if `whole`, and belongs to the part in whose share its cost begins. The kernel makes the
+    same plan from the lengths on the device: templates/include/jitgen/mla_plan.cuh.
     """
 
     block_keys: int
     overhead: int
+    whole: bool = False
 
     def parts(self, lengths: Sequence[int], num_parts: int) -> list[list[Segment]]:
         """The segments of every part."""
@@ -76,6 +78,10 @@ class Split:
         position = 0
         for sequence, count in enumerate(blocks):
             first, end = position + self.overhead, position + self.overhead + count
+            if self.whole:
+                parts[position // span].append(Segment(sequence, 0, count, 0, 1))
+                position = end
+                continue
             if count == 0:
                 parts[position // span].append(Segment(sequence, 0, 0, first // span, 1))
             sharing = range(first // span, (end - 1) // span + 1 if count else 0)
@@ -88,7 +94,8 @@ class Split:
         return parts
 
     def __str__(self) -> str:
-        return f"blocks of {self.block_keys} keys, {self.overhead} more a sequence"
+        whole = ", each whole" if self.whole else ""
+        return f"blocks of {self.block_keys} keys, {self.overhead} more a sequence{whole}"
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ def mla_kernel_name(problem: MlaDecode, schedule: MlaSchedule) -> str:
     """The kernel's `extern "C"` name: stable, and telling in a profiler."""
     p, s = problem, schedule
     mask, ahead = "_causal" if p.causal else "", "_ahead" if s.score_ahead else ""
+    ahead += "_whole" if s.whole else ""
     form = "_sparse_sink" if p.sink else "_sparse" if p.sparse else "_fp8" if p.is_fp8 else ""
     return (
         f"mla_decode{form}_{p.dtype}_h{p.num_heads}_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}"
@@ -130,7 +131,7 @@ def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
         ),
     )
     return ForSegments(
-        Split(keys, schedule.overhead),
+        Split(keys, schedule.overhead, schedule.whole),
         rows,
         num_tiles(problem),
         schedule.cluster,

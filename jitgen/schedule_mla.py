@@ -1,5 +1,5 @@
-"""Schedules of MLA decode: how a problem is mapped to the GPU. None changes bits but `overhead`,
-which decides with the lengths where sequences are split."""
+"""Schedules of MLA decode: how a problem is mapped to the GPU. None changes bits but `overhead` and
+`whole`, which decide with the lengths where sequences are split."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class MlaSchedule:
         are cut
     score_ahead : the second math warpgroup scores its block of keys before it attends to the
         first's, not after
+    whole : sequences are not split, so that the results of one do not depend on the others of its
+        batch
     """
 
     cluster: int = 1
@@ -41,11 +43,12 @@ class MlaSchedule:
     prefetch: int = 0
     overhead: int = 3
     score_ahead: bool = False
+    whole: bool = False
 
     def __str__(self) -> str:
         return (
             f"cluster={self.cluster} num_stages={self.num_stages} prefetch={self.prefetch}"
-            f" overhead={self.overhead} score_ahead={self.score_ahead}"
+            f" overhead={self.overhead} score_ahead={self.score_ahead} whole={self.whole}"
         )
 
     @property
@@ -128,16 +131,15 @@ def num_parts(problem: MlaDecode, num_sms: int) -> int:
     return max(num_sms // num_tiles(problem), 1)
 
 
-def select_mla(problem: MlaDecode) -> MlaSchedule:
+def select_mla(problem: MlaDecode, *, batch_invariant: bool = False) -> MlaSchedule:
     """The schedule that measured best on an H100 for problems of this kind."""
     stages = 2 if problem.head_dim_qk > 320 else 4
     if problem.is_fp8:
-        return MlaSchedule(num_stages=stages, prefetch=1)
+        return MlaSchedule(num_stages=stages, prefetch=1, score_ahead=True, whole=batch_invariant)
     if num_tiles(problem) % 2 == 0:
-        return MlaSchedule(
-            cluster=2, num_stages=stages, prefetch=1, score_ahead=num_tiles(problem) >= 4
-        )
-    return MlaSchedule(num_stages=stages)
+        ahead = num_tiles(problem) >= 4
+        return MlaSchedule(2, stages, prefetch=1, score_ahead=ahead, whole=batch_invariant)
+    return MlaSchedule(num_stages=stages, whole=batch_invariant)
 
 
 def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A) -> None:
@@ -150,6 +152,7 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
         ("prefetch", range(9)),
         ("overhead", range(1, 65)),
         ("score_ahead", (False, True)),
+        ("whole", (False, True)),
     ):
         value = getattr(schedule, name)
         if type(value) is not type(legal[0]) or value not in legal:

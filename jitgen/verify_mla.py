@@ -87,10 +87,18 @@ def _check_split(kernel: MlaKernel) -> None:
     """The parts of a few batches cover every block once, in order, and agree on who shares what."""
     body, schedule = kernel.body, kernel.schedule
     split = body.split
-    shape = (split.block_keys, split.overhead, body.tile_rows, body.tiles, body.cluster)
+    shape = (
+        split.block_keys,
+        split.overhead,
+        split.whole,
+        body.tile_rows,
+        body.tiles,
+        body.cluster,
+    )
     planned = (
         BLOCK_KEYS,
         schedule.overhead,
+        schedule.whole,
         TILE_ROWS,
         num_tiles(kernel.problem),
         schedule.cluster,
@@ -111,11 +119,15 @@ def _check_split(kernel: MlaKernel) -> None:
                 for block in range(-(-length // split.block_keys))
             ]
             blocks = [(sequence, block) for sequence, block, _ in seen]
+            parts_of = {sequence: part for sequence, _, part in seen}
+            is_whole = all(part == parts_of[sequence] for sequence, _, part in seen)
+            require(is_whole or not split.whole, split, f"cuts {lengths} in {num_parts} parts")
             require(blocks == expected, split, f"does not cover {lengths} in {num_parts} parts")
             for segment in (segment for segments in parts for segment in segments):
                 owners = {part for sequence, _, part in seen if sequence == segment.sequence}
                 sharing = range(segment.first_part, segment.first_part + segment.num_parts)
-                require(not owners or owners == set(sharing), split, f"{segment} is of {owners}")
+                agree = len(owners) == 1 if split.whole else owners == set(sharing)
+                require(not owners or agree, split, f"{segment} is of {owners}")
 
 
 @dataclass

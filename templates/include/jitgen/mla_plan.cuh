@@ -1,6 +1,7 @@
 // The split-KV plan, made by every thread block for itself from the lengths of the sequences: a sequence costs its
 // blocks of keys and kOverhead; the sum is cut into parts of equal cost, in the order of the sequences. A part owns the
-// blocks in its range, and so at most two sequences that it shares with other parts: its first and its last.
+// blocks in its range, and so at most two sequences that it shares with other parts: its first and its last. With kWhole
+// it has all blocks of the sequences whose cost begins in its range, and shares none.
 #pragma once
 #include "jitgen/attention.cuh"
 
@@ -36,7 +37,7 @@ template <u32 kTokens> struct TopkLengths {
     }
 };
 
-template <class Lengths, u32 kBlockKeys, u32 kOverhead> struct SegmentWalker {
+template <class Lengths, u32 kBlockKeys, u32 kOverhead, bool kWhole> struct SegmentWalker {
     Lengths num_keys;
     u32 num_sequences, span;  // cost of a part
     u32 begin, end;           // of this part
@@ -88,6 +89,12 @@ template <class Lengths, u32 kBlockKeys, u32 kOverhead> struct SegmentWalker {
             const u32 length = num_keys(sequence), blocks = ceil_div(length, kBlockKeys);
             const u32 first = position + kOverhead, last = first + blocks;
             const bool has_start = position >= begin;
+            if constexpr (kWhole) {
+                segment = {sequence, length, 0, blocks, 0, 1};
+                ++sequence, position = last;
+                if (has_start) return true;
+                continue;
+            }
             const u32 from = max(begin, first) - first, to = min(max(end, first), last) - first;
             segment = {sequence, length, from, to, first / span, 1};
             if (blocks > 0) segment.num_parts = (last - 1) / span - segment.first_part + 1;
