@@ -52,7 +52,7 @@ def mla_decode(
     head_dim_v : (head_dim, head_dim_v) must be (576, 512), (512, 512) or (320, 256)
     softmax_scale : positive; default head_dim^-0.5
     causal : token t of s_q sees s_q - 1 - t keys less than the last one
-    plan : workspace of this call, needed in a CUDA graph; default one a stream
+    plan : workspace of this call; default one a stream or, under capture, memory of the graph
     out : where to put o, contiguous; a new array if None
     schedule : pins the schedule; None lets jitgen choose
     batch_invariant : no sequence is split, so that its bits do not depend on the others of the
@@ -74,8 +74,7 @@ def mla_decode(
     ScheduleError : `schedule` cannot run this problem
     DeviceError : tensors are not on one CUDA device of compute capability 9.0, or `plan` is
         another device's
-    CaptureError : the current stream is being captured, and `plan` is missing or the kernel not
-        loaded yet
+    CaptureError : the current stream is being captured, and the kernel is not loaded yet
     CompileError, StoreError : the kernel is not in the store and cannot be compiled or stored
     JitForbiddenError : it is not in the store, and `configure` forbids to compile
     """

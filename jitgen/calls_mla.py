@@ -11,7 +11,7 @@ from .arrays import ADDRESS_UNIT, ArrayView
 from .arrays_mla import NAMES, SPARSE_NAMES, MlaCall, check_mla_call, check_mla_out
 from .calls import MAX_CALLS, Call, check_device, load
 from .dtypes import F32, array_dtype
-from .errors import CaptureError, DeviceError, ProblemError
+from .errors import DeviceError, ProblemError
 from .problem_mla import HEAD_DIMS
 from .runtime import driver
 from .runtime.launch import Argument, LaunchPool, Pointer, TensorMap, UInt32
@@ -28,8 +28,8 @@ class MlaPlan:
     """What the parts of a call leave for each other on one GPU: 35 MB, of fixed size and address.
 
     The plan itself, which part has which keys, is made on the device by every launch from the
-    lengths it finds. Calls that may run at the same time need an MlaPlan each; a CUDA graph needs
-    one that lives as long. It serves every problem.
+    lengths it finds. Calls that may run at the same time need an MlaPlan each; one that a CUDA
+    graph was given must live as long. It serves every problem.
     """
 
     def __init__(self, device: Any = None) -> None:
@@ -55,7 +55,8 @@ class MlaPlan:
         self.partial_out = empty(tiles, TILE_ROWS, columns, dtype=torch.float32)
         self.partial_states = empty(tiles, TILE_ROWS, 2, dtype=torch.float32)
         self.counters = torch.zeros(found.num_sms, device=self.device, dtype=torch.int32)
-        torch.cuda.current_stream(self.device).synchronize()
+        if not torch.cuda.is_current_stream_capturing():  # or the capture orders the zeros
+            torch.cuda.current_stream(self.device).synchronize()
         self.addresses = tuple(
             tensor.data_ptr() for tensor in (self.partial_out, self.partial_states, self.counters)
         )
@@ -119,16 +120,17 @@ def mla_on_device(
 
 
 def _plan_of_stream(device: torch.device) -> MlaPlan:
-    """The plan of calls that name none: calls on one stream do not run at the same time."""
+    """The plan of calls that name none: calls on one stream do not run at the same time.
+
+    Under capture it is the call's own, from the memory of the graph, which has it back behind the
+    call: graphs may be replayed at the same time.
+    """
     import torch
 
+    if torch.cuda.is_current_stream_capturing():
+        return MlaPlan(device)
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
-    plan = _plans.get(key)
-    if plan is None:
-        if torch.cuda.is_current_stream_capturing():
-            raise CaptureError("a call in a CUDA graph needs plan=jitgen.MlaPlan(), made before")
-        plan = _plans.setdefault(key, MlaPlan(device))
-    return plan
+    return _plans.get(key) or _plans.setdefault(key, MlaPlan(device))
 
 
 def _prepare(

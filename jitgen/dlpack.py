@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from .dtypes import BF16, E4M3, dtype_of
 from .errors import DeviceError, ProblemError
 from .expr import Bound
-from .layouts import GroupLayout
+from .layouts import GroupLayout, with_tensor
 
 CPU, CUDA = 1, 2  # device types of DLPack
 IMMUTABLE = ("jax", "jaxlib")  # packages whose arrays must not be written
@@ -106,10 +106,7 @@ def _borrow_output(out: Any, like: Any) -> Any:
 
 
 def _borrow_layout(layout: GroupLayout | None, like: Any) -> GroupLayout | None:
-    if layout is None:
-        return None
-    name = next(f.name for f in fields(layout) if getattr(layout, f.name) is layout.tensor)
-    return replace(layout, **{name: borrow("groups", layout.tensor, like)})
+    return layout and with_tensor(layout, borrow("groups", layout.tensor, like))
 
 
 def is_foreign(array: object) -> bool:

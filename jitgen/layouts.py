@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from .errors import ProblemError
@@ -95,3 +95,9 @@ def check_layout(layout: object) -> GroupLayout:
             f"layout is a {type(layout).__name__}, must be jitgen.Ragged, Contiguous or Masked"
         )
     return layout
+
+
+def with_tensor(layout: GroupLayout, tensor: Any) -> GroupLayout:
+    """`layout`, with another tensor in the place of its own."""
+    name = next(f.name for f in fields(layout) if getattr(layout, f.name) is layout.tensor)
+    return replace(layout, **{name: tensor})

@@ -30,8 +30,10 @@ FINAL_US = 6000.0
 MIN_NOISE = 0.005  # medians that are closer than this are equal
 # So are those within this many standard errors, which for a median are larger than for a mean.
 NOISE_ERRORS = 3 * math.sqrt(math.pi / 2)
-# What a schedule's median may move between the rounds, and its standard deviation in the final:
-# more, and something else ran on the GPU, or its clocks changed.
+# What all medians may move together between the rounds (a GPU that gets warm runs slower, by 15% at
+# large m), what one may move against all, and its standard deviation in the final: more, and
+# something else ran on the GPU.
+MAX_COMMON_DRIFT = 0.25
 MAX_DRIFT = 0.05
 MAX_SPREAD = 0.1
 NUM_ATTEMPTS = 3
@@ -227,7 +229,7 @@ class _Race:
             self._measurer.check(self._job.problem, self._job.m, winner)
         except CandidateError as error:
             return self._outcome("failed", one_line(error))
-        reason = why_unstable({s: (screened[s], final[s]) for s in (next(iter(final)), winner)})
+        reason = why_unstable(screened, final, (next(iter(final)), winner))
         return self._outcome(
             "unstable" if reason else "measured", reason, winner, {**screened, **final}
         )
@@ -281,15 +283,26 @@ def pick_winner(times: Times) -> Schedule:
     return next(s for s in times if statistics.median(times[s]) <= limit + noise_us(s))
 
 
-def why_unstable(times: Mapping[Schedule, tuple[list[float], list[float]]]) -> str:
-    """What speaks against trusting the times of the first round and the final; "" if nothing."""
-    for schedule, (first, final) in times.items():
-        half = len(final) // 2
-        medians = [statistics.median(part) for part in (first, final[:half], final[half:])]
-        drift = max(medians) / min(medians) - 1
-        if drift > MAX_DRIFT:
+def why_unstable(first: Times, final: Times, chosen: Sequence[Schedule]) -> str:
+    """What speaks against trusting the times of `chosen`; "" if nothing.
+
+    first, final : of both rounds; what is in the final was in the first
+    """
+    half = len(next(iter(final.values()))) // 2
+    parts = (
+        {schedule: first[schedule] for schedule in final},
+        {schedule: times[:half] for schedule, times in final.items()},
+        {schedule: times[half:] for schedule, times in final.items()},
+    )
+    rounds = [{s: statistics.median(times) for s, times in part.items()} for part in parts]
+    paces = [statistics.geometric_mean(medians.values()) for medians in rounds]
+    if (drift := max(paces) / min(paces) - 1) > MAX_COMMON_DRIFT:
+        return f"the times of all moved by {drift:.1%}, more than {MAX_COMMON_DRIFT:.0%}"
+    for schedule in chosen:
+        shares = [medians[schedule] / pace for medians, pace in zip(rounds, paces, strict=True)]
+        if (drift := max(shares) / min(shares) - 1) > MAX_DRIFT:
             return f"the time of {schedule} moved by {drift:.1%}, more than {MAX_DRIFT:.0%}"
-        spread = statistics.pstdev(final) / statistics.median(final)
+        spread = statistics.pstdev(final[schedule]) / statistics.median(final[schedule])
         if spread > MAX_SPREAD:
             return f"the times of {schedule} spread by {spread:.1%}, more than {MAX_SPREAD:.0%}"
     return ""

@@ -2,7 +2,11 @@
 
     gemm(a, b, sfa, sfb, *, bias=None, residual=None, activation="none", out_dtype=None,
          batch_invariant=False) -> Tensor
-    gemm_out(a, b, sfa, sfb, *, out, ...) -> (), the same into `out`
+    grouped_gemm(a, b, sfa, sfb, groups, *, layout, alignment=128, expected_rows=None, bias=None,
+                 residual=None, activation="none", out_dtype=None, batch_invariant=False) -> Tensor
+    mla_decode(q, kv_cache, block_table, seqlens_k, *, head_dim_v=512, softmax_scale=None,
+               causal=True) -> (Tensor, Tensor)
+    gemm_out, grouped_gemm_out, mla_decode_out(..., *, out, ...), the same into `out`
     quantize(x, rows=1) -> (Tensor, Tensor)
 
 torch.compile and torch.export trace through them, with dynamic m. CUDA tensors run on the GPU, CPU
@@ -15,13 +19,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from .. import api
-from ..dtypes import BF16, dtype_of
 from ..errors import ProblemError
 from ..expr import Bound, Expr, acc, gelu, matrix, relu, silu, vector
+from ..layouts import Contiguous, GroupLayout, Masked, Ragged
+from .tensors import attend, multiply
 
 ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
     "none": lambda x: x,
@@ -33,6 +37,9 @@ ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
 _LIBRARY = torch.library.Library("jitgen", "FRAGMENT")  # kept: what it registers goes with it
 _OPERANDS = "Tensor a, Tensor b, Tensor sfa, Tensor sfb"
 _EPILOGUE = "Tensor? bias=None, Tensor? residual=None, str activation='none'"
+_GROUPS = "Tensor groups, *, str layout, int alignment=128, int? expected_rows=None"
+_CACHE = "Tensor q, Tensor kv_cache, Tensor block_table, Tensor seqlens_k"
+_ATTENTION = "int head_dim_v=512, float? softmax_scale=None, bool causal=True"
 
 
 def gemm(
@@ -65,23 +72,12 @@ def gemm(
     As `jitgen.gemm`; ProblemError if the activation is none of these
     """
     epilogue = _epilogue(bias, residual, activation)
-    if a.device.type != "cpu":
-        d: torch.Tensor = api.gemm(
-            *(a, b, (sfa, sfb)),
-            epilogue=epilogue,
-            out_dtype=out_dtype,
-            batch_invariant=batch_invariant,
-        )
-        return d
-    d_dtype = dtype_of(out_dtype or BF16)
-    array = api.gemm(
-        *(_to_numpy(a), _to_numpy(b), (_to_numpy(sfa), _to_numpy(sfb))),
-        epilogue=Bound(epilogue.expr, {name: _to_numpy(t) for name, t in epilogue.tensors.items()}),
-        out_dtype=d_dtype,
+    return multiply(
+        *(a, b, (sfa, sfb)),
+        epilogue=epilogue,
+        out_dtype=out_dtype,
         batch_invariant=batch_invariant,
     )
-    words = array.view(np.int16 if d_dtype == BF16 else np.int32)
-    return torch.from_numpy(words).view(getattr(torch, d_dtype.name))
 
 
 def gemm_out(
@@ -97,12 +93,130 @@ def gemm_out(
     batch_invariant: bool = False,
 ) -> None:
     """`gemm` into `out`, bfloat16 or float32 [m, n]."""
-    if a.device.type == "cpu":
-        operands = {"bias": bias, "residual": residual, "activation": activation}
-        out.copy_(gemm(a, b, sfa, sfb, **operands, out_dtype=out.dtype))  # type: ignore[arg-type]
-        return
     epilogue = _epilogue(bias, residual, activation)
-    api.gemm(a, b, (sfa, sfb), out=out, epilogue=epilogue, batch_invariant=batch_invariant)
+    multiply(
+        *(a, b, (sfa, sfb)),
+        epilogue=epilogue,
+        out=out,
+        batch_invariant=batch_invariant,
+    )
+
+
+def grouped_gemm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    sfa: torch.Tensor,
+    sfb: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    layout: str,
+    alignment: int = 128,
+    expected_rows: int | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """For the rows of each group g: activation((A * sfa) @ (B[g] * sfb[g])^T + bias[g]) + residual.
+
+    Parameters
+    ----------
+    a, b, sfa, sfb, out_dtype, batch_invariant : as for `jitgen.grouped_gemm`
+    groups : the layout's int32 tensor
+    layout : what that holds: "ragged" the offsets of `jitgen.Ragged`; "group_of_row" or
+        "group_ends" that of `jitgen.Contiguous`; "masked" the rows of `jitgen.Masked`
+    alignment : of group_ends: 1, 64 or 128
+    expected_rows : of masked: how many rows a group has on average
+    bias : bfloat16 or float32 [num_groups, n]
+    residual : bfloat16 or float32, of the shape of the result
+    activation : "none", "relu", "gelu" or "silu"
+
+    Returns
+    -------
+    bfloat16 or float32 [m, n] or, if masked, [num_groups, max_m, n]; rows of no group hold anything
+
+    Raises
+    ------
+    As `jitgen.grouped_gemm`; ProblemError if layout or activation is none of these
+    """
+    epilogue = _epilogue(bias, residual, activation)
+    grouping = _layout(layout, groups, alignment, expected_rows)
+    return multiply(
+        *(a, b, (sfa, sfb)),
+        epilogue=epilogue,
+        layout=grouping,
+        out_dtype=out_dtype,
+        batch_invariant=batch_invariant,
+    )
+
+
+def grouped_gemm_out(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    sfa: torch.Tensor,
+    sfb: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    layout: str,
+    out: torch.Tensor,
+    alignment: int = 128,
+    expected_rows: int | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    batch_invariant: bool = False,
+) -> None:
+    """`grouped_gemm` into `out`, bfloat16 or float32; rows of no group stay as they were."""
+    epilogue = _epilogue(bias, residual, activation)
+    grouping = _layout(layout, groups, alignment, expected_rows)
+    multiply(
+        *(a, b, (sfa, sfb)),
+        epilogue=epilogue,
+        layout=grouping,
+        out=out,
+        batch_invariant=batch_invariant,
+    )
+
+
+def mla_decode(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    *,
+    head_dim_v: int = 512,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse): `jitgen.mla_decode`, with the workspace of the current stream or CUDA graph."""
+    return attend(
+        *(q, kv_cache, block_table, seqlens_k),
+        head_dim_v=head_dim_v,
+        softmax_scale=softmax_scale,
+        causal=causal,
+    )
+
+
+def mla_decode_out(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    head_dim_v: int = 512,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+) -> torch.Tensor:
+    """lse; o goes to `out`, of q's dtype [b, s_q, h_q, head_dim_v], contiguous."""
+    return attend(
+        *(q, kv_cache, block_table, seqlens_k),
+        head_dim_v=head_dim_v,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        out=out,
+    )[1]
 
 
 def quantize(x: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,11 +246,19 @@ def _expression(dtypes: tuple[tuple[str, torch.dtype], ...], activation: str) ->
     return x
 
 
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The tensor's memory as an array; bfloat16 and FP8 as ml_dtypes has them."""
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
-    array: np.ndarray[Any, Any] = tensor.detach().view(words).numpy()
-    return array.view(dtype_of(tensor.dtype).numpy)
+def _layout(
+    kind: str, groups: torch.Tensor, alignment: int, expected_rows: int | None
+) -> GroupLayout:
+    match kind:
+        case "ragged":
+            return Ragged(groups)
+        case "group_of_row":
+            return Contiguous(group_of_row=groups)
+        case "group_ends":
+            return Contiguous(group_ends=groups, alignment=alignment)
+        case "masked":
+            return Masked(groups, expected_rows)
+    raise ProblemError(f"layout {kind!r} must be one of ragged, group_of_row, group_ends, masked")
 
 
 # --- what tracing sees ----------------------------------------------------------------------------
@@ -155,7 +277,32 @@ def _gemm_fake(
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype or torch.bfloat16)
 
 
-def _gemm_out_fake(*_: torch.Tensor, **options: Any) -> None:
+def _grouped_gemm_fake(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *_: torch.Tensor,
+    out_dtype: torch.dtype | None = None,
+    **__: Any,
+) -> torch.Tensor:
+    torch._check(a.shape[-1] == b.shape[-1], lambda: "a and b must agree in k")
+    return a.new_empty((*a.shape[:-1], b.shape[1]), dtype=out_dtype or torch.bfloat16)
+
+
+def _mla_decode_fake(
+    q: torch.Tensor, *_: torch.Tensor, head_dim_v: int = 512, **__: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, num_queries, num_heads, _head_dim = q.shape
+    o = q.new_empty((batch, num_queries, num_heads, head_dim_v))
+    return o, q.new_empty((batch, num_heads, num_queries), dtype=torch.float32)
+
+
+def _mla_decode_out_fake(
+    q: torch.Tensor, *_: torch.Tensor, out: torch.Tensor, **__: Any
+) -> torch.Tensor:
+    return _mla_decode_fake(q)[1]
+
+
+def _nothing_fake(*_: torch.Tensor, **__: Any) -> None:
     return None
 
 
@@ -167,15 +314,30 @@ def _quantize_fake(x: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, torch.
     return quantized, x.new_empty(grid, dtype=torch.float32)
 
 
+_RESULT = "ScalarType? out_dtype=None, bool batch_invariant=False) -> Tensor"
+
 for _schema, _function, _fake in (
-    (
-        f"gemm({_OPERANDS}, *, {_EPILOGUE}, ScalarType? out_dtype=None,"
-        " bool batch_invariant=False) -> Tensor",
-        *(gemm, _gemm_fake),
-    ),
+    (f"gemm({_OPERANDS}, *, {_EPILOGUE}, {_RESULT}", gemm, _gemm_fake),
     (
         f"gemm_out({_OPERANDS}, *, Tensor(a!) out, {_EPILOGUE}, bool batch_invariant=False) -> ()",
-        *(gemm_out, _gemm_out_fake),
+        *(gemm_out, _nothing_fake),
+    ),
+    (
+        f"grouped_gemm({_OPERANDS}, {_GROUPS}, {_EPILOGUE}, {_RESULT}",
+        *(grouped_gemm, _grouped_gemm_fake),
+    ),
+    (
+        f"grouped_gemm_out({_OPERANDS}, {_GROUPS}, Tensor(a!) out, {_EPILOGUE},"
+        " bool batch_invariant=False) -> ()",
+        *(grouped_gemm_out, _nothing_fake),
+    ),
+    (
+        f"mla_decode({_CACHE}, *, {_ATTENTION}) -> (Tensor, Tensor)",
+        *(mla_decode, _mla_decode_fake),
+    ),
+    (
+        f"mla_decode_out({_CACHE}, *, Tensor(a!) out, {_ATTENTION}) -> Tensor",
+        *(mla_decode_out, _mla_decode_out_fake),
     ),
     ("quantize(Tensor x, int rows=1) -> (Tensor, Tensor)", quantize, _quantize_fake),
 ):

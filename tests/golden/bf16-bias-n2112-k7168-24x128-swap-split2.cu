@@ -240,10 +240,10 @@ void gemm_e4m3_bf16_n2112_k7168_24x128x128_s5_w2_c1x1_g8_k2_overlapped_swap_epil
     }
     __syncwarp();
     grid_dependency_wait();  // global memory is not touched before
-    if constexpr (kShareTiles) cluster_sync();
-    else if (is_tma_warp) named_barrier_arrive<kNumThreads>(0);  // what follows of it needs nobody else
+    if (is_tma_warp) named_barrier_arrive<kNumThreads>(0);  // what follows of it needs nobody else of this block
     else named_barrier_sync<kNumThreads>(0);
-    if constexpr (kSplitK > 1) cluster_arrive();  // blocks that share k meet when they have sums to exchange
+    // Blocks that share tiles meet before their first load, those that share k when they have sums to exchange.
+    if constexpr (kClusterSize > 1) cluster_arrive();
 
     if (warpgroup < kNumMathWarpgroups) {
         // ---- compute ---------------------------------------------------------------------------------------------
@@ -346,6 +346,7 @@ void gemm_e4m3_bf16_n2112_k7168_24x128x128_s5_w2_c1x1_g8_k2_overlapped_swap_epil
     } else if (is_tma_warp) {
         // ---- load A and B ----------------------------------------------------------------------------------------
         setmaxnreg_dec<kProducerRegisters>();
+        if constexpr (kShareTiles) cluster_wait();  // the peers' barriers are ready
         if (elect_one()) {
             // Each block loads its share of the tiles that its cluster row and column have in common.
             PipelineState<kNumStages> pipeline;
@@ -376,6 +377,11 @@ void gemm_e4m3_bf16_n2112_k7168_24x128x128_s5_w2_c1x1_g8_k2_overlapped_swap_epil
                 }
             }
             launch_dependents();
+            // It stays: peers arrive on this block's barriers until all its stages have been read.
+            if constexpr (kShareTiles) {
+                for (u32 i = 0; i < kNumStages; ++i, pipeline.advance())
+                    mbarrier_wait(empty_barriers + 8 * pipeline.stage, pipeline.phase ^ 1);
+            }
         }
     } else {
         // ---- load scales -----------------------------------------------------------------------------------------
@@ -395,6 +401,4 @@ void gemm_e4m3_bf16_n2112_k7168_24x128x128_s5_w2_c1x1_g8_k2_overlapped_swap_epil
             }
         }
     }
-    // A block must not exit while its peers may still arrive on its barriers or write into its tiles.
-    if constexpr (kShareTiles) cluster_sync();
 }

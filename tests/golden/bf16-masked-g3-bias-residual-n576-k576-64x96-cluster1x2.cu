@@ -257,10 +257,10 @@ void grouped_gemm_masked_g3_e4m3_bf16_n576_k576_64x96x128_s4_w1_c1x2_g8_k1_overl
     if constexpr (kGroupLayout == kGroupOfRow) table.scan<kNumThreads>(groups, m);
     if (is_tma_warp) table.find<kGroupLayout, kAlignment, kBlockM * kClusterM>(groups, m);
     __syncwarp();
-    if constexpr (kShareTiles) cluster_sync();
-    else if (is_tma_warp) named_barrier_arrive<kNumThreads>(0);  // what follows of it needs nobody else
+    if (is_tma_warp) named_barrier_arrive<kNumThreads>(0);  // what follows of it needs nobody else of this block
     else named_barrier_sync<kNumThreads>(0);
-    if constexpr (kSplitK > 1) cluster_arrive();  // blocks that share k meet when they have sums to exchange
+    // Blocks that share tiles meet before their first load, those that share k when they have sums to exchange.
+    if constexpr (kClusterSize > 1) cluster_arrive();
 
     if (warpgroup < kNumMathWarpgroups) {
         // ---- compute ---------------------------------------------------------------------------------------------
@@ -370,6 +370,7 @@ void grouped_gemm_masked_g3_e4m3_bf16_n576_k576_64x96x128_s4_w1_c1x2_g8_k1_overl
     } else if (is_tma_warp) {
         // ---- load A and B ----------------------------------------------------------------------------------------
         setmaxnreg_dec<kProducerRegisters>();
+        if constexpr (kShareTiles) cluster_wait();  // the peers' barriers are ready
         if (elect_one()) {
             // Each block loads its share of the tiles that its cluster row and column have in common.
             PipelineState<kNumStages> pipeline;
@@ -400,6 +401,11 @@ void grouped_gemm_masked_g3_e4m3_bf16_n576_k576_64x96x128_s4_w1_c1x2_g8_k1_overl
                 }
             }
             launch_dependents();
+            // It stays: peers arrive on this block's barriers until all its stages have been read.
+            if constexpr (kShareTiles) {
+                for (u32 i = 0; i < kNumStages; ++i, pipeline.advance())
+                    mbarrier_wait(empty_barriers + 8 * pipeline.stage, pipeline.phase ^ 1);
+            }
         }
     } else {
         // ---- load scales -----------------------------------------------------------------------------------------
@@ -419,6 +425,4 @@ void grouped_gemm_masked_g3_e4m3_bf16_n576_k576_64x96x128_s4_w1_c1x2_g8_k1_overl
             }
         }
     }
-    // A block must not exit while its peers may still arrive on its barriers or write into its tiles.
-    if constexpr (kShareTiles) cluster_sync();
 }

@@ -250,10 +250,10 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
     if constexpr (kGroupLayout == kGroupOfRow) table.scan<kNumThreads>(groups, m);
     if (is_tma_warp) table.find<kGroupLayout, kAlignment, kBlockM * kClusterM>(groups, m);
     __syncwarp();
-    if constexpr (kShareTiles) cluster_sync();
-    else if (is_tma_warp) named_barrier_arrive<kNumThreads>(0);  // what follows of it needs nobody else
+    if (is_tma_warp) named_barrier_arrive<kNumThreads>(0);  // what follows of it needs nobody else of this block
     else named_barrier_sync<kNumThreads>(0);
-    if constexpr (kSplitK > 1) cluster_arrive();  // blocks that share k meet when they have sums to exchange
+    // Blocks that share tiles meet before their first load, those that share k when they have sums to exchange.
+    if constexpr (kClusterSize > 1) cluster_arrive();
 
     if (warpgroup < kNumMathWarpgroups) {
         // ---- compute ---------------------------------------------------------------------------------------------
@@ -363,6 +363,7 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
     } else if (is_tma_warp) {
         // ---- load A and B ----------------------------------------------------------------------------------------
         setmaxnreg_dec<kProducerRegisters>();
+        if constexpr (kShareTiles) cluster_wait();  // the peers' barriers are ready
         if (elect_one()) {
             // Each block loads its share of the tiles that its cluster row and column have in common.
             PipelineState<kNumStages> pipeline;
@@ -393,6 +394,11 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
                 }
             }
             launch_dependents();
+            // It stays: peers arrive on this block's barriers until all its stages have been read.
+            if constexpr (kShareTiles) {
+                for (u32 i = 0; i < kNumStages; ++i, pipeline.advance())
+                    mbarrier_wait(empty_barriers + 8 * pipeline.stage, pipeline.phase ^ 1);
+            }
         }
     } else {
         // ---- load scales -----------------------------------------------------------------------------------------
@@ -412,6 +418,4 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
             }
         }
     }
-    // A block must not exit while its peers may still arrive on its barriers or write into its tiles.
-    if constexpr (kShareTiles) cluster_sync();
 }

@@ -108,10 +108,11 @@ def test_small_equals_interpreter_within_tolerance(problem: MlaDecode) -> None:
     np.testing.assert_allclose(lse.cpu().numpy(), expected_lse, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("has_plan", [False, True])
 @pytest.mark.parametrize("problem", [MlaDecode(16), MlaDecode(128, 2)], ids=str)
-def test_graph_replay_with_other_lengths_equals_eager(problem: MlaDecode) -> None:
+def test_graph_replay_with_other_lengths_equals_eager(problem: MlaDecode, has_plan: bool) -> None:
     d = MlaDraw(problem, (3000, 100, 1500, 0, 64), None, 21)
-    inputs, plan = make_inputs(d), MlaPlan()
+    inputs, plan = make_inputs(d), MlaPlan() if has_plan else None
     out = torch.empty(
         5, problem.num_queries, problem.num_heads, 512, dtype=torch.bfloat16, device="cuda"
     )
@@ -119,22 +120,25 @@ def test_graph_replay_with_other_lengths_equals_eager(problem: MlaDecode) -> Non
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         _, lse = jitgen.mla_decode(*inputs.values(), plan=plan, out=out)
+        again, _ = jitgen.mla_decode(*inputs.values(), plan=plan)
     for lengths in ((3000, 100, 1500, 0, 64), (1, 99, 1499, 0, 0), (2999, 65, 1, 0, 3)):
         inputs["seqlens_k"].copy_(torch.tensor(lengths))
         out.fill_(float("nan"))
         graph.replay()
-        replayed = out.clone(), lse.clone()
         o, eager_lse = jitgen.mla_decode(*inputs.values(), plan=MlaPlan())
-        assert torch.equal(bits(replayed[0]), bits(o))
-        assert torch.equal(bits(replayed[1]), bits(eager_lse))
+        assert torch.equal(bits(out), bits(o))
+        assert torch.equal(bits(again), bits(o))
+        assert torch.equal(bits(lse), bits(eager_lse))
 
 
-def test_capture_without_plan_is_refused() -> None:
+def test_cold_kernel_during_capture_is_refused() -> None:
     inputs = make_inputs(MlaDraw(MlaDecode(16), (100,), None, 1))
-    jitgen.mla_decode(*inputs.values())
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(CaptureError, match="needs plan"), torch.cuda.graph(graph):
-        jitgen.mla_decode(*inputs.values())
+    cold = MlaSchedule(overhead=13)
+    with torch.cuda.graph(graph):
+        with pytest.raises(CaptureError, match="make the call once before"):
+            jitgen.mla_decode(*inputs.values(), schedule=cold)
+        torch.zeros(1, device="cuda")
 
 
 def test_rejects_tensors_on_the_host() -> None:

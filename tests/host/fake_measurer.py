@@ -39,6 +39,7 @@ class FakeMeasurer:
         dies of, hangs in
     deadly_later : schedules that `time` dies of (`die` says how)
     slowdown : by the number of the call of `time`: a factor for each of its rounds
+    steady : schedules that it leaves alone
     """
 
     times_us: Mapping[Schedule, float] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class FakeMeasurer:
     deadly_later: Faults = ()
     die: Callable[[], None] = exit_now
     slowdown: Callable[[int, int], float] = no_slowdown
+    steady: Faults = ()
     checked: list[tuple[int, Schedule]] = field(default_factory=list)
     timed: list[tuple[tuple[Schedule, ...], int]] = field(default_factory=list)
 
@@ -76,7 +78,7 @@ class FakeMeasurer:
             [
                 self.times_us.get(schedule, 100.0)
                 * rng.gauss(1, self.noise)
-                * self.slowdown(len(self.timed), i)
+                * (1.0 if schedule in self.steady else self.slowdown(len(self.timed), i))
                 for i in range(num_calls)
             ]
             for schedule in schedules

@@ -80,7 +80,10 @@ ALLOWED |= {
     "plans": _before | {"tuning", "build"},  # finite sets of kernels
     # __init__.py: the public names
     "jitgen": _before | {"runtime", "api", "api_merge", "api_mla", "calls_mla", "control", "plans"},
-    "integrations": _before | {"api"},  # jitgen in other libraries, which each module may import
+    # jitgen in other libraries, which each module may import
+    "integrations": _before | {"api", "api_mla"},
+    # other libraries' interfaces, on torch as those are
+    "compat": _before | {"integrations", "control"},
     "minilm": _before,  # the demo's model
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
     "doctor": _before | {"runtime", "build", "control", "tuning", "api", "jitgen"},
@@ -139,7 +142,9 @@ LAZY: dict[str, set[str]] = {
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "jitgen"
-SUBPACKAGES = ("integrations", "runtime", "tuning")  # the latter through their symlinks
+SUBPACKAGES = (  # runtime and tuning through their symlinks
+    *("compat", "compat/deep_gemm", "compat/deep_gemm/utils", "integrations", "runtime", "tuning"),
+)
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,7 @@ def _violations(module: str, source: str, path: Path) -> list[str]:
         elif root in ("runtime", "tuning", "templates"):
             found.append(f"{where} imports bare {root}: write jitgen.{root}, or relative")
         elif root in LAZY:
-            if _row(module) == "integrations":
+            if _row(module) in ("compat", "integrations"):
                 continue  # users import it by name, for that library
             if _row(module) not in LAZY[root]:
                 found.append(f"{where} must not import {root}")

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 import jitgen  # noqa: E402
 from jitgen.errors import ProblemError  # noqa: E402
 from jitgen.integrations import torch_ops  # noqa: E402
+from jitgen.integrations.tensors import to_numpy  # noqa: E402
 
 M, N, K = 5, 72, 272
 
@@ -66,9 +67,9 @@ def test_gemm_computes_the_epilogue(activation: str, out_dtype: torch.dtype) -> 
 
 def test_gemm_gives_the_bits_of_numpy() -> None:
     t = make()
-    arrays = {name: torch_ops._to_numpy(t[name]) for name in ("a", "b", "sfa", "sfb")}
+    arrays = {name: to_numpy(t[name]) for name in ("a", "b", "sfa", "sfb")}
     expected = jitgen.gemm(arrays["a"], arrays["b"], (arrays["sfa"], arrays["sfb"]))
-    got = torch_ops._to_numpy(torch.ops.jitgen.gemm(*operands(t)))
+    got = to_numpy(torch.ops.jitgen.gemm(*operands(t)))
     assert got.tobytes() == expected.tobytes()
 
 
@@ -108,14 +109,14 @@ def test_operators_pass_opcheck() -> None:
 
 def test_gemm_writes_what_its_schema_says() -> None:
     t = make()
-    before = {name: torch_ops._to_numpy(tensor).copy() for name, tensor in t.items()}
+    before = {name: to_numpy(tensor).copy() for name, tensor in t.items()}
     out = torch.full((M, N), torch.nan)
     for _ in range(2):
         d = torch.ops.jitgen.gemm(*operands(t), bias=t["bias"], residual=t["residual"])
         torch.ops.jitgen.gemm_out(*operands(t), out=out, bias=t["bias"], residual=t["residual"])
     assert not out.isnan().any()
     for name, tensor in t.items():
-        assert torch_ops._to_numpy(tensor).tobytes() == before[name].tobytes()
+        assert to_numpy(tensor).tobytes() == before[name].tobytes()
         assert d.data_ptr() != tensor.data_ptr()
 
 
@@ -139,3 +140,127 @@ def test_compiled_gemm_has_no_graph_break_and_takes_any_m() -> None:
         x = torch.randn(m, K)
         assert torch.equal(compiled(x), layer(x)), m
     assert num_graphs == 1
+
+
+# --- grouped GEMM ---------------------------------------------------------------------------------
+
+G, MAX_M = 3, 6
+LAYOUTS = {  # of rows 0..2, none, 3..4 or, masked, so many of each group
+    "ragged": [0, 3, 3, 5],
+    "group_of_row": [0, 0, 0, 2, 2],
+    "group_ends": [3, 3, 5],
+    "masked": [3, 0, 2],
+}
+
+
+def make_grouped(layout: str) -> tuple[torch.Tensor, ...]:
+    """a, b, sfa, sfb and groups."""
+    shape = (G, MAX_M) if layout == "masked" else (M,)
+    a, sfa = jitgen.quantize(torch.randn(MAX_M * G if layout == "masked" else M, K))
+    weights = [jitgen.quantize(torch.randn(N, K), (128, 128)) for _ in range(G)]
+    b, sfb = (torch.stack(parts) for parts in zip(*weights, strict=True))
+    groups = torch.tensor(LAYOUTS[layout], dtype=torch.int32)
+    return a.view(*shape, K), b, sfa.view(*shape, -1), sfb, groups
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_grouped_gemm_is_the_gemm_of_each_group(layout: str) -> None:
+    a, b, sfa, sfb, _ = t = make_grouped(layout)
+    bias = torch.randn(G, N).bfloat16()
+    options = {"layout": layout, "alignment": 1, "bias": bias, "activation": "silu"}
+    out = torch.full((*a.shape[:-1], N), torch.nan).bfloat16()
+    torch.ops.jitgen.grouped_gemm_out(*t, out=out, **options)
+    d = torch.ops.jitgen.grouped_gemm(*t, **options)
+    assert d.shape == out.shape
+    owned = torch.zeros(d.shape[:-1], dtype=torch.bool)
+    for group, (begin, end) in {0: (0, 3), 2: (3, 5)}.items():
+        rows = (group, slice(0, end - begin)) if layout == "masked" else slice(begin, end)
+        owned[rows] = True
+        expected = torch.ops.jitgen.gemm(
+            *(a[rows], b[group], sfa[rows], sfb[group]), bias=bias[group], activation="silu"
+        )
+        assert torch.equal(d[rows], expected)
+    assert torch.equal(out[owned], d[owned])
+    assert out[~owned].isnan().all()
+
+
+def test_grouped_gemm_rejects_unknown_layout() -> None:
+    with pytest.raises(ProblemError, match="layout 'rows' must be one of ragged, group_of_row"):
+        torch.ops.jitgen.grouped_gemm(*make_grouped("ragged"), layout="rows")
+
+
+# --- MLA decode -----------------------------------------------------------------------------------
+
+LENGTHS = (3, 0, 17)
+
+
+def make_cache(num_heads: int = 2, num_queries: int = 2) -> tuple[torch.Tensor, ...]:
+    """q, kv_cache, block_table and seqlens_k."""
+    q = torch.randn(len(LENGTHS), num_queries, num_heads, 320).bfloat16()
+    table = torch.tensor([[2, 9], [9, 9], [0, 3]], dtype=torch.int32)
+    cache = torch.randn(4, 16, 1, 320).bfloat16()
+    return q, cache, table, torch.tensor(LENGTHS, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_mla_decode_is_attention(causal: bool) -> None:
+    q, cache, table, _ = t = make_cache()
+    options = {"head_dim_v": 256, "softmax_scale": 0.1, "causal": causal}
+    o, lse = torch.ops.jitgen.mla_decode(*t, **options)
+    assert (o.dtype, o.shape, lse.dtype) == (q.dtype, (3, 2, 2, 256), torch.float32)
+    for row, length in enumerate(LENGTHS):
+        pages = table[row, : -(-length // 16)].long()
+        keys = cache[pages].reshape(-1, 320)[:length].double()
+        scores = torch.einsum("shd,kd->hsk", q[row].double(), keys) * 0.1
+        if causal and length:
+            scores[:, 0, length - 1] = -torch.inf
+        if length == 0:
+            assert (o[row] == 0).all()
+            assert (lse[row] == torch.inf).all()
+            continue
+        expected = torch.einsum("hsk,kd->shd", scores.softmax(-1), keys[:, :256])
+        assert torch.allclose(o[row].double(), expected, atol=2**-6, rtol=2**-6)
+        assert torch.allclose(lse[row].double(), scores.logsumexp(-1), atol=1e-4)
+    out = torch.full_like(o, torch.nan)
+    assert torch.equal(torch.ops.jitgen.mla_decode_out(*t, out=out, **options), lse)
+    assert torch.equal(out, o)
+
+
+def test_grouped_gemm_and_mla_decode_pass_opcheck() -> None:
+    tests = ["test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration"]
+    t, small = make_grouped("ragged"), {"head_dim_v": 256}
+    for function, arguments, options in (
+        (torch.ops.jitgen.grouped_gemm, t, {"layout": "ragged"}),
+        (torch.ops.jitgen.grouped_gemm_out, t, {"layout": "ragged", "out": torch.zeros(M, N)}),
+        (torch.ops.jitgen.mla_decode, make_cache(), small),
+        (
+            torch.ops.jitgen.mla_decode_out,
+            make_cache(),
+            {"out": torch.zeros(3, 2, 2, 256).bfloat16(), **small},
+        ),
+    ):
+        # test_schema compares inputs in a way that torch has not for FP8; MLA decode takes none.
+        schema = ["test_schema"] * (function is torch.ops.jitgen.mla_decode)
+        results = torch.library.opcheck(function, arguments, options, test_utils=tests + schema)
+        assert set(results.values()) == {"SUCCESS"}, results
+
+
+def test_compiled_experts_and_attention_take_any_m() -> None:
+    _, b, _, sfb, _ = make_grouped("ragged")
+
+    def layer(
+        x: torch.Tensor, offsets: torch.Tensor, cache: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        a, sfa = torch.ops.jitgen.quantize(x)
+        d = torch.ops.jitgen.grouped_gemm(a, b, sfa, sfb, offsets, layout="ragged")
+        o, _ = torch.ops.jitgen.mla_decode(*cache, head_dim_v=256)
+        return d.float() * 2, o + 1
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    cache = make_cache()
+    for m in (7, 5, 40):
+        x, offsets = torch.randn(m, K), torch.tensor([0, 2, 2, m], dtype=torch.int32)
+        for got, expected in zip(
+            compiled(x, offsets, cache), layer(x, offsets, cache), strict=True
+        ):
+            assert torch.equal(got, expected), m

@@ -165,22 +165,29 @@ def test_pick_winner_is_the_first_of_those_as_fast_as_the_fastest(
 # --- whose times are believed ---------------------------------------------------------------------
 
 
+def between_rounds(factor: float) -> Callable[[int, int], float]:
+    return lambda call, i: factor if call % 2 else 1.0
+
+
+def in_the_final(factor: float) -> Callable[[int, int], float]:
+    return lambda call, i: factor if i >= search.num_final_calls(100.0) else 1.0
+
+
 @pytest.mark.parametrize(
-    ("slowdown", "reason"),
+    ("slowdown", "steady", "reason"),
     [
-        (lambda call, i: 1.1 if call % 2 else 1.0, "moved by"),  # between the rounds
-        (
-            lambda call, i: 1.1 if i >= search.num_final_calls(100.0) else 1.0,
-            "moved by",
-        ),  # in the final
-        (lambda call, i: 1.5 if i % 4 == 3 else 1.0, "spread by"),  # bursts of another process
+        (between_rounds(1.1), (OTHER,), "the time of"),
+        (in_the_final(1.1), (OTHER,), "the time of"),
+        (between_rounds(1.4), (), "the times of all moved by"),
+        (in_the_final(1.4), (), "the times of all moved by"),
+        (lambda call, i: 1.5 if i % 4 == 3 else 1.0, (), "spread by"),  # bursts of another process
     ],
-    ids=["drift", "drift in the final", "bursts"],
+    ids=["drift", "drift in the final", "another pace", "another pace in the final", "bursts"],
 )
 def test_tune_does_not_believe_times_that_move(
-    slowdown: Callable[[int, int], float], reason: str
+    slowdown: Callable[[int, int], float], steady: tuple[Schedule, ...], reason: str
 ) -> None:
-    measurer = FakeMeasurer({OTHER: 90.0}, noise=0.001, slowdown=slowdown)
+    measurer = FakeMeasurer({OTHER: 90.0}, noise=0.001, slowdown=slowdown, steady=steady)
     (outcome,) = run(measurer)
     assert (outcome.status, outcome.winner) == ("unstable", None)
     assert reason in outcome.reason
@@ -188,8 +195,18 @@ def test_tune_does_not_believe_times_that_move(
     assert outcome.trials  # for the journal
 
 
+@pytest.mark.parametrize("slowdown", [between_rounds(1.15), in_the_final(1.15)])
+def test_tune_believes_times_of_a_gpu_that_gets_warm(
+    slowdown: Callable[[int, int], float],
+) -> None:
+    (outcome,) = run(FakeMeasurer({OTHER: 90.0}, noise=0.001, slowdown=slowdown))
+    assert outcome.status == "measured"
+    assert outcome.winner
+    assert outcome.winner.schedule == OTHER
+
+
 def test_tune_repeats_times_that_moved_once() -> None:
-    measurer = FakeMeasurer({OTHER: 90.0}, slowdown=lambda call, i: 1.3 if call == 1 else 1.0)
+    measurer = FakeMeasurer({OTHER: 90.0}, slowdown=lambda call, i: 1.4 if call == 1 else 1.0)
     (outcome,) = run(measurer)
     assert outcome.status == "measured"
     assert len(measurer.timed) == 4

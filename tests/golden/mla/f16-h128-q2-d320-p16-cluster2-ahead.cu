@@ -427,7 +427,7 @@ void mla_decode_f16_h128_q2_d320x256_p16_causal_c2_s4_f1_o5_ahead(
     Walker walker;
     walker.start<kNumThreads>(Lengths{seqlens_k}, num_sequences, part, gridDim.x / kTiles,
                               reinterpret_cast<u32*>(smem + kSmemScratch));
-    if constexpr (kCluster > 1) cluster_sync();
+    if constexpr (kCluster > 1) cluster_arrive();  // the producer waits for the peers
 
     if (warp < kMathThreads / 32) {
         // ---- compute ---------------------------------------------------------------------------------------------
@@ -442,6 +442,7 @@ void mla_decode_f16_h128_q2_d320x256_p16_causal_c2_s4_f1_o5_ahead(
         // ---- load ------------------------------------------------------------------------------------------------
         setmaxnreg_dec<kProducerRegisters>();
         if (warp == kMathThreads / 32) {
+            if constexpr (kCluster > 1) cluster_wait();  // the peers' barriers are ready
             const bool is_leader = elect_one();
             const u32 first_piece = kCluster > 1 ? cluster_rank() * kOwnPieces : 0;
             u32 index = 0, num_shared = 0;
@@ -500,8 +501,12 @@ void mla_decode_f16_h128_q2_d320x256_p16_causal_c2_s4_f1_o5_ahead(
                     }
                 }
             }
+            // It stays: peers arrive on this block's barriers until all its stages have been read.
+            if (kCluster > 1 && is_leader) {
+                for (u32 i = 0; i < kNumStages; ++i, ++index)
+                    for (u32 half = 0; half < 2; ++half)
+                        mbarrier_wait(Stage(smem_base, index).empty(half), Stage(smem_base, index).phase ^ 1);
+            }
         }
     }
-    // A block must not exit while its peer may still arrive on its barriers or write into its stages.
-    if constexpr (kCluster > 1) cluster_sync();
 }

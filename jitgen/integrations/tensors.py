@@ -1,0 +1,103 @@
+"""Calls on torch tensors: those on a GPU run there, those on the CPU on the interpreter.
+
+The interpreter gives the bits of an H100, and writes an `out` where it lies.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import api, api_mla
+from ..dtypes import array_dtype, dtype_of
+from ..expr import Bound
+from ..layouts import GroupLayout, with_tensor
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by the size of an element
+
+
+def multiply(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor],
+    *,
+    epilogue: Bound = api.PLAIN,
+    layout: GroupLayout | None = None,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """`jitgen.gemm`, or `jitgen.grouped_gemm` if there is a layout."""
+    if a.device.type != "cpu":
+        d: torch.Tensor = _multiply(a, b, scales, epilogue, layout, out, out_dtype, batch_invariant)
+        return d
+    made = _multiply(
+        *(to_numpy(a), to_numpy(b), (to_numpy(scales[0]), to_numpy(scales[1]))),
+        Bound(epilogue.expr, {name: to_numpy(t) for name, t in epilogue.tensors.items()}),
+        layout and with_tensor(layout, to_numpy(layout.tensor)),
+        None if out is None else to_numpy(out),
+        None if out_dtype is None else dtype_of(out_dtype),
+        batch_invariant,
+    )
+    return to_torch(made) if out is None else out
+
+
+def _multiply(
+    a: Any,
+    b: Any,
+    scales: tuple[Any, Any],
+    epilogue: Bound,
+    layout: GroupLayout | None,
+    out: Any,
+    out_dtype: object,
+    batch_invariant: bool,
+) -> Any:
+    multiply = api.gemm if layout is None else functools.partial(api.grouped_gemm, layout=layout)
+    return multiply(
+        *(a, b, scales),
+        out=out,
+        out_dtype=out_dtype,
+        epilogue=epilogue,
+        batch_invariant=batch_invariant,
+    )
+
+
+def attend(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    *,
+    head_dim_v: int,
+    softmax_scale: float | None,
+    causal: bool,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse): `jitgen.mla_decode`."""
+    arrays: tuple[Any, ...] = (q, kv_cache, block_table, seqlens_k)
+    target: Any = out
+    is_on_host = q.device.type == "cpu"
+    if is_on_host:
+        arrays, target = tuple(map(to_numpy, arrays)), None if out is None else to_numpy(out)
+    o, lse = api_mla.mla_decode(
+        *arrays, head_dim_v=head_dim_v, softmax_scale=softmax_scale, causal=causal, out=target
+    )
+    if is_on_host:
+        return to_torch(o) if out is None else out, to_torch(lse)
+    return o, lse
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The memory of a CPU tensor as an array; bfloat16 and FP8 as ml_dtypes has them."""
+    words: np.ndarray[Any, Any] = tensor.detach().view(_WORDS[tensor.element_size()]).numpy()
+    return words.view(array_dtype(tensor.dtype, tensor.element_size()).numpy)
+
+
+def to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The memory of an array as a CPU tensor."""
+    words = array.view({1: np.uint8, 2: np.int16, 4: np.int32}[array.itemsize])
+    name = array_dtype(array.dtype, array.itemsize).name
+    return torch.from_numpy(words).view(getattr(torch, name))
