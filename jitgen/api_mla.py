@@ -46,7 +46,7 @@ def mla_decode(
     q : bfloat16 or float16 [b, s_q, h_q, head_dim], s_q in 1..8, h_q in 1..128; rows evenly spaced
     kv_cache : of the same dtype, [num_blocks, page, 1, head_dim], page 16, 32, 64 or 128; or, for
         bfloat16 q of head_dim 576, an FP8 one as `quantize_mla_cache` makes it, uint8
-        [num_blocks, page, 1, 656]
+        [num_blocks, page, 1, 656], page in 1..4096
     block_table : int32 [b, max_pages], for each sequence the blocks of its pages, in order
     seqlens_k : int32 [b], keys of each sequence, at most max_pages * page
     head_dim_v : (head_dim, head_dim_v) must be (576, 512), (512, 512) or (320, 256)
@@ -104,7 +104,7 @@ def mla_decode_sparse(
     Parameters
     ----------
     q : bfloat16 [b, s_q, h_q, 576], s_q in 1..8, h_q in 1..128; rows evenly spaced
-    kv_cache : uint8 [num_blocks, page, 1, 656], as `quantize_mla_cache` makes it
+    kv_cache : uint8 [num_blocks, page, 1, 656], as `quantize_mla_cache` makes it, page in 1..4096
     indices : int32 [b, s_q, topk], tokens of the cache: block * page + position in the block
     topk_length : int32 [b], how many entries of each list of a sequence count; None for all
     attention_sink : float32 [h_q], in natural units: o is divided by e^sink more than the sum of

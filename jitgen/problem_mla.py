@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from .dtypes import BF16, F16, DType
@@ -9,7 +10,8 @@ from .errors import ProblemError
 
 MAX_HEADS = 128
 MAX_QUERIES = 8
-PAGES = (16, 32, 64, 128)
+PAGES = (16, 32, 64, 128)  # of plain caches, whose pages TMA moves
+MAX_PAGE = 4096  # of FP8 caches
 HEAD_DIMS = ((576, 512), (512, 512), (320, 256))  # of keys, of values
 CACHES = ("plain", "fp8")
 TOKEN_BYTES = 656  # of an FP8 cache: 512 codes, 4 float32 scales, 64 bfloat16
@@ -84,9 +86,6 @@ def check_mla(problem: MlaDecode) -> None:
     if dims not in HEAD_DIMS:
         legal = ", ".join(map(str, HEAD_DIMS))
         raise ProblemError(f"head dims (of keys, of values) are {dims}, must be one of {legal}")
-    if type(problem.page) is not int or problem.page not in PAGES:
-        legal = ", ".join(map(str, PAGES))
-        raise ProblemError(f"page = {problem.page!r} keys, must be one of {legal}")
     if problem.dtype not in (BF16, F16):
         name = getattr(problem.dtype, "name", repr(problem.dtype))
         raise ProblemError(f"q has dtype {name}, must be {BF16.name} or {F16.name}")
@@ -95,6 +94,10 @@ def check_mla(problem: MlaDecode) -> None:
             raise ProblemError(f"{name} = {getattr(problem, name)!r} must be True or False")
     if problem.cache not in CACHES:
         raise ProblemError(f"cache = {problem.cache!r} must be one of {', '.join(CACHES)}")
+    pages: Container[int] = range(1, MAX_PAGE + 1) if problem.is_fp8 else PAGES
+    if type(problem.page) is not int or problem.page not in pages:
+        legal = f"in 1..{MAX_PAGE}" if problem.is_fp8 else f"one of {', '.join(map(str, PAGES))}"
+        raise ProblemError(f"page = {problem.page!r} keys, must be {legal}")
     if problem.is_fp8 and (problem.dtype != BF16 or dims != FP8_HEAD_DIMS):
         raise ProblemError(
             f"an FP8 cache has head dims {FP8_HEAD_DIMS} and queries of {BF16.name}, got {dims} and"

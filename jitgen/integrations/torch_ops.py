@@ -6,6 +6,8 @@
                  residual=None, activation="none", out_dtype=None, batch_invariant=False) -> Tensor
     mla_decode(q, kv_cache, block_table, seqlens_k, *, head_dim_v=512, softmax_scale=None,
                causal=True) -> (Tensor, Tensor)
+    mla_decode_sparse(q, kv_cache, indices, *, topk_length=None, attention_sink=None,
+                      softmax_scale=None) -> (Tensor, Tensor)
     gemm_out, grouped_gemm_out, mla_decode_out(..., *, out, ...), the same into `out`
     quantize(x, rows=1) -> (Tensor, Tensor)
 
@@ -25,7 +27,7 @@ from .. import api
 from ..errors import ProblemError
 from ..expr import Bound, Expr, acc, gelu, matrix, relu, silu, vector
 from ..layouts import Contiguous, GroupLayout, KGrouped, Masked, Ragged
-from .tensors import attend, multiply
+from .tensors import attend, attend_sparse, multiply
 
 ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
     "none": lambda x: x,
@@ -224,6 +226,24 @@ def mla_decode_out(
     )[1]
 
 
+def mla_decode_sparse(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    topk_length: torch.Tensor | None = None,
+    attention_sink: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse): `jitgen.mla_decode_sparse`, with the workspace as of `mla_decode`."""
+    return attend_sparse(
+        *(q, kv_cache, indices),
+        topk_length=topk_length,
+        attention_sink=attention_sink,
+        softmax_scale=softmax_scale,
+    )
+
+
 def quantize(x: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """`jitgen.quantize` in blocks of `rows` x 128; rows is 1 or 128."""
     return api.quantize(x, (rows, 128))
@@ -353,6 +373,11 @@ for _schema, _function, _fake in (
     (
         f"mla_decode_out({_CACHE}, *, Tensor(a!) out, {_ATTENTION}) -> Tensor",
         *(mla_decode_out, _mla_decode_out_fake),
+    ),
+    (
+        "mla_decode_sparse(Tensor q, Tensor kv_cache, Tensor indices, *, Tensor? topk_length=None,"
+        " Tensor? attention_sink=None, float? softmax_scale=None) -> (Tensor, Tensor)",
+        *(mla_decode_sparse, _mla_decode_fake),
     ),
     ("quantize(Tensor x, int rows=1) -> (Tensor, Tensor)", quantize, _quantize_fake),
 ):

@@ -248,6 +248,24 @@ def test_mla_decode_is_attention(causal: bool) -> None:
     assert torch.equal(out, o)
 
 
+def make_sparse() -> tuple[torch.Tensor, ...]:
+    """q, an FP8 cache and indices."""
+    cache = jitgen.quantize_mla_cache(torch.randn(2, 16, 1, 576).bfloat16())
+    indices = torch.randint(-1, 32, (3, 1, 9), dtype=torch.int32)
+    return torch.randn(3, 1, 2, 576).bfloat16(), cache, indices
+
+
+def test_sparse_mla_decode_gives_the_bits_of_numpy() -> None:
+    t, sink = make_sparse(), torch.randn(2)
+    lengths = torch.tensor([9, 4, 0], dtype=torch.int32)
+    got = torch.ops.jitgen.mla_decode_sparse(*t, topk_length=lengths, attention_sink=sink)
+    expected = jitgen.mla_decode_sparse(
+        *map(to_numpy, t), topk_length=to_numpy(lengths), attention_sink=to_numpy(sink)
+    )
+    for tensor, array in zip(got, expected, strict=True):
+        assert to_numpy(tensor).tobytes() == array.tobytes()
+
+
 def test_grouped_gemm_and_mla_decode_pass_opcheck() -> None:
     tests = ["test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration"]
     t, small = make_grouped("ragged"), {"head_dim_v": 256}
@@ -256,6 +274,7 @@ def test_grouped_gemm_and_mla_decode_pass_opcheck() -> None:
         (torch.ops.jitgen.grouped_gemm_out, t, {"layout": "ragged", "out": torch.zeros(M, N)}),
         (torch.ops.jitgen.grouped_gemm, make_k_grouped(), {"layout": "k_grouped"}),
         (torch.ops.jitgen.mla_decode, make_cache(), small),
+        (torch.ops.jitgen.mla_decode_sparse, make_sparse(), {"attention_sink": torch.randn(2)}),
         (
             torch.ops.jitgen.mla_decode_out,
             make_cache(),
