@@ -114,7 +114,7 @@ def flash_mla_with_kvcache(
         if causal:
             raise ValueError("sparse attention is not causal: its lists say what is seen")
         return attend_sparse(
-            *(q, k_cache, indices),
+            *(q.contiguous(), k_cache, indices.contiguous()),
             topk_length=topk_length,
             attention_sink=attn_sink,
             softmax_scale=softmax_scale,

@@ -69,7 +69,7 @@ def attention(q: Any, keys: Any, scale: float) -> tuple[Any, Any]:
 @pytest.mark.parametrize("has_extras", [False, True])
 def test_sparse_decode_is_attention_over_lists(page: int, has_extras: bool) -> None:
     q, cache, keys = make_fp8(page)
-    indices = torch.randint(0, 5 * page, (2, 2, 20), dtype=torch.int32)
+    indices = torch.randint(0, 5 * page, (2, 3, 24), dtype=torch.int32)[:, :2, :20]  # strided
     indices[0, 1, 3:], indices[1, 0, ::2] = -1, -1
     sink = torch.tensor([0.5, -torch.inf, torch.inf]) if has_extras else None
     lengths = torch.tensor([20, 7], dtype=torch.int32) if has_extras else None
