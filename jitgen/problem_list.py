@@ -93,7 +93,7 @@ def select_kernels(
 
     def schedule(problem: AnyProblem, m: int) -> AnySchedule:
         if isinstance(problem, MlaDecode):
-            return select_mla(problem)
+            return select_mla(problem, batch_invariant=batch_invariant)
         if isinstance(problem, MergeStates):
             return MergeSchedule()
         return select(problem, m, gpu, batch_invariant=batch_invariant)

@@ -21,13 +21,15 @@ COMPILER = (
     ("problem", "problem_mla"),  # what is computed: fixed by the user
     ("groups",),  # which rows are whose
     ("layouts",),  # as users say it
-    ("schedule", "schedule_mla"),  # how it is mapped to the GPU: what may be tuned
+    ("schedule",),  # how it is mapped to the GPU: what may be tuned
+    ("schedule_mla",),  # of MLA decode
     ("traversal",),  # the order of its tiles
     ("ir",),  # the tile program that both become
     ("kernel",),  # it, and what a launch passes
     ("ir_mla",),  # that of MLA decode
     ("numerics",),  # arithmetic of the tensor core, in NumPy
     ("numerics_16",),  # of BF16 and FP16
+    ("tokens_mla",),  # of an FP8 cache
     ("limits",),  # what the hardware takes of a kernel
     ("lower_mla", "interpret_mla", "codegen_mla"),  # as below, for MLA decode
     ("verify_mla",),
@@ -75,7 +77,7 @@ ALLOWED |= {
     "calls_mla": _before | {"runtime", "arrays", "arrays_mla", "calls"},
     "dlpack": set(_before),  # arrays of other libraries
     "api": _before | {"tuning", "arrays", "calls", "dlpack"},  # what users call
-    "api_mla": _before | {"arrays", "arrays_mla", "calls_mla"},
+    "api_mla": _before | {"api", "arrays", "arrays_mla", "calls_mla"},
     "api_merge": _before | {"runtime", "arrays", "calls"},
     "plans": _before | {"tuning", "build"},  # finite sets of kernels
     # __init__.py: the public names

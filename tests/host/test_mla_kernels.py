@@ -125,6 +125,10 @@ def test_verify_rejects_another_split_plan_and_tensors() -> None:
     for made, message in (
         (replace(kernel, body=replace(body, split=replace(body.split, overhead=9))), "schedule's"),
         (replace(kernel, body=replace(body, tiles=2)), "the schedule's is"),
+        (
+            replace(kernel, body=replace(body, split=replace(body.split, whole=True))),
+            "the schedule's is",
+        ),
         (replace(kernel, smem=replace(kernel.smem, p=0)), "must be MlaSmemPlan"),
         (replace(kernel, tensors=kernel.tensors[:-1]), "takes"),
         (replace(kernel, schedule=MlaSchedule(cluster=2)), "does not divide"),
@@ -174,7 +178,7 @@ SCHEDULES = [
     MlaSchedule(),
     MlaSchedule(prefetch=4, overhead=1, score_ahead=True),
     MlaSchedule(cluster=2, prefetch=1),
-    MlaSchedule(cluster=2, score_ahead=True),
+    MlaSchedule(cluster=2, score_ahead=True, whole=True),
 ]
 
 
