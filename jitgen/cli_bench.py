@@ -155,15 +155,26 @@ def _shapes(grid: Sequence[Shape], extents: Sequence[int] | None) -> list[Shape]
     return list(dict.fromkeys(shapes))
 
 
+class MlaForm(str, Enum):
+    """What `bench mla` measures."""
+
+    bf16 = "bf16"
+    fp8 = "fp8"
+    sparse = "sparse"
+
+
 @bench_app.command("mla")
 def bench_mla(
     b: Annotated[list[int] | None, typer.Option(min=1, help="Only these b; repeatable.")] = None,
     s_k: Annotated[list[int] | None, typer.Option(min=1, help="Only these s_k.")] = None,
+    form: Annotated[
+        MlaForm, typer.Option("--format", help="Of the cache; sparse: FP8, lists of tokens.")
+    ] = MlaForm.bf16,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the result here, after each shape.")
     ] = None,
 ) -> None:
-    """Times of MLA decode, BF16, beside FlashMLA's (from a file)."""
+    """Times of MLA decode beside FlashMLA's (from a file; for fp8, those over BF16)."""
     from rich.table import Table
 
     from .tuning import bench
@@ -171,7 +182,7 @@ def bench_mla(
 
     shapes = [
         shape
-        for shape in mla.mla_baselines()
+        for shape in mla.mla_baselines(form.value)
         if (not b or shape.b in b) and (not s_k or shape.s_k in s_k)
     ]
     if not shapes:

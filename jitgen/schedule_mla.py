@@ -135,7 +135,7 @@ def select_mla(problem: MlaDecode, *, batch_invariant: bool = False) -> MlaSched
     """The schedule that measured best on an H100 for problems of this kind."""
     stages = 2 if problem.head_dim_qk > 320 else 4
     if problem.is_fp8:
-        return MlaSchedule(num_stages=stages, prefetch=1, score_ahead=True, whole=batch_invariant)
+        return MlaSchedule(num_stages=stages, score_ahead=True, whole=batch_invariant)
     if num_tiles(problem) % 2 == 0:
         ahead = num_tiles(problem) >= 4
         return MlaSchedule(2, stages, prefetch=1, score_ahead=ahead, whole=batch_invariant)

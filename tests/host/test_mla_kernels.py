@@ -272,6 +272,21 @@ def test_row_derives_figures_and_is_json() -> None:
     assert shape.problem == MlaDecode(16, causal=False)
 
 
+def test_shapes_of_the_fp8_cache_count_its_bytes() -> None:
+    fp8, sparse = mla_baselines("fp8"), mla_baselines("sparse")
+    shape = MlaShape(16, 1, 16, 32768, "fp8")
+    assert fp8[shape] == mla_baselines()[MlaShape(16, 1, 16, 32768)]
+    assert shape.problem == MlaDecode(16, causal=False, cache="fp8")
+    assert shape.num_bytes == 16 * (32768 * 656 + 16 * 1088 * 2)
+    assert len(sparse) == 9
+    few = MlaShape(64, 2, 128, 32768, "fp8", 2048)
+    assert sparse[few] == 195.17
+    assert str(few) == "b64-q2-h128-k32768-top2048"
+    assert few.problem == MlaDecode(128, 2, causal=False, cache="fp8", sparse=True)
+    assert few.flops == 2 * 64 * 2 * 128 * 2048 * 1088
+    assert MlaRow(few, 195.17, 195.17).tflops == pytest.approx(375.69, rel=1e-2)
+
+
 def test_geomean_is_of_what_is_known() -> None:
     assert known_geomean([2.0, None, 8.0]) == pytest.approx(4.0)
     assert known_geomean([None]) is None
