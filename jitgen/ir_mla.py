@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from .ir import Buffer
 from .problem_mla import MlaDecode
@@ -59,28 +60,34 @@ class Segment:
 
 @dataclass(frozen=True)
 class Split:
-    """How the keys of all sequences are cut into parts of equal cost, in the order of sequences.
+    """How the keys of all sequences are cut into parts, in the order of sequences.
 
-    A sequence costs `overhead` and then one for each of its blocks of `block_keys` keys. It is not
-    cut if `whole`, and belongs to the part in whose share its cost begins. The kernel makes the
-    same plan from the lengths on the device: templates/include/jitgen/mla_plan.cuh.
+    A sequence costs one for each of its blocks of `block_keys` keys, one at least, and a part takes
+    a range of `span` costs. Of the spans from an equal share on, `slack` are tried. The first with
+    which the sequences fit is taken: each into parts of its own, so that all begin where a part
+    does; or, if there are more sequences than parts, side by side, and none that begins within a
+    part extends beyond it. If none fits, a sequence costs `overhead` more, ahead of its blocks, and
+    is cut wherever an equal share ends. If `whole`, it is not cut, and belongs to the part in whose
+    range its cost begins. The kernel makes the same plan from the lengths on the device:
+    templates/include/jitgen/mla_plan.cuh.
     """
 
     block_keys: int
     overhead: int
+    slack: int
     whole: bool = False
 
     def parts(self, lengths: Sequence[int], num_parts: int) -> list[list[Segment]]:
         """The segments of every part."""
         blocks = [-(-max(length, 0) // self.block_keys) for length in lengths]
-        span = -(-sum(count + self.overhead for count in blocks) // num_parts)
+        span, lead, unit = self._grid([max(count, 1) for count in blocks], num_parts)
         parts: list[list[Segment]] = [[] for _ in range(num_parts)]
         position = 0
         for sequence, count in enumerate(blocks):
-            first, end = position + self.overhead, position + self.overhead + count
+            first, end = position + lead, position + lead + count
             if self.whole:
                 parts[position // span].append(Segment(sequence, 0, count, 0, 1))
-                position = end
+                position = first + -(-max(count, 1) // unit) * unit
                 continue
             if count == 0:
                 parts[position // span].append(Segment(sequence, 0, 0, first // span, 1))
@@ -90,12 +97,33 @@ class Split:
                 parts[part].append(
                     Segment(sequence, begin - first, stop - first, sharing.start, len(sharing))
                 )
-            position = end
+            position = first + -(-max(count, 1) // unit) * unit
         return parts
 
+    def _grid(self, blocks: list[int], num_parts: int) -> tuple[int, int, int]:
+        """A part's span, what a sequence costs ahead of its blocks, and what these are rounded up
+        to a multiple of."""
+        total = sum(blocks)
+        share = -(-total // num_parts)
+        for span in range(share, share + self.slack):
+            if len(blocks) <= num_parts:
+                if sum(-(-count // span) for count in blocks) <= num_parts:
+                    return span, 0, span
+            else:
+                ends = accumulate(blocks)
+                starts = ((end - count) % span for end, count in zip(ends, blocks, strict=True))
+                if not any(
+                    start > 0 and start + count > span
+                    for start, count in zip(starts, blocks, strict=True)
+                ):
+                    return span, 0, 1
+        return -(-(total + len(blocks) * self.overhead) // num_parts), self.overhead, 1
+
     def __str__(self) -> str:
-        whole = ", each whole" if self.whole else ""
-        return f"blocks of {self.block_keys} keys, {self.overhead} more a sequence{whole}"
+        note = ", each whole" if self.whole else ""
+        return (
+            f"blocks of {self.block_keys} keys, overhead {self.overhead}, slack {self.slack}{note}"
+        )
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from .schedule_mla import (
     BLOCK_KEYS,
     CHUNK_COLUMNS,
     LOADER_WARPS,
-    TILE_ROWS,
     MlaSchedule,
     check_mla_schedule,
     mla_smem_plan,
@@ -63,11 +62,13 @@ def mla_kernel_name(problem: MlaDecode, schedule: MlaSchedule) -> str:
     """The kernel's `extern "C"` name: stable, and found by those who look for FlashMLA's."""
     p, s = problem, schedule
     mask, ahead = "_causal" if p.causal else "", "_ahead" if s.score_ahead else ""
+    ahead += "_whole" if s.whole else ""
+    once = "_once" if s.evict_first else ""
     form = "_fp8" * p.is_fp8 + "_sparse" * p.sparse
     return (
         f"flash_fwd_splitkv_mla{form}_kernel{'_sink' * p.sink}_{p.dtype}_h{p.num_heads}"
-        f"_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}_p{p.page}{mask}"
-        f"_c{s.cluster}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}{ahead}"
+        f"_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}_p{p.page}{mask}_r{s.tile_rows}"
+        f"_c{s.cluster}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}_t{s.slack}{once}{ahead}"
     )
 
 
@@ -98,7 +99,7 @@ def mla_tensors(problem: MlaDecode) -> dict[str, MlaTensor]:
 
 def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
     tensors, dtype = mla_tensors(problem), problem.dtype
-    rows, keys = TILE_ROWS, BLOCK_KEYS
+    rows, keys = schedule.tile_rows, BLOCK_KEYS
     smem_q = Buffer("smem_q", dtype, (rows, problem.head_dim_qk), "smem", swizzle_bytes=128)
     smem_k = Buffer("smem_k", dtype, (keys, problem.head_dim_qk), "smem", True, 128)
     scores = Buffer("scores", F32, (rows, keys), "registers")
@@ -131,9 +132,9 @@ def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
         ),
     )
     return ForSegments(
-        Split(keys, schedule.overhead, schedule.whole),
+        Split(keys, schedule.overhead, schedule.slack, schedule.whole),
         rows,
-        num_tiles(problem),
+        num_tiles(problem, rows),
         schedule.cluster,
         (
             LoadQueries(smem_q, tensors["q"], q_box),

@@ -10,7 +10,7 @@ from .problem_mla import MlaDecode
 from .schedule import REGISTER_SPLIT
 from .target import SM90A, Target
 
-TILE_ROWS = 64  # query rows of a thread block: those of one wgmma
+TILE_ROWS = 64  # of one wgmma: query rows of a thread block, at most
 BLOCK_KEYS = 64  # keys that a math warpgroup scores at a time
 CHUNK_COLUMNS = 64  # of 16 bits: 128 bytes, the swizzle span
 CHUNK_BYTES = 64 * 128
@@ -20,35 +20,44 @@ LOADER_WARPS = 4  # of the producer that decode an FP8 cache, each its share of 
 FP8_REGISTERS = (88, 208)  # a thread of the producer, and of the math warpgroups: as REGISTER_SPLIT
 REGISTER_CHUNKS = 1
 ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
-WALKER_BYTES = 48  # of a plan on its way: ibid.
+WALKER_BYTES = 56  # of a plan on its way: ibid.
 
 
 @dataclass(frozen=True)
 class MlaSchedule:
     """
+    tile_rows : query rows of a thread block, 16, 32 or 64; with fewer, more blocks share the work
+        of merging a sequence's parts, and read the same keys
     cluster : thread blocks that work on neighbouring tiles of a sequence and share its keys, 1 or 2
     num_stages : blocks of 64 keys in shared memory, 2 or 4
     prefetch : blocks of keys by which loads into L2 run ahead of those into shared memory, 0 for
         none
     overhead : what a sequence costs beside its keys, in blocks of keys, when parts of equal cost
         are cut
+    slack : by fewer than how many blocks of keys a part may exceed an equal share, if sequences
+        then need not be cut where others begin or end
+    evict_first : lines of keys are the first to leave L2, others stay
     score_ahead : the second math warpgroup scores its block of keys before it attends to the
         first's, not after
     whole : sequences are not split, so that the results of one do not depend on the others of its
         batch
     """
 
+    tile_rows: int = TILE_ROWS
     cluster: int = 1
     num_stages: int = 2
     prefetch: int = 0
     overhead: int = 3
+    slack: int = 8
+    evict_first: bool = False
     score_ahead: bool = False
     whole: bool = False
 
     def __str__(self) -> str:
         return (
-            f"cluster={self.cluster} num_stages={self.num_stages} prefetch={self.prefetch}"
-            f" overhead={self.overhead} score_ahead={self.score_ahead} whole={self.whole}"
+            f"tile_rows={self.tile_rows} cluster={self.cluster} num_stages={self.num_stages}"
+            f" prefetch={self.prefetch} overhead={self.overhead} slack={self.slack}"
+            f" evict_first={self.evict_first} score_ahead={self.score_ahead} whole={self.whole}"
         )
 
     @property
@@ -72,9 +81,9 @@ class MlaSmemPlan:
     total_bytes: int
 
 
-def num_tiles(problem: MlaDecode) -> int:
-    """Tiles of 64 query rows of a sequence."""
-    return -(-problem.num_rows // TILE_ROWS)
+def num_tiles(problem: MlaDecode, tile_rows: int = TILE_ROWS) -> int:
+    """Tiles of query rows of a sequence."""
+    return -(-problem.num_rows // tile_rows)
 
 
 def num_chunks(problem: MlaDecode) -> int:
@@ -117,7 +126,7 @@ def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
         "barriers": 8 * num_barriers(problem, schedule),
         "announcement": ANNOUNCEMENT_BYTES,
         "walkers": LOADER_WARPS * WALKER_BYTES if problem.is_fp8 else 0,
-        "scratch": 4 * (NUM_WARPS + 2),
+        "scratch": 4 * (NUM_WARPS + 2 + schedule.slack),
     }
     offset, offsets = 0, {}
     for name, size in sizes.items():
@@ -126,9 +135,10 @@ def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
     return MlaSmemPlan(**offsets, total_bytes=offset)
 
 
-def num_parts(problem: MlaDecode, num_sms: int) -> int:
-    """Parts that the keys of all sequences are cut into: as many as run at once, at least one."""
-    return max(num_sms // num_tiles(problem), 1)
+def num_parts(tiles: int, num_sms: int) -> int:
+    """Parts that the keys of all sequences are cut into for each of `tiles` tiles: as many as run
+    at once, at least one."""
+    return max(num_sms // tiles, 1)
 
 
 def select_mla(problem: MlaDecode, *, batch_invariant: bool = False) -> MlaSchedule:
@@ -138,7 +148,9 @@ def select_mla(problem: MlaDecode, *, batch_invariant: bool = False) -> MlaSched
         return MlaSchedule(num_stages=stages, score_ahead=True, whole=batch_invariant)
     if num_tiles(problem) % 2 == 0:
         ahead = num_tiles(problem) >= 4
-        return MlaSchedule(2, stages, prefetch=1, score_ahead=ahead, whole=batch_invariant)
+        return MlaSchedule(
+            cluster=2, num_stages=stages, prefetch=1, score_ahead=ahead, whole=batch_invariant
+        )
     return MlaSchedule(num_stages=stages, whole=batch_invariant)
 
 
@@ -147,25 +159,30 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
     if not isinstance(schedule, MlaSchedule):
         raise ScheduleError(f"the schedule is a {type(schedule).__name__}, must be an MlaSchedule")
     for name, legal in (
+        ("tile_rows", (16, 32, 64)),
         ("cluster", (1, 2)),
         ("num_stages", (2, 4)),
         ("prefetch", range(9)),
         ("overhead", range(1, 65)),
+        ("slack", range(1, 17)),
+        ("evict_first", (False, True)),
         ("score_ahead", (False, True)),
         ("whole", (False, True)),
     ):
         value = getattr(schedule, name)
         if type(value) is not type(legal[0]) or value not in legal:
             raise ScheduleError(f"{name} = {value!r} must be one of {', '.join(map(str, legal))}")
-    if num_tiles(problem) % schedule.cluster:
+    tiles = num_tiles(problem, schedule.tile_rows)
+    if tiles % schedule.cluster:
         raise ScheduleError(
-            f"cluster = {schedule.cluster} does not divide the {num_tiles(problem)} tiles of"
+            f"cluster = {schedule.cluster} does not divide the {tiles} tiles of"
             f" {problem.num_rows} query rows: choose 1"
         )
-    if problem.is_fp8 and (schedule.cluster > 1 or schedule.prefetch > 1):
+    if problem.is_fp8 and (schedule.cluster > 1 or schedule.prefetch > 1 or schedule.evict_first):
         raise ScheduleError(
-            f"cluster = {schedule.cluster}, prefetch = {schedule.prefetch}: blocks do not share the"
-            " keys of an FP8 cache, and look one block of keys ahead: choose 1, and 0 or 1"
+            f"cluster = {schedule.cluster}, prefetch = {schedule.prefetch}, evict_first ="
+            f" {schedule.evict_first}: blocks do not share the keys of an FP8 cache, which no TMA"
+            " loads, and look one block of keys ahead: choose 1, 0 or 1, and False"
         )
     total = mla_smem_plan(problem, schedule).total_bytes
     if total > target.smem_per_block_bytes:

@@ -39,6 +39,7 @@ from .ir_mla import (
     MlaStmt,
     Score,
     Soften,
+    Split,
     StoreOutput,
 )
 from .limits import MAX_BOX, require
@@ -50,7 +51,6 @@ from .schedule_mla import (
     CHUNK_BYTES,
     CHUNK_COLUMNS,
     LOADER_WARPS,
-    TILE_ROWS,
     check_mla_schedule,
     mla_smem_plan,
     num_tiles,
@@ -87,20 +87,11 @@ def _check_split(kernel: MlaKernel) -> None:
     """The parts of a few batches cover every block once, in order, and agree on who shares what."""
     body, schedule = kernel.body, kernel.schedule
     split = body.split
-    shape = (
-        split.block_keys,
-        split.overhead,
-        split.whole,
-        body.tile_rows,
-        body.tiles,
-        body.cluster,
-    )
+    shape = (split, body.tile_rows, body.tiles, body.cluster)
     planned = (
-        BLOCK_KEYS,
-        schedule.overhead,
-        schedule.whole,
-        TILE_ROWS,
-        num_tiles(kernel.problem),
+        Split(BLOCK_KEYS, schedule.overhead, schedule.slack, schedule.whole),
+        schedule.tile_rows,
+        num_tiles(kernel.problem, schedule.tile_rows),
         schedule.cluster,
     )
     require(shape == planned, split, f"is {shape}, the schedule's is {planned}")
@@ -141,6 +132,11 @@ class _Block:
     has_looped: bool = False
     is_stored: bool = False
 
+    @property
+    def rows(self) -> int:
+        """Query rows of a tile, those beyond the last one included."""
+        return self.kernel.schedule.tile_rows
+
     def run(self, stmts: tuple[MlaStmt, ...]) -> None:
         for stmt in stmts:
             match stmt:
@@ -154,7 +150,7 @@ class _Block:
                     self.load_tokens(stmt)
                 case Score():
                     self.read(stmt, (stmt.a, "queries"), (stmt.b, "keys"))
-                    self.write(stmt, "scores", stmt.dst, F32, (TILE_ROWS, BLOCK_KEYS))
+                    self.write(stmt, "scores", stmt.dst, F32, (self.rows, BLOCK_KEYS))
                 case Mask() | MaskTokens():
                     self.mask(stmt)
                 case Soften():
@@ -209,7 +205,7 @@ class _Block:
 
     def fill(self, op: Fill) -> None:
         require(not self.in_loop and not self.has_looped, op, "must come before the loop")
-        rows, columns = TILE_ROWS, self.kernel.problem.head_dim_v
+        rows, columns = self.rows, self.kernel.problem.head_dim_v
         if op.value == -math.inf:
             self.write(op, "max", op.dst, F32, (rows,))
         elif len(op.dst.shape) == 1:
@@ -235,9 +231,9 @@ class _Block:
             self.write(op, "keys", op.dst, problem.dtype, (BLOCK_KEYS, columns), smem=True)
         else:
             require(op.src == tensors["q"], op, "must load the queries")
-            need = min(TILE_ROWS, problem.num_rows)
+            need = min(self.rows, problem.num_rows)
             require(op.box[0] == need, op, f"must load {need} rows")
-            self.write(op, "queries", op.dst, problem.dtype, (TILE_ROWS, columns), smem=True)
+            self.write(op, "queries", op.dst, problem.dtype, (self.rows, columns), smem=True)
         require(0 < op.box[0] <= MAX_BOX, op, f"box {op.box} is too large")
         span = op.box[1] * problem.dtype.size_bytes
         require(span == SWIZZLE_BYTES, op, f"box {op.box} is not one swizzle span wide")
@@ -269,8 +265,8 @@ class _Block:
         require(self.in_loop, op, "must be in the loop")
         self.read(op, (op.scores, "masked scores"), (op.max, "max"), (op.sum, "sum"))
         del self.holds[op.scores.name]
-        self.write(op, "p", op.p, self.kernel.problem.dtype, (TILE_ROWS, BLOCK_KEYS))
-        self.write(op, "factor", op.factor, F32, (TILE_ROWS,))
+        self.write(op, "p", op.p, self.kernel.problem.dtype, (self.rows, BLOCK_KEYS))
+        self.write(op, "factor", op.factor, F32, (self.rows,))
 
     def merge(self, op: Merge) -> None:
         require(self.has_looped, op, "must come after the loop")

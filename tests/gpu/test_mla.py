@@ -55,6 +55,8 @@ def test_edge_lengths_meet_float64(problem: MlaDecode) -> None:
         MlaSchedule(cluster=2, prefetch=2),
         MlaSchedule(cluster=1, score_ahead=True),
         MlaSchedule(cluster=2, score_ahead=True),
+        MlaSchedule(tile_rows=16, evict_first=True),
+        MlaSchedule(tile_rows=32, cluster=2, slack=1),
     ],
     ids=str,
 )
@@ -93,13 +95,14 @@ def test_small_equals_interpreter_within_tolerance(problem: MlaDecode) -> None:
     lengths = (0, 1, 63, 130, 321)
     inputs = make_inputs(MlaDraw(problem, lengths, None, 11))
     o, lse = jitgen.mla_decode(*inputs.values(), causal=problem.causal)
+    kernel = lower_mla(problem, select_mla(problem))
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     host = {name: to_numpy(t) for name, t in inputs.items()}
     expected, expected_lse = interpret_mla(
-        lower_mla(problem, select_mla(problem)),
+        kernel,
         host,
         softmax_scale=problem.head_dim_qk**-0.5,
-        num_parts=num_parts(problem, sms),
+        num_parts=num_parts(kernel.body.tiles, sms),
     )
     got = to_numpy(o).astype(np.float64)
     for sequence, length in enumerate(lengths):

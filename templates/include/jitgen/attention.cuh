@@ -49,26 +49,25 @@ __device__ __forceinline__ uint4 ld_shared_u4(u32 smem) {
     return v;
 }
 
-// Written by other blocks of this launch: read where L2 has it, never from L1.
-__device__ __forceinline__ float2 ld_l2(const float2* p) {
-    float2 v;
-    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
-    return v;
-}
-__device__ __forceinline__ float4 ld_l2(const float4* p) {
-    float4 v;
-    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(p)
+// Written by other blocks of this launch: read where L2 has it, never from L1. What is not there is `other`.
+__device__ __forceinline__ float2 ld_l2_if(bool is_there, const float2* p, float2 other) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p ld.global.cg.v2.f32 {%0, %1}, [%2];\n}"
+                 : "+f"(other.x), "+f"(other.y)
+                 : "l"(p), "r"(u32(is_there))
                  : "memory");
-    return v;
+    return other;
+}
+__device__ __forceinline__ float4 ld_l2_if(bool is_there, const float4* p, float4 other) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+f"(other.x), "+f"(other.y), "+f"(other.z), "+f"(other.w)
+                 : "l"(p), "r"(u32(is_there))
+                 : "memory");
+    return other;
 }
 
-// Adds to a counter in global memory what was written before; returns what it held.
-__device__ __forceinline__ u32 atomic_add_release(u32* counter, u32 value) {
-    u32 old;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(value) : "memory");
-    return old;
+// Adds one to a counter in global memory, behind what was written before; after `last` it is 0 again.
+__device__ __forceinline__ void count_release(u32* counter, u32 last) {
+    asm volatile("red.release.gpu.global.inc.u32 [%0], %1;" ::"l"(counter), "r"(last) : "memory");
 }
 
 __device__ __forceinline__ void wait_at_least(const u32* counter, u32 value) {
@@ -78,7 +77,10 @@ __device__ __forceinline__ void wait_at_least(const u32* counter, u32 value) {
     } while (seen < value);
 }
 
-__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// Barrier among `threads` threads of the block.
+__device__ __forceinline__ void named_barrier_sync(u32 id, u32 threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // The lines of the box at (x, y) on their way into L2.
 __device__ __forceinline__ void tma_prefetch(const TensorMap& map, u32 x, u32 y) {

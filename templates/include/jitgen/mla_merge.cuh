@@ -9,7 +9,7 @@ namespace jitgen {
 // Outputs lie as wgmma's accumulators do, four of a thread side by side: columns 8 j + 2 t and the next one of rows g
 // and g + 8, for [16 rows][half of the columns][j][lane 4 g + t].
 template <u32 kTiles, u32 kDimV> struct Partials {
-    static constexpr u32 kStripUnits = 16 * kDimV / 4;  // of 16 rows
+    static constexpr u32 kRows = 64, kStripUnits = 16 * kDimV / 4;  // of a tile, at most; of 16 rows
     float4* out;
     float2* states;
     u32* counters;  // [part][tile], of the sequence that begins in the part: all zero between launches
@@ -21,12 +21,44 @@ template <u32 kTiles, u32 kDimV> struct Partials {
     __device__ __forceinline__ u32* counter(const Segment& segment, u32 index) const {
         return counters + segment.first_part * kTiles + index;
     }
+    // Counts a part that has left its share, or that has read the others'; the last of these puts the counter back to 0.
+    __device__ __forceinline__ void count(const Segment& segment, u32 index) const {
+        count_release(counter(segment, index), 2 * segment.num_parts - 1);
+    }
+};
+
+// A unit of outputs, four of a thread, with the states of its two rows: what some splits come to together.
+struct Merged {
+    float4 out = {};
+    float max[2] = {-infinity(), -infinity()}, sum[2] = {};
+
+    // Adds `kCount` others, those of splits that follow.
+    template <u32 kCount>
+    __device__ __forceinline__ void add(const float4 (&outs)[kCount], const float2 (&first)[kCount],
+                                        const float2 (&second)[kCount]) {
+        float top[2] = {max[0], max[1]};
+#pragma unroll
+        for (u32 i = 0; i < kCount; ++i) top[0] = fmaxf(top[0], first[i].x), top[1] = fmaxf(top[1], second[i].x);
+        // Without keys so far, all are -inf: all factors are 0.
+        const float base[2] = {top[0] == -infinity() ? 0.0f : top[0], top[1] == -infinity() ? 0.0f : top[1]};
+        const float f = exp2_approx(max[0] - base[0]), g = exp2_approx(max[1] - base[1]);
+        out = {out.x * f, out.y * f, out.z * g, out.w * g};
+        sum[0] *= f, sum[1] *= g;
+#pragma unroll
+        for (u32 i = 0; i < kCount; ++i) {
+            const float a = exp2_approx(first[i].x - base[0]), b = exp2_approx(second[i].x - base[1]);
+            out = {out.x + a * outs[i].x, out.y + a * outs[i].y, out.z + b * outs[i].z, out.w + b * outs[i].w};
+            sum[0] += a * first[i].y, sum[1] += b * second[i].y;
+        }
+        max[0] = top[0], max[1] = top[1];
+    }
 };
 
 // Where results go: rows of a sequence are those of its tokens' heads. With kTokens > 1 each token is a sequence of its
 // own, and kTokens of them follow one another in o and in lse.
-template <class T, u32 kHeads, u32 kQueries, u32 kDimV, u32 kTokens, bool kHasSink> struct Results {
-    static constexpr u32 kRows = kHeads * kQueries, kHalfV = kDimV / 2, kStripUnits = 16 * kDimV / 4;
+template <class T, u32 kHeads, u32 kQueries, u32 kDimV, u32 kTokens, bool kHasSink, u32 kTileRows_>
+struct Results {
+    static constexpr u32 kTileRows = kTileRows_, kRows = kHeads * kQueries, kHalfV = kDimV / 2, kStripUnits = 16 * kDimV / 4;
     T* o;
     float* lse;
     const float* sink;  // of each head, if kHasSink
@@ -49,169 +81,116 @@ template <class T, u32 kHeads, u32 kQueries, u32 kDimV, u32 kTokens, bool kHasSi
         const u64 index = (head * kTokens + sequence % kTokens) * kQueries + row / kHeads;
         lse[index] = sum == 0.0f ? infinity() : (max + log2f(sum)) * 0.693147181f;
     }
-    // A unit of four merged outputs, and the sums of its two rows.
-    __device__ __forceinline__ void store_unit(u32 sequence, u32 tile, u32 unit, float4 v, float2 sums) const {
-        const u32 row = tile * 64 + unit / kStripUnits * 16 + unit % 32 / 4;
+    // A unit of four merged outputs, of rows g and g + 8.
+    __device__ __forceinline__ void store_unit(u32 sequence, u32 tile, u32 unit, const Merged& v) const {
+        const u32 row = tile * kTileRows + unit / kStripUnits * 16 + unit % 32 / 4;
         const u32 column = unit / (kStripUnits / 2) % 2 * kHalfV + unit / 32 % (kHalfV / 8) * 8 + unit % 4 * 2;
-        const float first = factor(sums.x), second = factor(sums.y);
+        const float first = factor(denominator(row, v.max[0], v.sum[0]));
+        const float second = factor(denominator(row + 8, v.max[1], v.sum[1]));
         u32* to = reinterpret_cast<u32*>(at(sequence, row, column));
-        if (row < kRows) *to = pack<T>(v.x * first, v.y * first);
-        if (row + 8 < kRows) to[8 * kDimV / 2] = pack<T>(v.z * second, v.w * second);
+        if (row < kRows) *to = pack<T>(v.out.x * first, v.out.y * first);
+        if (row + 8 < kRows) to[8 * kDimV / 2] = pack<T>(v.out.z * second, v.out.w * second);
+        if (column > 0) return;
+        store_lse(sequence, row, v.max[0], v.sum[0]);
+        store_lse(sequence, row + 8, v.max[1], v.sum[1]);
     }
 };
 
-// What every split of a segment's sequence counts for in the merge, in shared memory: [split][row of the tile] factors,
-// then what all rows' sums come to, and their maxima. By 256 threads, which share the rows and four splits at a time.
-template <u32 kTiles, u32 kDimV> struct MergeWeights {
-    u32 smem, count;
+// Merges a part's share of the outputs of a sequence that it shares with others. By `kThreads` threads.
+template <class Shares, class Outcome> struct Merger {
+    static constexpr u32 kRows = Outcome::kRows, kStrip = Shares::kStripUnits;
+    static constexpr u32 kSlots = 12;  // partial results of a thread on their way at a time: L2 answers after 700 clocks
 
-    static constexpr u32 kThreads = 256, kRows = 64, kGroups = kThreads / kRows;
-    static constexpr u32 kBatch = 8;  // loads on their way at a time: L2 answers after about 700 cycles
+    const Shares& partials;
+    const Outcome& results;
+    const Segment& segment;
+    const u32 tile;
 
-    __device__ __forceinline__ u32 factor(u32 split, u32 row) const { return smem + (split * kRows + row) * 4; }
-    __device__ __forceinline__ u32 max(u32 row) const { return factor(count, row); }
-    __device__ __forceinline__ u32 sum(u32 row) const { return factor(count + 1, row); }
-
-    __device__ __forceinline__ void prepare(const Partials<kTiles, kDimV>& partials, const Segment& segment, u32 tile,
-                                            u32 barrier) const {
-        const u32 row = threadIdx.x % kRows, group = threadIdx.x / kRows;
-        const u32 exchange = factor(count + 2, group * kRows + row);
-        float top = -infinity();
-#pragma unroll 1
-        for (u32 first = group; first < count; first += kBatch * kGroups) {
-            float2 states[kBatch];
-#pragma unroll
-            for (u32 i = 0; i < kBatch; ++i) {
-                const u32 split = min(first + i * kGroups, count - 1);
-                const u64 at = partials.tile(segment.first_part + split, split == 0, tile);
-                states[i] = ld_l2(partials.states + at * kRows + row);
-            }
-#pragma unroll
-            for (u32 i = 0; i < kBatch; ++i) {
-                const u32 split = first + i * kGroups;
-                if (split >= count) break;
-                top = fmaxf(top, states[i].x);
-                st_shared(factor(split, row), states[i].x);
-                st_shared(factor(split + count + 2 + kGroups, row), states[i].y);
-            }
-        }
-        st_shared(exchange, top);
-        named_barrier_sync<kThreads>(barrier);
-#pragma unroll
-        for (u32 i = 0; i < kGroups; ++i) top = fmaxf(top, ld_shared(factor(count + 2 + i, row)));
-        named_barrier_sync<kThreads>(barrier);
-        const float base = top == -infinity() ? 0.0f : top;  // no keys: all factors are 0
-        float total = 0.0f;
-        for (u32 split = group; split < count; split += kGroups) {
-            const float f = exp2_approx(ld_shared(factor(split, row)) - base);
-            total += f * ld_shared(factor(split + count + 2 + kGroups, row));
-            st_shared(factor(split, row), f);
-        }
-        st_shared(exchange, total);
-        named_barrier_sync<kThreads>(barrier);
-        if (group > 0) return;
-        total = 0.0f;
-#pragma unroll
-        for (u32 i = 0; i < kGroups; ++i) total += ld_shared(factor(count + 2 + i, row));
-        st_shared(max(row), top);
-        st_shared(sum(row), total);
-    }
-
-    // out[k] = units `unit` + k * width of the splits `from`, `from` + step .. added up, for those below `last`.
-    template <u32 kUnits>
-    __device__ __forceinline__ void add_up(float4 (&out)[kUnits], const Partials<kTiles, kDimV>& partials,
-                                           const Segment& segment, u32 tile, u32 unit, u32 width, u32 last, u32 from,
+    // Units `unit` + k * stride, below `last`, of the splits `from`, `from` + step ..
+    template <u32 kUnits, u32 kSplits>
+    __device__ __forceinline__ void gather(Merged (&merged)[kUnits], u32 unit, u32 stride, u32 last, u32 from,
                                            u32 step) const {
-        constexpr u32 kSplits = kBatch / kUnits, kStrip = Partials<kTiles, kDimV>::kStripUnits;
-#pragma unroll
-        for (u32 k = 0; k < kUnits; ++k) out[k] = {};
 #pragma unroll 1
-        for (u32 first = from; first < count; first += kSplits * step) {
-            float4 values[kSplits][kUnits];
+        for (u32 base = from; base < segment.num_parts; base += kSplits * step) {
+            float4 outs[kUnits][kSplits];
+            float2 states[kUnits][2][kSplits];
 #pragma unroll
             for (u32 i = 0; i < kSplits; ++i) {
-                const u32 split = min(first + i * step, count - 1);
+                const u32 split = base + i * step;
                 const u64 at = partials.tile(segment.first_part + split, split == 0, tile);
-                const float4* base = partials.out + at * (4 * kStrip);
-#pragma unroll
-                for (u32 k = 0; k < kUnits; ++k) values[i][k] = ld_l2(base + min(unit + k * width, last - 1));
-            }
-#pragma unroll
-            for (u32 i = 0; i < kSplits; ++i) {
-                const u32 split = first + i * step;
-                if (split >= count) break;
 #pragma unroll
                 for (u32 k = 0; k < kUnits; ++k) {
-                    const u32 at = min(unit + k * width, last - 1), row = at / kStrip * 16 + at % 32 / 4;
-                    const float f = ld_shared(factor(split, row)), g = ld_shared(factor(split, row + 8));
-                    const float4 v = values[i][k];
-                    out[k] = {out[k].x + f * v.x, out[k].y + f * v.y, out[k].z + g * v.z, out[k].w + g * v.w};
+                    const u32 index = unit + k * stride;
+                    const bool is_there = split < segment.num_parts && index < last;
+                    const float2* state = partials.states + at * Shares::kRows + index / kStrip * 16 + index % 32 / 4;
+                    outs[k][i] = ld_l2_if(is_there, partials.out + at * (4 * kStrip) + index, float4{});
+                    states[k][0][i] = ld_l2_if(is_there, state, {-infinity(), 0.0f});
+                    states[k][1][i] = ld_l2_if(is_there, state + 8, {-infinity(), 0.0f});
                 }
             }
+#pragma unroll
+            for (u32 k = 0; k < kUnits; ++k) merged[k].add(outs[k], states[k][0], states[k][1]);
         }
     }
-};
 
-// Merges a part's share of the outputs of a sequence that it shares. By 256 threads, which meet at `barrier`.
-template <class T, u32 kHeads, u32 kQueries, u32 kDimV, u32 kTokens, bool kHasSink, u32 kTiles>
-__device__ __forceinline__ void merge(const Partials<kTiles, kDimV>& partials,
-                                      const Results<T, kHeads, kQueries, kDimV, kTokens, kHasSink>& results, const Segment& segment,
-                                      u32 part, u32 tile, u32 smem, u32 barrier) {
-    constexpr u32 kThreads = 256, kRows = kHeads * kQueries, kStrip = Partials<kTiles, kDimV>::kStripUnits;
-    u32* counter = partials.counter(segment, tile);
-    if (threadIdx.x == 0) wait_at_least(counter, segment.num_parts);
-    named_barrier_sync<kThreads>(barrier);
-    const u32 count = segment.num_parts, index = part - segment.first_part;
-    const MergeWeights<kTiles, kDimV> weights{smem + kThreads * 16, count};
-    weights.prepare(partials, segment, tile, barrier);
-    named_barrier_sync<kThreads>(barrier);
-    if (index == 0 && threadIdx.x < 64)
-        results.store_lse(segment.sequence, tile * 64 + threadIdx.x, ld_shared(weights.max(threadIdx.x)),
-                          ld_shared(weights.sum(threadIdx.x)));
-    // The share, in units of four outputs, whole 32-byte sectors of O.
-    const u32 num_units = ceil_div(min(64u, kRows - tile * 64), 16) * kStrip;
-    const u32 share = round_up(ceil_div(num_units, count), 8);
-    const u32 first = index * share, last = min(first + share, num_units);
-    auto store = [&](u32 unit, float4 v) {
-        const u32 row = unit / kStrip * 16 + unit % 32 / 4;
-        auto sum = [&](u32 r) {
-            return results.denominator(tile * 64 + r, ld_shared(weights.max(r)), ld_shared(weights.sum(r)));
-        };
-        const float2 sums = {sum(row), sum(row + 8)};
-        results.store_unit(segment.sequence, tile, unit, v, sums);
-    };
-    if (share > kThreads / 2) {
-        // Few splits: every thread adds up all splits of four units at a time.
-        constexpr u32 kUnits = 4;
+    // Every thread adds up all splits of kUnits units at a time.
+    template <u32 kUnits>
+    __device__ __forceinline__ void merge_units(u32 first, u32 last, u32 thread, u32 threads) const {
 #pragma unroll 1
-        for (u32 unit = first + threadIdx.x; unit < last; unit += kUnits * kThreads) {
-            float4 out[kUnits];
-            weights.template add_up<kUnits>(out, partials, segment, tile, unit, kThreads, last, 0, 1);
+        for (u32 unit = first + thread; unit < last; unit += kUnits * threads) {
+            Merged merged[kUnits];
+            gather<kUnits, kSlots / kUnits>(merged, unit, threads, last, 0, 1);
 #pragma unroll
             for (u32 k = 0; k < kUnits; ++k)
-                if (unit + k * kThreads < last) store(unit + k * kThreads, out[k]);
-        }
-    } else if (first < last) {
-        // Many splits: groups of threads share those of one unit.
-        u32 width = kThreads / 2;
-        while (width / 2 >= share) width /= 2;
-        const u32 unit = first + threadIdx.x % width, mine = smem + threadIdx.x * 16;
-        float4 out[1];
-        weights.template add_up<1>(out, partials, segment, tile, unit, 0, last, threadIdx.x / width, kThreads / width);
-        st_shared(mine, out[0]);
-        named_barrier_sync<kThreads>(barrier);
-        if (threadIdx.x < width && unit < last) {
-            float4 total = {};
-            for (u32 i = 0; i < kThreads; i += width) {
-                const float4 v = ld_shared_v4(mine + i * 16);
-                total = {total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w};
-            }
-            store(unit, total);
+                if (unit + k * threads < last)
+                    results.store_unit(segment.sequence, tile, unit + k * threads, merged[k]);
         }
     }
-    // The last to have seen the counter puts it back to zero.
-    if (threadIdx.x == 0 && atomic_add_release(counter, 1) == 2 * count - 1) *counter = 0;
-    named_barrier_sync<kThreads>(barrier);  // before shared memory is another merge's
-}
+
+    // Groups of threads share the splits of one unit, and add up by way of 32 bytes of shared memory a thread.
+    __device__ __forceinline__ void merge_grouped(u32 first, u32 last, u32 thread, u32 threads, u32 smem,
+                                                  u32 barrier) const {
+        u32 width = threads / 2;
+        while (width / 2 >= last - first) width /= 2;
+        const u32 unit = first + thread % width, groups = threads / width;
+        Merged merged[1];
+        gather<1, kSlots>(merged, unit, 0, last, thread / width, groups);
+        const Merged& own = merged[0];
+        st_shared(smem + thread * 16, own.out);
+        st_shared(smem + (threads + thread) * 16, float4{own.max[0], own.sum[0], own.max[1], own.sum[1]});
+        named_barrier_sync(barrier, threads);
+        if (thread >= width || unit >= last) return;
+        Merged total;
+        for (u32 i = 0; i < groups; ++i) {
+            const float4 v = ld_shared_v4(smem + (i * width + thread) * 16);
+            const float4 state = ld_shared_v4(smem + (threads + i * width + thread) * 16);
+            const float4 outs[1] = {v};
+            const float2 first_row[1] = {{state.x, state.y}}, second_row[1] = {{state.z, state.w}};
+            total.add(outs, first_row, second_row);
+        }
+        results.store_unit(segment.sequence, tile, unit, total);
+    }
+
+    // By `threads` threads, 128 or 256, of which this one is `thread`; they meet at `barrier`.
+    __device__ __forceinline__ void run(u32 part, u32 thread, u32 threads, u32 smem, u32 barrier) const {
+        if (thread == 0) wait_at_least(partials.counter(segment, tile), segment.num_parts);
+        named_barrier_sync(barrier, threads);
+        // The share, in units of four outputs, whole 32-byte sectors of O.
+        const u32 num_units = ceil_div(min(Outcome::kTileRows, kRows - tile * Outcome::kTileRows), 16) * kStrip;
+        const u32 share = round_up(ceil_div(num_units, segment.num_parts), 8);
+        const u32 first = (part - segment.first_part) * share, last = min(first + share, num_units);
+        if (share <= threads / 2) {
+            if (first < last) merge_grouped(first, last, thread, threads, smem, barrier);
+        } else if (segment.num_parts <= 2) {
+            merge_units<kSlots / 2>(first, last, thread, threads);
+        } else if (segment.num_parts <= 4) {
+            merge_units<kSlots / 4>(first, last, thread, threads);
+        } else {
+            merge_units<kSlots / 6>(first, last, thread, threads);
+        }
+        named_barrier_sync(barrier, threads);
+        if (thread == 0) partials.count(segment, tile);
+    }
+};
 
 }  // namespace jitgen

@@ -1,7 +1,6 @@
-// The split-KV plan, made by every thread block for itself from the lengths of the sequences: a sequence costs its
-// blocks of keys and kOverhead; the sum is cut into parts of equal cost, in the order of the sequences. A part owns the
-// blocks in its range, and so at most two sequences that it shares with other parts: its first and its last. With kWhole
-// it has all blocks of the sequences whose cost begins in its range, and shares none.
+// The split-KV plan, made by every thread block for itself from the lengths of the sequences (jitgen/ir_mla.py, Split): a
+// part owns the blocks of keys in a range of costs, and so at most two sequences that it shares with other parts: its
+// first and its last. With kWhole it owns the sequences whose cost begins in the range, and shares none.
 #pragma once
 #include "jitgen/attention.cuh"
 
@@ -37,23 +36,21 @@ template <u32 kTokens> struct TopkLengths {
     }
 };
 
-template <class Lengths, u32 kBlockKeys, u32 kOverhead, bool kWhole> struct SegmentWalker {
+template <class Lengths, u32 kBlockKeys, u32 kOverhead, u32 kSlack, bool kWhole> struct SegmentWalker {
     Lengths num_keys;
     u32 num_sequences, span;  // cost of a part
+    u32 lead, unit;           // of a sequence's cost: what is beside its blocks, and what they are rounded up to
     u32 begin, end;           // of this part
     u32 sequence, position;   // the next sequence, and where its cost begins
 
-    __device__ __forceinline__ u32 cost(u32 sequence) const {
-        return ceil_div(num_keys(sequence), kBlockKeys) + kOverhead;
+    __device__ __forceinline__ u32 num_blocks(u32 sequence) const {
+        return max(ceil_div(num_keys(sequence), kBlockKeys), 1);
     }
+    __device__ __forceinline__ u32 cost(u32 sequence) const { return lead + round_up(num_blocks(sequence), unit); }
 
-    // To be called once by all kThreads threads of the block, which lends kThreads / 32 + 2 words of shared memory.
-    template <u32 kThreads>
-    __device__ __forceinline__ void start(Lengths lengths, u32 count, u32 part, u32 num_parts, u32* scratch) {
-        constexpr u32 kWarps = kThreads / 32;
-        const u32 per_thread = ceil_div(count, kThreads), first = threadIdx.x * per_thread;
-        const u32 last = min(first + per_thread, count), lane = threadIdx.x % 32;
-        num_keys = lengths, num_sequences = count;
+    // Where the cost of this thread's first sequence begins, and `total`, that of all.
+    template <u32 kThreads> __device__ __forceinline__ u32 scan(u32 first, u32 last, u32* scratch, u32& total) const {
+        const u32 lane = threadIdx.x % 32;
         u32 own = 0;
         for (u32 i = first; i < last; ++i) own += cost(i);
         u32 sum = own;  // of this lane's and those before it
@@ -63,42 +60,81 @@ template <class Lengths, u32 kBlockKeys, u32 kOverhead, bool kWhole> struct Segm
             if (lane >= step) sum += other;
         }
         if (lane == 31) scratch[threadIdx.x / 32] = sum;
-        if (threadIdx.x == 0) scratch[kWarps] = count, scratch[kWarps + 1] = 0;
         __syncthreads();
-        u32 total = 0, before = 0;
+        u32 before = 0;
+        total = 0;
 #pragma unroll
-        for (u32 warp = 0; warp < kWarps; ++warp) {
+        for (u32 warp = 0; warp < kThreads / 32; ++warp) {
             if (warp == threadIdx.x / 32) before = total;
             total += scratch[warp];
         }
+        return before + sum - own;
+    }
+
+    // To be called once by all kThreads threads of the block, which lends kThreads / 32 + 2 + kSlack words of shared
+    // memory.
+    template <u32 kThreads>
+    __device__ __forceinline__ void start(Lengths lengths, u32 count, u32 part, u32 num_parts, u32* scratch) {
+        const u32 per_thread = ceil_div(count, kThreads), first = threadIdx.x * per_thread;
+        const u32 last = min(first + per_thread, count);
+        u32 *place = scratch + kThreads / 32, *misfits = place + 2;
+        num_keys = lengths, num_sequences = count, lead = 0, unit = 1;
+        if (threadIdx.x < kSlack) misfits[threadIdx.x] = 0;
+        if (threadIdx.x < 2) place[threadIdx.x] = threadIdx.x == 0 ? count : 0;
+        u32 total, at = scan<kThreads>(first, last, scratch, total);
         span = ceil_div(total, num_parts);
+        if (count > 1) {
+            // The least of kSlack spans with which the sequences fit: each into parts of its own or, if there are more
+            // sequences than parts, side by side with none cut at a part's bounds but one that begins there.
+            const bool are_apart = count <= num_parts;
+            u32 misfit[kSlack] = {};
+            u32 from = at;
+            for (u32 i = first; i < last; ++i) {
+                const u32 blocks = num_blocks(i);
+#pragma unroll
+                for (u32 k = 0; k < kSlack; ++k)
+                    misfit[k] += are_apart ? ceil_div(blocks, span + k)
+                                           : from % (span + k) > 0 && from % (span + k) + blocks > span + k;
+                from += blocks;
+            }
+#pragma unroll
+            for (u32 k = 0; k < kSlack; ++k) {
+                const u32 sum = __reduce_add_sync(0xffffffff, misfit[k]);
+                if (threadIdx.x % 32 == 0 && sum > 0) atomicAdd(misfits + k, sum);
+            }
+            __syncthreads();
+            u32 k = 0;
+            while (k < kSlack && misfits[k] > (are_apart ? num_parts : 0)) ++k;
+            if (k < kSlack) span += k, unit = are_apart ? span : 1;
+            else span = ceil_div(total + count * kOverhead, num_parts), lead = kOverhead;
+            at = scan<kThreads>(first, last, scratch, total);
+        }
         begin = part * span, end = min(begin + span, total);
-        u32 at = before + sum - own;
-        if (begin >= at && begin < at + own) {
-            u32 i = first;
-            for (u32 c; at + (c = cost(i)) <= begin; ++i) at += c;
-            scratch[kWarps] = i, scratch[kWarps + 1] = at;
+        for (u32 i = first; i < last; ++i) {
+            const u32 next = at + cost(i);
+            if (begin >= at && begin < next) place[0] = i, place[1] = at;
+            at = next;
         }
         __syncthreads();
-        sequence = scratch[kWarps], position = scratch[kWarps + 1];
+        sequence = place[0], position = place[1];
     }
 
     // The part's next segment; one without keys is the part's in whose range its cost begins.
     __device__ __forceinline__ bool next(Segment& segment) {
         while (sequence < num_sequences && position < end) {
             const u32 length = num_keys(sequence), blocks = ceil_div(length, kBlockKeys);
-            const u32 first = position + kOverhead, last = first + blocks;
+            const u32 first = position + lead, last = first + blocks;
             const bool has_start = position >= begin;
             if constexpr (kWhole) {
                 segment = {sequence, length, 0, blocks, 0, 1};
-                ++sequence, position = last;
+                position += cost(sequence++);
                 if (has_start) return true;
                 continue;
             }
             const u32 from = max(begin, first) - first, to = min(max(end, first), last) - first;
             segment = {sequence, length, from, to, first / span, 1};
             if (blocks > 0) segment.num_parts = (last - 1) / span - segment.first_part + 1;
-            ++sequence, position = last;
+            position += cost(sequence++);
             if (segment.begin < segment.end || (blocks == 0 && has_start)) return true;
         }
         return false;

@@ -32,7 +32,8 @@ __device__ __forceinline__ void mask(float (&scores)[kCount], u32 first_key, con
 
 // Of 64 keys, those whose bit in `valid` is not set.
 __device__ __forceinline__ void mask(float (&scores)[32], const u32 (&valid)[2], u32 lane) {
-    const u32 first = valid[0] >> lane % 4 * 2, second = valid[1] >> lane % 4 * 2;
+    // Opaque, or a mask for each bit would be kept in registers.
+    const u32 first = opaque(valid[0] >> lane % 4 * 2), second = opaque(valid[1] >> lane % 4 * 2);
 #pragma unroll
     for (u32 i = 0; i < 32; ++i)
         if (!((i < 16 ? first : second) >> (i / 4 % 4 * 8 + i % 2) & 1)) scores[i] = -infinity();
