@@ -209,7 +209,9 @@ def _interpret(
     )
     if out is not None:
         check_mla_out(numpy_view("out", out), about.problem, about.batch)
-    chosen = schedule or select_mla(about.problem, batch_invariant=batch_invariant)
+    chosen = schedule or select_mla(
+        about.problem, batch=about.batch, batch_invariant=batch_invariant
+    )
     kernel = lower_mla(about.problem, chosen)
     if about.problem.sparse and "topk_length" not in arrays:
         arrays = {**arrays, "topk_length": np.full(about.batch, about.topk, np.int32)}

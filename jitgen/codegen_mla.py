@@ -46,7 +46,7 @@ def mla_constants(kernel: MlaKernel) -> dict[str, int]:
         "kHasSink": int(problem.sink),
         "kLoaders": LOADER_WARPS if problem.is_fp8 else 1,
         "kPrefetch": schedule.prefetch,
-        "kEvictFirst": int(schedule.evict_first),
+        "kEvictFirst": schedule.evict_first,
         "kScoreAhead": int(schedule.score_ahead),
         "kQueryBoxRows": queries.box[0],
         **({"kPieceRows": boxes[0]} if boxes else {}),

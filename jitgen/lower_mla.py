@@ -63,12 +63,13 @@ def mla_kernel_name(problem: MlaDecode, schedule: MlaSchedule) -> str:
     p, s = problem, schedule
     mask, ahead = "_causal" if p.causal else "", "_ahead" if s.score_ahead else ""
     ahead += "_whole" if s.whole else ""
-    once = "_once" if s.evict_first else ""
+    once = f"_e{s.evict_first}" if s.evict_first else ""
     form = "_fp8" * p.is_fp8 + "_sparse" * p.sparse
     return (
         f"flash_fwd_splitkv_mla{form}_kernel{'_sink' * p.sink}_{p.dtype}_h{p.num_heads}"
-        f"_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}_p{p.page}{mask}_r{s.tile_rows}"
-        f"_c{s.cluster}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}_t{s.slack}{once}{ahead}"
+        f"_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}_p{p.page}{mask}"
+        f"_r{s.tile_rows}_c{s.cluster}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}"
+        f"_t{s.slack}{once}{ahead}"
     )
 
 

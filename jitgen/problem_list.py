@@ -18,7 +18,7 @@ from .lower import AnyProblem, AnySchedule
 from .merge import MergeSchedule, MergeStates
 from .problem import MAX_EXTENT, Gemm, GroupedGemm, check_problem, of_k_groups
 from .problem_mla import MlaDecode, check_mla
-from .schedule_mla import select_mla
+from .schedule_mla import mla_schedules
 from .target import Gpu
 from .tuning.model import m_buckets
 from .tuning.select import select
@@ -91,14 +91,15 @@ def select_kernels(
     batch_invariant : as for `gemm`
     """
 
-    def schedule(problem: AnyProblem, m: int) -> AnySchedule:
+    def schedules(problem: AnyProblem, m: int) -> list[AnySchedule]:
         if isinstance(problem, MlaDecode):
-            return select_mla(problem, batch_invariant=batch_invariant)
+            return list(mla_schedules(problem, batch_invariant=batch_invariant))
         if isinstance(problem, MergeStates):
-            return MergeSchedule()
-        return select(problem, m, gpu, batch_invariant=batch_invariant)
+            return [MergeSchedule()]
+        return [select(problem, m, gpu, batch_invariant=batch_invariant)]
 
-    return list(dict.fromkeys((problem, schedule(problem, m)) for problem, m in pairs))
+    kernels = ((problem, found) for problem, m in pairs for found in schedules(problem, m))
+    return list(dict.fromkeys(kernels))
 
 
 def parse_extents(text: str, problem: Gemm | None = None) -> list[int]:

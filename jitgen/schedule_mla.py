@@ -1,5 +1,5 @@
-"""Schedules of MLA decode: how a problem is mapped to the GPU. None changes bits but `overhead` and
-`whole`, which decide with the lengths where sequences are split."""
+"""Schedules of MLA decode: how a problem is mapped to the GPU. None changes bits but `tile_rows`,
+`overhead`, `slack` and `whole`, which decide with the lengths where sequences are split."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ LOADER_WARPS = 4  # of the producer that decode an FP8 cache, each its share of 
 FP8_REGISTERS = (88, 208)  # a thread of the producer, and of the math warpgroups: as REGISTER_SPLIT
 REGISTER_CHUNKS = 1
 ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
+EVICT_FIRST_BLOCKS = 32  # of 132 parts 300 MB: beyond, keys lose 2%, below they gain up to 9%
 WALKER_BYTES = 56  # of a plan on its way: ibid.
 
 
 @dataclass(frozen=True)
 class MlaSchedule:
     """
-    tile_rows : query rows of a thread block, 16, 32 or 64; with fewer, more blocks share the work
-        of merging a sequence's parts, and read the same keys
+    tile_rows : query rows of a thread block, 32 or 64; with fewer, more blocks share the work of
+        merging a sequence's parts, and read the same keys
     cluster : thread blocks that work on neighbouring tiles of a sequence and share its keys, 1 or 2
     num_stages : blocks of 64 keys in shared memory, 2 or 4
     prefetch : blocks of keys by which loads into L2 run ahead of those into shared memory, 0 for
@@ -36,7 +37,8 @@ class MlaSchedule:
         are cut
     slack : by fewer than how many blocks of keys a part may exceed an equal share, if sequences
         then need not be cut where others begin or end
-    evict_first : lines of keys are the first to leave L2, others stay
+    evict_first : blocks of keys of a part, up to which their lines are the first to leave L2, so
+        that others stay, which may have to be written back; beyond, it costs more than it saves
     score_ahead : the second math warpgroup scores its block of keys before it attends to the
         first's, not after
     whole : sequences are not split, so that the results of one do not depend on the others of its
@@ -49,7 +51,7 @@ class MlaSchedule:
     prefetch: int = 0
     overhead: int = 3
     slack: int = 8
-    evict_first: bool = False
+    evict_first: int = 0
     score_ahead: bool = False
     whole: bool = False
 
@@ -141,17 +143,42 @@ def num_parts(tiles: int, num_sms: int) -> int:
     return max(num_sms // tiles, 1)
 
 
-def select_mla(problem: MlaDecode, *, batch_invariant: bool = False) -> MlaSchedule:
-    """The schedule that measured best on an H100 for problems of this kind."""
+def select_mla(
+    problem: MlaDecode, *, batch: int | None = None, batch_invariant: bool = False
+) -> MlaSchedule:
+    """The schedule that measured best on an H100 for problems of this kind.
+
+    Parameters
+    ----------
+    batch : sequences of the call; None for many
+    batch_invariant : as for `mla_decode`; `batch` does not matter then
+    """
     stages = 2 if problem.head_dim_qk > 320 else 4
+    is_single = batch == 1 and not batch_invariant
     if problem.is_fp8:
         return MlaSchedule(num_stages=stages, score_ahead=True, whole=batch_invariant)
+    ahead = num_tiles(problem) >= 4
+    if is_single:
+        # Its parts have few keys: what they leave for the merge counts, and that they need not wait
+        # for each other.
+        is_split = problem.num_queries == 1 and problem.num_rows > 32
+        return MlaSchedule(
+            tile_rows=32 if is_split else TILE_ROWS,
+            num_stages=stages,
+            evict_first=EVICT_FIRST_BLOCKS,
+            score_ahead=ahead,
+        )
     if num_tiles(problem) % 2 == 0:
-        ahead = num_tiles(problem) >= 4
         return MlaSchedule(
             cluster=2, num_stages=stages, prefetch=1, score_ahead=ahead, whole=batch_invariant
         )
-    return MlaSchedule(num_stages=stages, whole=batch_invariant)
+    return MlaSchedule(num_stages=stages, evict_first=EVICT_FIRST_BLOCKS, whole=batch_invariant)
+
+
+def mla_schedules(problem: MlaDecode, *, batch_invariant: bool = False) -> tuple[MlaSchedule, ...]:
+    """Every schedule that `select_mla` chooses for `problem`: of many sequences first."""
+    found = (select_mla(problem, batch=n, batch_invariant=batch_invariant) for n in (None, 1))
+    return tuple(dict.fromkeys(found))
 
 
 def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A) -> None:
@@ -159,13 +186,13 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
     if not isinstance(schedule, MlaSchedule):
         raise ScheduleError(f"the schedule is a {type(schedule).__name__}, must be an MlaSchedule")
     for name, legal in (
-        ("tile_rows", (16, 32, 64)),
+        ("tile_rows", (32, 64)),
         ("cluster", (1, 2)),
         ("num_stages", (2, 4)),
         ("prefetch", range(9)),
         ("overhead", range(1, 65)),
         ("slack", range(1, 17)),
-        ("evict_first", (False, True)),
+        ("evict_first", range(65)),
         ("score_ahead", (False, True)),
         ("whole", (False, True)),
     ):
@@ -178,11 +205,18 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
             f"cluster = {schedule.cluster} does not divide the {tiles} tiles of"
             f" {problem.num_rows} query rows: choose 1"
         )
-    if problem.is_fp8 and (schedule.cluster > 1 or schedule.prefetch > 1 or schedule.evict_first):
+    if problem.is_fp8 and (
+        schedule.cluster > 1 or schedule.prefetch > 1 or schedule.evict_first > 0
+    ):
         raise ScheduleError(
             f"cluster = {schedule.cluster}, prefetch = {schedule.prefetch}, evict_first ="
             f" {schedule.evict_first}: blocks do not share the keys of an FP8 cache, which no TMA"
-            " loads, and look one block of keys ahead: choose 1, 0 or 1, and False"
+            " loads, and look one block of keys ahead: choose 1, 0 or 1, and 0"
+        )
+    if schedule.tile_rows < TILE_ROWS and problem.num_queries > 1:
+        raise ScheduleError(
+            f"tile_rows = {schedule.tile_rows} takes one query token, not {problem.num_queries}: a"
+            f" mask by rows would spill registers: choose {TILE_ROWS}"
         )
     total = mla_smem_plan(problem, schedule).total_bytes
     if total > target.smem_per_block_bytes:

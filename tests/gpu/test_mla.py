@@ -55,7 +55,7 @@ def test_edge_lengths_meet_float64(problem: MlaDecode) -> None:
         MlaSchedule(cluster=2, prefetch=2),
         MlaSchedule(cluster=1, score_ahead=True),
         MlaSchedule(cluster=2, score_ahead=True),
-        MlaSchedule(tile_rows=16, evict_first=True),
+        MlaSchedule(tile_rows=32, evict_first=8),
         MlaSchedule(tile_rows=32, cluster=2, slack=1),
     ],
     ids=str,

@@ -22,7 +22,7 @@ from jitgen.lower import lower_any
 from jitgen.lower_mla import lower_mla
 from jitgen.numerics_16 import wgmma_16
 from jitgen.problem_mla import HEAD_DIMS, PAGES, check_mla
-from jitgen.schedule_mla import check_mla_schedule, num_parts, num_tiles, select_mla
+from jitgen.schedule_mla import check_mla_schedule, mla_schedules, num_parts, num_tiles, select_mla
 
 from .conftest import SameBits
 
@@ -140,9 +140,9 @@ def test_select_mla_is_legal_for_every_problem(heads: int, head_dims: tuple[int,
     for queries in (1, 2, 3, 8):
         for page in PAGES:
             problem = MlaDecode(heads, queries, *head_dims, page)
-            schedule = select_mla(problem)
-            check_mla_schedule(problem, schedule)
-            assert num_tiles(problem) % schedule.cluster == 0
+            for schedule in mla_schedules(problem):
+                check_mla_schedule(problem, schedule)
+                assert num_tiles(problem, schedule.tile_rows) % schedule.cluster == 0
 
 
 # --- the split ------------------------------------------------------------------------------------
@@ -368,10 +368,23 @@ def test_mla_decode_rejects_torch_tensors_on_the_host() -> None:
         jitgen.mla_decode(q, cache, table, lengths)
 
 
+def test_small_tiles_take_one_query_token() -> None:
+    check_mla_schedule(MlaDecode(64), MlaSchedule(tile_rows=32))
+    with pytest.raises(ScheduleError, match="takes one query token, not 2"):
+        check_mla_schedule(MlaDecode(64, 2), MlaSchedule(tile_rows=32))
+
+
+def test_select_mla_knows_a_single_sequence() -> None:
+    assert select_mla(MlaDecode(64), batch=1).tile_rows == 32
+    assert select_mla(MlaDecode(64), batch=2) == select_mla(MlaDecode(64))
+    whole = select_mla(MlaDecode(64), batch=1, batch_invariant=True)
+    assert whole == select_mla(MlaDecode(64), batch_invariant=True)
+
+
 def test_num_parts_is_what_runs_at_once() -> None:
     assert num_parts(1, 132) == 132
     assert num_parts(4, 132) == 33
     assert num_parts(16, 4) == 1
     assert num_tiles(MlaDecode(100)) == 2
-    assert num_tiles(MlaDecode(100), 16) == 7
+    assert num_tiles(MlaDecode(100), 32) == 4
     assert MlaDecode(1).dtype == BF16

@@ -21,7 +21,7 @@ template <u32 kTiles, u32 kDimV> struct Partials {
     __device__ __forceinline__ u32* counter(const Segment& segment, u32 index) const {
         return counters + segment.first_part * kTiles + index;
     }
-    // Counts a part that has left its share, or that has read the others'; the last of these puts the counter back to 0.
+    // Counts a part that has left its share, or has read the others'; the last of these puts the counter back to 0.
     __device__ __forceinline__ void count(const Segment& segment, u32 index) const {
         count_release(counter(segment, index), 2 * segment.num_parts - 1);
     }
@@ -58,7 +58,8 @@ struct Merged {
 // own, and kTokens of them follow one another in o and in lse.
 template <class T, u32 kHeads, u32 kQueries, u32 kDimV, u32 kTokens, bool kHasSink, u32 kTileRows_>
 struct Results {
-    static constexpr u32 kTileRows = kTileRows_, kRows = kHeads * kQueries, kHalfV = kDimV / 2, kStripUnits = 16 * kDimV / 4;
+    static constexpr u32 kTileRows = kTileRows_, kRows = kHeads * kQueries;
+    static constexpr u32 kHalfV = kDimV / 2, kStripUnits = 16 * kDimV / 4;
     T* o;
     float* lse;
     const float* sink;  // of each head, if kHasSink
@@ -96,10 +97,10 @@ struct Results {
     }
 };
 
-// Merges a part's share of the outputs of a sequence that it shares with others. By `kThreads` threads.
+// Merges a part's share of the outputs of a sequence that it shares with others.
 template <class Shares, class Outcome> struct Merger {
     static constexpr u32 kRows = Outcome::kRows, kStrip = Shares::kStripUnits;
-    static constexpr u32 kSlots = 12;  // partial results of a thread on their way at a time: L2 answers after 700 clocks
+    static constexpr u32 kSlots = 12;  // partial results on a thread's way at a time: L2 answers after 700 clocks
 
     const Shares& partials;
     const Outcome& results;

@@ -1,5 +1,5 @@
-// The split-KV plan, made by every thread block for itself from the lengths of the sequences (jitgen/ir_mla.py, Split): a
-// part owns the blocks of keys in a range of costs, and so at most two sequences that it shares with other parts: its
+// The split-KV plan, made by every thread block for itself from the lengths of the sequences (jitgen/ir_mla.py, Split):
+// a part owns the blocks of keys in a range of costs, and so at most two sequences that it shares with other parts: its
 // first and its last. With kWhole it owns the sequences whose cost begins in the range, and shares none.
 #pragma once
 #include "jitgen/attention.cuh"
