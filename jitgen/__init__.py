@@ -2,7 +2,7 @@
 
 from .api import bind, gemm, grouped_gemm, quantize
 from .api_merge import merge_states
-from .api_mla import mla_decode
+from .api_mla import mla_decode, mla_decode_sparse, quantize_mla_cache
 from .calls_mla import MlaPlan
 from .control import configure, stats
 from .dtypes import BF16, E4M3, F16, F32, DType
@@ -69,9 +69,11 @@ __all__ = [
     "maximum",
     "merge_states",
     "mla_decode",
+    "mla_decode_sparse",
     "per_row",
     "plan",
     "quantize",
+    "quantize_mla_cache",
     "relu",
     "scalar",
     "silu",

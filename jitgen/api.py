@@ -239,16 +239,14 @@ def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
         raise ProblemError(f"x is {x.dtype}{list(x.shape)}, must be float32 or bfloat16 [rows, k]")
     rows, k = x.shape
     grid = -(-rows // block[0]), -(-k // block[1])
-    padded = torch.zeros(
-        grid[0] * block[0], grid[1] * block[1], device=x.device, dtype=torch.float32
-    )
-    padded[:rows, :k] = x
-    blocks = padded.view(grid[0], block[0], grid[1], block[1])
-    amax = blocks.abs().amax(dim=(1, 3)).clamp_min(AMAX_FLOOR)
+    padding = grid[1] * block[1] - k, grid[0] * block[0] - rows
+    padded = torch.nn.functional.pad(x, (0, padding[0], 0, padding[1])) if any(padding) else x
+    blocks = padded.reshape(grid[0], block[0], grid[1], block[1])
+    amax = torch.linalg.vector_norm(blocks, torch.inf, dim=(1, 3), dtype=torch.float32)
     # The divisor is a tensor: torch multiplies by the reciprocal of a Python number.
-    scale = amax / amax.new_tensor(E4M3_MAX)
-    quantized = (blocks / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
-    return quantized.view_as(padded)[:rows, :k].to(torch.float8_e4m3fn), scale
+    scale = amax.clamp_min(AMAX_FLOOR) / amax.new_full((), E4M3_MAX)
+    quantized = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+    return quantized.view(padded.shape)[:rows, :k].contiguous(), scale
 
 
 def _check_options(scales: object, epilogue: Any, schedule: object) -> Bound:

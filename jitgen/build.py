@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .codegen import headers, render
 from .errors import CompileError, JitgenError, StoreError
+from .ir_mla import MlaKernel
 from .lower import AnyKernel, AnyProblem, AnySchedule, lower_any
 from .merge import MergeKernel, MergeSchedule
 from .runtime.entry import Entry
@@ -20,7 +21,7 @@ from .runtime.nvrtc import Compiled, compile_cubin, compile_options, compiler_ve
 from .runtime.store import KernelStore
 from .runtime.tiers import Tiers
 from .schedule import REGISTER_SPLIT, WARPGROUP_THREADS
-from .schedule_mla import MlaSchedule
+from .schedule_mla import MlaSchedule, registers
 from .verify import verify
 
 
@@ -146,7 +147,9 @@ def check_register_split(kernel: AnyKernel, compiled: Compiled) -> None:
     if isinstance(kernel, MergeKernel):
         return  # has no setmaxnreg
     warpgroups = kernel.schedule.num_math_warpgroups
-    producer, math = REGISTER_SPLIT[warpgroups]
+    producer, math = (
+        registers(kernel.problem) if isinstance(kernel, MlaKernel) else REGISTER_SPLIT[warpgroups]
+    )
     need = WARPGROUP_THREADS * (producer + warpgroups * math)
     have = compiled.resources.registers * kernel.num_threads
     if need > have:

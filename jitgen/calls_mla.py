@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from .arrays import ADDRESS_UNIT, ArrayView
-from .arrays_mla import MlaCall, check_mla_call, check_mla_out
+from .arrays_mla import NAMES, SPARSE_NAMES, MlaCall, check_mla_call, check_mla_out
 from .calls import MAX_CALLS, Call, check_device, load
 from .dtypes import F32, array_dtype
 from .errors import DeviceError, ProblemError
@@ -62,53 +63,60 @@ class MlaPlan:
         )
 
 
+# The inputs whose addresses a kernel takes, of dense and of sparse decode.
+ADDRESSED = (NAMES, SPARSE_NAMES)
+
 _calls: dict[object, tuple[Call, MlaCall]] = {}
 _plans: dict[tuple[int, int], MlaPlan] = {}
 _mutex = threading.Lock()
 
 
 def mla_on_device(
-    tensors: tuple[torch.Tensor, ...],
+    tensors: dict[str, torch.Tensor],
     head_dim_v: int,
     softmax_scale: float | None,
     causal: bool,
     plan: MlaPlan | None,
     out: torch.Tensor | None,
     schedule: MlaSchedule | None,
+    batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse) of q, kv_cache, block_table and seqlens_k; as `jitgen.mla_decode`."""
+    """(o, lse) of tensors by name, as `jitgen.mla_decode` or `jitgen.mla_decode_sparse`."""
 
-    given = tensors if out is None else (*tensors, out)
+    given = tensors if out is None else {**tensors, "out": out}
     try:
-        addresses = tuple(tensor.data_ptr() for tensor in given)
+        addresses = {name: tensor.data_ptr() for name, tensor in given.items()}
         signature = (
             head_dim_v,
             softmax_scale,
             causal,
             schedule,
-            *((t.dtype, t.shape, t.stride(), t.device) for t in given),
-            *(address % ADDRESS_UNIT for address in addresses),
+            batch_invariant,
+            *given,
+            *((t.dtype, t.shape, t.stride(), t.device) for t in given.values()),
+            *(address % ADDRESS_UNIT for address in addresses.values()),
         )
         found = _calls.get(signature)
     except AttributeError as error:
         raise ProblemError(
-            "q, kv_cache, block_table, seqlens_k and out must be all torch tensors, or all NumPy"
-            f" arrays: {error}"
+            f"{', '.join(given)} must be all torch tensors, or all NumPy arrays: {error}"
         ) from error
     if found is None:
-        found = _prepare(tensors, head_dim_v, softmax_scale, causal, out, schedule)
+        found = _prepare(tensors, head_dim_v, softmax_scale, causal, out, schedule, batch_invariant)
         with _mutex:
             _calls[signature] = found
             while len(_calls) > MAX_CALLS:
                 del _calls[next(iter(_calls))]
     call, about = found
-    device = tensors[0].device
+    device = tensors["q"].device
     o, lse = call.empty() if out is None else (out, *call.empty())
     if about.batch:
         plan = _plan_of_stream(device) if plan is None else plan
         if plan.device != device:
             raise DeviceError(f"plan is for {plan.device}, q is on {device}: make one for it")
-        call.launch((*addresses[:4], o.data_ptr(), lse.data_ptr(), *plan.addresses))
+        results = (o.data_ptr(), lse.data_ptr(), *plan.addresses)
+        inputs = (addresses.get(name, 0) for name in ADDRESSED[about.problem.sparse])
+        call.launch((*inputs, *results))
     return o, lse
 
 
@@ -123,21 +131,26 @@ def _plan_of_stream(device: torch.device) -> MlaPlan:
     if torch.cuda.is_current_stream_capturing():
         return MlaPlan(device)
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
-    return _plans.get(key) or _plans.setdefault(key, MlaPlan(device))
+    plan = _plans.get(key)
+    if plan is None:
+        # In a thread of its own: torch may be giving this one the memory of a graph to come.
+        with ThreadPoolExecutor(1) as thread:
+            plan = _plans.setdefault(key, thread.submit(MlaPlan, device).result())
+    return plan
 
 
 def _prepare(
-    tensors: tuple[torch.Tensor, ...],
+    tensors: dict[str, torch.Tensor],
     head_dim_v: int,
     softmax_scale: float | None,
     causal: bool,
     out: torch.Tensor | None,
     schedule: MlaSchedule | None,
+    batch_invariant: bool,
 ) -> tuple[Call, MlaCall]:
     """Check everything, then build, load and lay out the launches of one signature."""
-    names = ("q", "kv_cache", "block_table", "seqlens_k", "out")
-    given = dict(zip(names, tensors if out is None else (*tensors, out), strict=False))
-    device = tensors[0].device
+    given = tensors if out is None else {**tensors, "out": out}
+    device = tensors["q"].device
     check_device(given, device)
     gpu = driver.device(device.index)
     driver.check_architecture(gpu)
@@ -156,7 +169,8 @@ def _prepare(
     outputs.append(ArrayView("lse", F32, (shape[0], shape[2], shape[1]), ()))
     if about.batch == 0:
         return Call(device, outputs, None), about
-    kernel, loaded = load(problem, schedule or select_mla(problem), device.index)
+    schedule = schedule or select_mla(problem, batch_invariant=batch_invariant)
+    kernel, loaded = load(problem, schedule, device.index)
     launches = LaunchPool(
         loaded,
         _arguments(kernel, about),
@@ -173,7 +187,7 @@ def _arguments(kernel: MlaKernel, about: MlaCall) -> list[Argument]:
 
     problem, loads = kernel.problem, list(walk_mla(kernel.body.body))
     q_box = next(stmt.box for stmt in loads if isinstance(stmt, LoadQueries))
-    kv_box = next(stmt.box for stmt in loads if isinstance(stmt, LoadKeys))
+    num_rows = about.batch * problem.num_tokens * problem.num_rows
 
     def tensor_map(index: int, rows: int, pitch: int, box: tuple[int, int]) -> TensorMap:
         size = problem.dtype.size_bytes
@@ -188,21 +202,21 @@ def _arguments(kernel: MlaKernel, about: MlaCall) -> list[Argument]:
         )
         return TensorMap(index, spec)
 
-    kv_rows = (about.num_blocks - 1) * about.page_rows + problem.page
     (scale_bits,) = struct.unpack("I", struct.pack("f", about.scale_log2))
-    values: dict[str, Argument] = {
-        "map_q": tensor_map(0, about.batch * problem.num_rows, about.pitch_q, q_box),
-        "map_kv": tensor_map(1, kv_rows, about.pitch_kv, kv_box),
-        "block_table": Pointer(2),
-        "seqlens_k": Pointer(3),
-        "o": Pointer(4),
-        "lse": Pointer(5),
-        "partial_out": Pointer(6),
-        "partial_states": Pointer(7),
-        "counters": Pointer(8),
-        "num_sequences": UInt32(about.batch),
-        "block_table_stride": UInt32(about.block_table_stride),
+    places = (*ADDRESSED[problem.sparse], "o", "lse", "partial_out", "partial_states", "counters")
+    values: dict[str, Argument] = {name: Pointer(i) for i, name in enumerate(places)}
+    values |= {
+        "map_q": tensor_map(0, num_rows, about.pitch_q, q_box),
+        "num_sequences": UInt32(about.batch * problem.num_tokens),
+        "block_table_stride": UInt32(about.list_stride),
+        "indices_stride": UInt32(about.list_stride),
+        "num_tokens": UInt32(about.num_blocks * problem.page),
+        "topk": UInt32(about.topk),
         "page_rows": UInt32(about.page_rows),
         "scale_log2": UInt32(scale_bits),
     }
+    for stmt in loads:
+        if isinstance(stmt, LoadKeys):
+            rows = (about.num_blocks - 1) * about.page_rows + problem.page
+            values["map_kv"] = tensor_map(1, rows, about.pitch_kv, stmt.box)
     return [values[parameter.name] for parameter in kernel.parameters]

@@ -83,9 +83,12 @@ def bench_grouped(
         Path | None, typer.Option(help="Write a report here, after each shape.")
     ] = None,
 ) -> None:
-    """Kernel times of the grouped FP8 GEMM beside DeepGEMM (from a file)."""
+    """Kernel times of the grouped FP8 GEMM beside DeepGEMM (from a file).
+
+    Without --layout also with SwiGLU and requantization fused, beside the unfused sequence.
+    """
     from . import __version__
-    from .tuning import bench, bench_grouped, report, report_grouped
+    from .tuning import bench, bench_fused, bench_grouped, report, report_grouped
 
     shapes = [
         shape
@@ -98,13 +101,20 @@ def bench_grouped(
     live = bench_grouped.live_over_baseline(device)
     result = report_grouped.GroupedResult(meta, (), live)
     console = make_console(stderr=True)
-    for row in bench_grouped.bench_grouped(shapes, device):
-        result = replace(result, rows=(*result.rows, row))
+
+    def keep(text: str) -> None:
         if json_file:
             write_json(json_file, result.to_json())
         if markdown:
             write_text(markdown, report_grouped.render_markdown(result))
-        console.print(f"{row.shape}: {row.jitgen.kernel_us:.2f} us", highlight=False)
+        console.print(text, highlight=False)
+
+    for row in bench_grouped.bench_grouped(shapes, device):
+        result = replace(result, rows=(*result.rows, row))
+        keep(f"{row.shape}: {row.jitgen.kernel_us:.2f} us")
+    for fused in bench_fused.bench_fused(() if layout else bench_fused.FUSED_SHAPES, device):
+        result = replace(result, fused=(*result.fused, fused))
+        keep(f"{fused.shape}, SwiGLU: {fused.fused.kernel_us:.2f} us")
     report_grouped.print_result(make_console(), result)
 
 
@@ -145,15 +155,26 @@ def _shapes(grid: Sequence[Shape], extents: Sequence[int] | None) -> list[Shape]
     return list(dict.fromkeys(shapes))
 
 
+class MlaForm(str, Enum):
+    """What `bench mla` measures."""
+
+    bf16 = "bf16"
+    fp8 = "fp8"
+    sparse = "sparse"
+
+
 @bench_app.command("mla")
 def bench_mla(
     b: Annotated[list[int] | None, typer.Option(min=1, help="Only these b; repeatable.")] = None,
     s_k: Annotated[list[int] | None, typer.Option(min=1, help="Only these s_k.")] = None,
+    form: Annotated[
+        MlaForm, typer.Option("--format", help="Of the cache; sparse: FP8, lists of tokens.")
+    ] = MlaForm.bf16,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the result here, after each shape.")
     ] = None,
 ) -> None:
-    """Times of MLA decode, BF16, beside FlashMLA's (from a file)."""
+    """Times of MLA decode beside FlashMLA's (from a file; for fp8, those over BF16)."""
     from rich.table import Table
 
     from .tuning import bench
@@ -161,7 +182,7 @@ def bench_mla(
 
     shapes = [
         shape
-        for shape in mla.mla_baselines()
+        for shape in mla.mla_baselines(form.value)
         if (not b or shape.b in b) and (not s_k or shape.s_k in s_k)
     ]
     if not shapes:

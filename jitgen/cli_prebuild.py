@@ -92,8 +92,8 @@ def _problems_of_model(config: Path, tp: int, ep: int, m_max: int) -> list[tuple
         (model.problems, m_max),
         (model.experts, min(m_max * model.rows_a_token, MAX_EXTENT)),
     ):
-        extents = m_buckets(range(1, most + 1))
-        pairs += [(problem, m) for problem in problems for m in extents]
+        for problem in problems:
+            pairs += [(problem, m) for m in m_buckets(range(1, most + 1), problem)]
     return [*pairs, *((attention, 1) for attention in model.attention)]
 
 

@@ -29,7 +29,7 @@ def problems(
 ) -> None:
     """A model's FP8 GEMMs and MLA decode on one rank, as `--problems` of `prebuild` reads them.
 
-    `tune` takes the dense GEMMs among them.
+    `tune` takes the GEMMs among them.
 
     Knows DeepSeek-V3/R1, Kimi-K2, Qwen3 (dense, MoE) and Llama-3.
     """

@@ -16,7 +16,8 @@ import typer
 from .console import make_console
 from .dtypes import BF16, dtype_of
 from .errors import DeviceError, JitgenError, one_line
-from .problem import Gemm, check_problem
+from .expr import acc, gate, up
+from .problem import Gemm, GroupedGemm, check_problem, is_k_grouped
 from .problem_list import (
     GPU_HELP,
     NUM_SMS_HELP,
@@ -41,7 +42,11 @@ def tune(
     n: Annotated[int | None, typer.Option(help="Columns of D, with --k and --m.")] = None,
     k: Annotated[int | None, typer.Option(help="Columns of A and of B.")] = None,
     m: Annotated[str, typer.Option(help='Such as "64" or "1..4096,8192".')] = "1..4096",
-    out_dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = BF16.name,
+    out_dtype: Annotated[str, typer.Option(help="Of D, such as float8_e4m3fn.")] = BF16.name,
+    num_groups: Annotated[
+        int | None, typer.Option(help="With --n: of a grouped GEMM, with m rows in all.")
+    ] = None,
+    gated: Annotated[bool, typer.Option("--gated", help="With --n: gate and up.")] = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder of records; default: the one that `gemm` reads.")
     ] = None,
@@ -73,7 +78,7 @@ def tune(
     from .tuning.tune import make_jobs
 
     started = time.monotonic()
-    pairs = _read_pairs(grid, problems, n, k, m, out_dtype)
+    pairs = _read_pairs(grid, problems, n, k, m, out_dtype, num_groups, gated)
     if compile_only:
         _compile(make_jobs(pairs, named_gpu(gpu, num_sms), candidates), processes)
         return
@@ -118,35 +123,29 @@ def _read_pairs(
     k: int | None,
     m: str,
     out_dtype: str,
+    num_groups: int | None,
+    gated: bool,
 ) -> list[tuple[Gemm, int]]:
     """Each problem with each m, from the one of three sources that was given."""
-    pairs = _read_source(grid, problems, n, k, m, out_dtype)
-    if any(problem.is_quantized for problem, _ in pairs):
-        raise typer.BadParameter("only D in bfloat16 or float32 is tuned")
-    return pairs
-
-
-def _read_source(
-    grid: Grid | None,
-    problems: Path | None,
-    n: int | None,
-    k: int | None,
-    m: str,
-    out_dtype: str,
-) -> list[tuple[Gemm, int]]:
     if ((grid is None) + (problems is None) + (n is None)) != 2 or (n is None) != (k is None):
         raise typer.BadParameter("give one of --grid, --problems, or --n with --k")
+    if n is None and (num_groups is not None or gated):
+        raise typer.BadParameter("--num-groups and --gated go with --n")
     if grid:
         return grid.problems()
     if problems:
         listed = read_problems(problems)
-        pairs = [(problem, m) for problem, m in listed if type(problem) is Gemm]
-        if left_out := len({problem for problem, _ in listed}) - len({p for p, _ in pairs}):
-            typer.echo(f"left out: {left_out} grouped GEMMs or MLA decode, not tuned", err=True)
+        pairs = [(p, m) for p, m in listed if isinstance(p, Gemm) and not is_k_grouped(p)]
+        if left_out := len(listed) - len(pairs):
+            typer.echo(
+                f"left out: {left_out} kinds of MLA decode or k_grouped, not tuned", err=True
+            )
         return pairs
-    problem = Gemm(n or 0, k or 0, dtype_of(out_dtype))
+    problem = Gemm(n or 0, k or 0, dtype_of(out_dtype), gate * up if gated else acc)
+    if num_groups is not None:
+        problem = GroupedGemm(**vars(problem), num_groups=num_groups)
     check_problem(problem)
-    return [(problem, extent) for extent in parse_extents(m)]
+    return [(problem, extent) for extent in parse_extents(m, problem)]
 
 
 def _find_device() -> Device:

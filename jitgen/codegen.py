@@ -59,6 +59,7 @@ def render(kernel: Kernel | MlaKernel | MergeKernel) -> str:
         is_grouped=is_grouped,
         is_masked=is_masked(kernel.problem),
         is_k_grouped=is_k_grouped(kernel.problem),
+        is_row_grouped=is_grouped and not is_k_grouped(kernel.problem),
         is_scaled_by_row=is_scaled_by_row(kernel.problem),
         is_stored_by_row=store.by_row,
         is_quantized=kernel.problem.is_quantized,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .ir_mla import ForKeys, LoadKeys, LoadQueries, MlaKernel, walk_mla
-from .schedule import REGISTER_SPLIT
-from .schedule_mla import GROUP_CHUNKS, REGISTER_CHUNKS
+from .schedule_mla import LOADER_WARPS, group_chunks, register_chunks, registers
 
 
 def mla_context(kernel: MlaKernel) -> dict[str, Any]:
@@ -24,11 +23,12 @@ def mla_constants(kernel: MlaKernel) -> dict[str, int]:
     stmts = list(walk_mla(body.body))
     loop = next(stmt for stmt in stmts if isinstance(stmt, ForKeys))
     queries = next(stmt for stmt in stmts if isinstance(stmt, LoadQueries))
-    keys = next(stmt for stmt in stmts if isinstance(stmt, LoadKeys))
-    producer_registers, math_registers = REGISTER_SPLIT[schedule.num_math_warpgroups]
+    boxes = [stmt.box[0] for stmt in stmts if isinstance(stmt, LoadKeys)]
+    producer_registers, math_registers = registers(problem)
     return {
         "kHeads": problem.num_heads,
-        "kQueries": problem.num_queries,
+        "kQueries": problem.num_rows // problem.num_heads,
+        "kTokens": problem.num_tokens,
         "kDimQk": problem.head_dim_qk,
         "kDimV": problem.head_dim_v,
         "kPage": problem.page,
@@ -37,14 +37,19 @@ def mla_constants(kernel: MlaKernel) -> dict[str, int]:
         "kTiles": body.tiles,
         "kBlockKeys": loop.step,
         "kOverhead": body.split.overhead,
+        "kWhole": int(body.split.whole),
         "kNumStages": schedule.num_stages,
         "kCluster": body.cluster,
+        "kIsFp8": int(problem.is_fp8),
+        "kIsSparse": int(problem.sparse),
+        "kHasSink": int(problem.sink),
+        "kLoaders": LOADER_WARPS if problem.is_fp8 else 1,
         "kPrefetch": schedule.prefetch,
         "kScoreAhead": int(schedule.score_ahead),
         "kQueryBoxRows": queries.box[0],
-        "kPieceRows": keys.box[0],
-        "kGroupChunks": GROUP_CHUNKS,
-        "kRegisterChunks": REGISTER_CHUNKS,
+        **({"kPieceRows": boxes[0]} if boxes else {}),
+        "kGroupChunks": group_chunks(problem),
+        "kRegisterChunks": register_chunks(problem),
         "kProducerRegisters": producer_registers,
         "kMathRegisters": math_registers,
         "kSmemKeys": smem.keys,
@@ -52,6 +57,7 @@ def mla_constants(kernel: MlaKernel) -> dict[str, int]:
         "kSmemStates": smem.states,
         "kSmemBarriers": smem.barriers,
         "kSmemAnnouncement": smem.announcement,
+        **({"kSmemWalkers": smem.walkers} if problem.is_fp8 else {}),
         "kSmemScratch": smem.scratch,
         "kSmemBytes": smem.total_bytes,
     }

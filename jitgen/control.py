@@ -164,7 +164,8 @@ def remedy(problem: AnyProblem, schedule: AnySchedule) -> str:
         fields = (
             f"{p.num_heads}, {p.num_queries}, {p.head_dim_qk}, {p.head_dim_v}, {p.page}, {dtype}"
         )
-        made = f"(jitgen.MlaDecode({fields}, {p.causal}), jitgen.{schedule!r})"
+        fields += f", {p.causal}, {p.cache!r}, {p.sparse}, {p.sink}"
+        made = f"(jitgen.MlaDecode({fields}), jitgen.{schedule!r})"
         return f"this makes it: jitgen.build.prebuild([{made}])"
     plan = "`jitgen.plan(...).prebuild()` makes those of every m"
     if problem.epilogue != acc:

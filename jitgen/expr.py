@@ -25,9 +25,10 @@ from .errors import ProblemError
 # Operations by name: number of arguments, and by how many units in the last place of its float32
 # result the GPU's function may differ from the interpreter's (0: equal bits), beside 2^-121
 # absolutely. The bounds behind them, of expf (2) and erfcf (4), are those of the CUDA C++
-# Programming Guide, "Mathematical Functions Appendix". silu adds the roundings of the interpreter's
-# exp, an addition and a division, gelu those of its erfc and a multiplication; a unit at the bottom
-# of a binade is two at its top. The absolute part covers silu where expf overflows on one side only
+# Programming Guide, "Mathematical Functions Appendix", and of rcp.approx (1) that of the PTX ISA.
+# silu adds the roundings of two additions, of a multiplication, and of the interpreter's exp and
+# division, gelu those of its erfc and a multiplication; a unit at the bottom of a binade is two at
+# its top. The absolute part covers silu where expf overflows on one side only
 # (near x = -88.72, where silu is 3e-37) and gelu where erfc is subnormal.
 OPERATIONS: dict[str, tuple[int, int]] = {
     "add": (2, 0),
@@ -35,7 +36,7 @@ OPERATIONS: dict[str, tuple[int, int]] = {
     "mul": (2, 0),
     "maximum": (2, 0),
     "relu": (1, 0),
-    "silu": (1, 9),
+    "silu": (1, 11),
     "gelu": (1, 11),
 }
 

@@ -8,6 +8,7 @@ means, and `find_fault` tells it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from .problem import Gemm, GroupedGemm, is_k_grouped, is_masked
 
 Values = NDArray[Any]
+ROW_PADDING = 128  # rows of which groups that are named row by row are often made a multiple
+GOLDEN_RATIO = 0.6180339887  # multiples of which spread evenly over 0..1, whole parts left out
 
 
 class Rows(NamedTuple):
@@ -103,20 +106,34 @@ def max_tile_rows(problem: Gemm, height: int, m: int) -> int:
 
 
 def expected_rows(problem: Gemm, m: int, of_group: int | None = None) -> int:
-    """Rows to choose a schedule for: m or, where each group may have m of them, all in all.
+    """Rows to choose a schedule for, of all groups: those of A, without the padding there may be.
 
-    of_group : rows that a group is expected to have
+    of_group : rows that a group is expected to have, if masked; a quarter more are reckoned with,
+        because a tile row too many costs more than rows of a tile that stay empty
     """
-    if not isinstance(problem, GroupedGemm) or not is_masked(problem):
+    if not isinstance(problem, GroupedGemm) or is_k_grouped(problem):
         return m
-    return problem.num_groups * min(m if of_group is None else of_group, m)
+    if is_masked(problem):
+        rows = m if of_group is None else min(of_group, m)
+        return problem.num_groups * (rows + rows // 4)
+    unit = ROW_PADDING if problem.layout == "group_of_row" else problem.alignment
+    return max(m - problem.num_groups * (unit // 2), m // 2)
 
 
-def typical_rows(problem: Gemm, m: int) -> tuple[int, int]:
-    """Groups that have rows, and how many each, when m rows are dealt out evenly."""
-    if not isinstance(problem, GroupedGemm) or m == 0:
-        return 1, m
-    if is_k_grouped(problem):
-        return problem.num_groups, m
-    groups = min(problem.num_groups, m)
-    return groups, -(-m // groups)
+def planned_rows(problem: Gemm, m: int) -> int:
+    """As `expected_rows`, for an m that counts the rows of all groups if masked, too."""
+    if not isinstance(problem, GroupedGemm) or not is_masked(problem):
+        return expected_rows(problem, m)
+    return expected_rows(problem, -(-m // problem.num_groups))
+
+
+@functools.lru_cache(maxsize=1024)
+def spread_rows(num_groups: int, m: int) -> tuple[int, ...]:
+    """Rows of each group when m are dealt out as a router may: 0.7 to 1.3 of the mean.
+
+    Schedules are chosen and measured for these; always the same, large groups among small ones.
+    """
+    shares = (0.7 + 0.6 * ((i + 0.5) * GOLDEN_RATIO % 1) for i in range(num_groups))
+    ends = list(itertools.accumulate(shares))
+    rows = [round(m * end / ends[-1]) for end in ends]
+    return tuple(end - begin for begin, end in itertools.pairwise([0, *rows]))

@@ -27,7 +27,9 @@ from .ir_mla import (
     ForKeys,
     LoadKeys,
     LoadQueries,
+    LoadTokens,
     Mask,
+    MaskTokens,
     Merge,
     MlaKernel,
     MlaStmt,
@@ -37,10 +39,12 @@ from .ir_mla import (
     StoreOutput,
 )
 from .numerics_16 import wgmma_16
+from .tokens_mla import decode_tokens
 
 Array = NDArray[Any]
 Numerics = Literal["hopper", "exact"]
 LOG2_E = math.log2(math.e)
+DTYPES = {"i32": np.dtype("int32"), "u8": np.dtype("uint8"), "f32": np.dtype("float32")}
 
 
 def interpret_mla(
@@ -55,8 +59,8 @@ def interpret_mla(
 
     Parameters
     ----------
-    tensors : by name: q, kv_cache of the problem's dtype, block_table int32 [b, max_pages],
-        seqlens_k int32 [b]
+    tensors : by name, as the kernel's: q, kv_cache, block_table, seqlens_k; of sparse decode
+        indices and topk_length in place of the last two
     softmax_scale : factor of the scores
     num_parts : parts that the keys of all sequences are cut into
     numerics : "hopper" or "exact", see above
@@ -68,20 +72,31 @@ def interpret_mla(
     _check_tensors(kernel, tensors)
     if numerics not in ("hopper", "exact"):
         raise ProblemError(f'numerics must be "hopper" or "exact", got {numerics!r}')
-    problem, batch = kernel.problem, len(tensors["seqlens_k"])
+    problem, batch = kernel.problem, len(tensors["q"])
     shape = (batch, problem.num_queries, problem.num_heads, problem.head_dim_v)
     o = np.full(shape, np.nan, problem.dtype.numpy)
     lse = np.full((batch, problem.num_heads, problem.num_queries), np.nan, np.float32)
-    parts = kernel.body.split.parts(tensors["seqlens_k"].tolist(), num_parts)
+    lengths = _lengths(kernel, tensors)
+    parts = kernel.body.split.parts(lengths, num_parts)
     for tile in range(kernel.body.tiles):
         shared: dict[int, list[_Machine]] = {}
         for segment in (segment for part in parts for segment in part):
+            length = lengths[segment.sequence]
             machine = _Machine(
-                kernel, tensors, segment, tile, softmax_scale, numerics == "exact", o, lse
+                kernel, tensors, segment, length, tile, softmax_scale, numerics == "exact", o, lse
             )
             machine.others = shared.setdefault(segment.sequence, [])
             machine.run(kernel.body.body)
     return o, lse
+
+
+def _lengths(kernel: MlaKernel, tensors: Mapping[str, Array]) -> list[int]:
+    """Keys of each sequence, or of each query token of sparse decode."""
+    if not kernel.problem.sparse:
+        return [max(length, 0) for length in tensors["seqlens_k"].tolist()]
+    each = tensors["topk_length"].clip(0, tensors["indices"].shape[2])
+    lengths: list[int] = np.repeat(each, kernel.problem.num_tokens).tolist()
+    return lengths
 
 
 @dataclass
@@ -91,6 +106,7 @@ class _Machine:
     kernel: MlaKernel
     tensors: Mapping[str, Array]
     segment: Segment
+    length: int
     tile: int
     softmax_scale: float
     exact: bool
@@ -103,10 +119,6 @@ class _Machine:
     @property
     def real(self) -> np.dtype[Any]:
         return np.dtype(np.float64 if self.exact else np.float32)
-
-    @property
-    def length(self) -> int:
-        return max(int(self.tensors["seqlens_k"][self.segment.sequence]), 0)
 
     @property
     def rows(self) -> Array:
@@ -127,11 +139,16 @@ class _Machine:
                     self.load_queries(stmt)
                 case LoadKeys():
                     self.load_keys(stmt)
+                case LoadTokens():
+                    self.load_tokens(stmt)
                 case Score():
                     a, b = self.buffers[stmt.a.name], self.buffers[stmt.b.name]
                     self.buffers[stmt.dst.name] = self.mma(a, b)
                 case Mask():
                     self.mask(stmt)
+                case MaskTokens():
+                    scores = self.buffers[stmt.scores.name]
+                    scores[:, self.tokens(scores.shape[1]) < 0] = -np.inf
                 case Soften():
                     self.soften(stmt)
                 case Attend():
@@ -155,8 +172,8 @@ class _Machine:
 
     def load_queries(self, op: LoadQueries) -> None:
         problem = self.kernel.problem
-        source = self.tensors["q"][self.segment.sequence].reshape(problem.num_rows, -1)
-        rows = source[self.rows[0] : self.rows[-1] + 1]
+        source = self.tensors["q"].reshape(-1, problem.num_rows, problem.head_dim_qk)
+        rows = source[self.segment.sequence][self.rows[0] : self.rows[-1] + 1]
         tile = np.zeros(op.dst.shape, op.dst.dtype.numpy)
         tile[: len(rows)] = rows
         self.buffers[op.dst.name] = tile
@@ -167,6 +184,29 @@ class _Machine:
         pages = self.tensors["block_table"][self.segment.sequence][keys // page]
         tile = np.zeros(op.dst.shape, op.dst.dtype.numpy)
         tile[: len(keys)] = self.tensors["kv_cache"][pages, keys % page, 0]
+        self.buffers[op.dst.name] = tile
+
+    def tokens(self, count: int) -> Array:
+        """Where in the cache the block's keys are, a page's one after the other; -1 for none."""
+        page, sequence = self.kernel.problem.page, self.segment.sequence
+        keys = self.block * count + np.arange(count)
+        there, tokens = keys < self.length, np.full(count, -1, np.int64)
+        if not self.kernel.problem.sparse:
+            pages = self.tensors["block_table"][sequence][keys[there] // page].astype(np.int64)
+            tokens[there] = pages * page + keys[there] % page
+            return tokens
+        listed = self.tensors["indices"].reshape(-1, self.tensors["indices"].shape[2])[sequence]
+        tokens[there] = listed[keys[there]]
+        tokens[tokens >= len(self.tensors["kv_cache"]) * page] = -1
+        return np.maximum(tokens, -1)
+
+    def load_tokens(self, op: LoadTokens) -> None:
+        page, tokens = self.kernel.problem.page, self.tokens(op.dst.shape[0])
+        there = tokens >= 0
+        found = self.tensors["kv_cache"][tokens[there] // page, tokens[there] % page, 0]
+        decoded = decode_tokens(found, exact=self.exact)
+        tile = np.zeros(op.dst.shape, decoded.dtype)
+        tile[there] = decoded
         self.buffers[op.dst.name] = tile
 
     def mask(self, op: Mask) -> None:
@@ -210,18 +250,26 @@ class _Machine:
         for name, value in zip(names, (top, total, out), strict=True):
             self.buffers[name] = value
 
+    def sinks(self, op: StoreOutput, top: Array) -> Array:
+        """What the heads' sinks add to the rows' sums."""
+        if op.sink is None:
+            return np.zeros_like(top)
+        heads = self.rows % self.kernel.problem.num_heads
+        return self.exp2(self.tensors[op.sink.name][heads].astype(np.float64) * LOG2_E - top)
+
     def store(self, op: StoreOutput) -> None:
         problem = self.kernel.problem
         if len(self.others) < self.segment.num_parts:
             return
         total, top = self.buffers[op.sum.name], self.buffers[op.max.name]
         with np.errstate(divide="ignore", invalid="ignore"):
-            factor = np.where(total == 0, 0, 1 / total).astype(self.real)
+            more = total + self.sinks(op, top)
+            factor = np.where(total == 0, 0, 1 / more).astype(self.real)
             log = np.where(total == 0, np.inf, (top + np.log2(total)) / LOG2_E)
         rows = self.rows[self.rows < problem.num_rows]
         out = (self.buffers[op.out.name] * factor[:, None])[: len(rows)]
-        tokens, heads = rows // problem.num_heads, rows % problem.num_heads
-        sequence = self.segment.sequence
+        sequence, token = divmod(self.segment.sequence, problem.num_tokens)
+        tokens, heads = token + rows // problem.num_heads, rows % problem.num_heads
         self.o[sequence, tokens, heads] = out.astype(self.o.dtype)
         self.lse[sequence, heads, tokens] = log[: len(rows)]
 
@@ -230,10 +278,10 @@ def _check_tensors(kernel: MlaKernel, tensors: Mapping[str, Array]) -> None:
     names = [tensor.name for tensor in kernel.tensors if tensor.name not in ("o", "lse")]
     if set(tensors) != set(names):
         raise ProblemError(f"kernel takes tensors {', '.join(names)}; got {', '.join(tensors)}")
-    batch = len(tensors["seqlens_k"])
+    batch = len(tensors["q"])
     for tensor in kernel.tensors[: len(names)]:
         array = tensors[tensor.name]
-        dtype = "int32" if tensor.dtype == "i32" else kernel.problem.dtype.numpy
+        dtype = DTYPES.get(tensor.dtype, kernel.problem.dtype.numpy)
         wanted = tuple(batch if extent == "b" else extent for extent in tensor.shape)
         fits = len(wanted) == array.ndim and all(
             isinstance(want, str) or want == got

@@ -7,8 +7,10 @@
              | LoadQueries(dst, src)        dst = the tile's rows of q
              | LoadKeys(dst, src, table)    dst = the block's keys, where the block table has them;
                                             0 beyond the sequence's end
+             | LoadTokens(dst, src, where)  as LoadKeys, of an FP8 cache, decoded
              | Score(dst, a, b)             dst = a @ b^T, a chain of k16 steps that starts at 0
              | Mask(scores, causal)         -inf for keys that a row must not see
+             | MaskTokens(scores, indices)  -inf where a list has no token of the cache
              | Soften(p, scores, ...)       online softmax, see there
              | Attend(out, p, values, ...)  out = out * factor + p @ the first columns of values
              | Merge(out, max, sum)         the parts' results become one, in the order of parts
@@ -59,12 +61,14 @@ class Segment:
 class Split:
     """How the keys of all sequences are cut into parts of equal cost, in the order of sequences.
 
-    A sequence costs `overhead` and then one for each of its blocks of `block_keys` keys. The kernel
-    makes the same plan from the lengths on the device: templates/include/jitgen/mla_plan.cuh.
+    A sequence costs `overhead` and then one for each of its blocks of `block_keys` keys. It is not
+    cut if `whole`, and belongs to the part in whose share its cost begins. The kernel makes the
+    same plan from the lengths on the device: templates/include/jitgen/mla_plan.cuh.
     """
 
     block_keys: int
     overhead: int
+    whole: bool = False
 
     def parts(self, lengths: Sequence[int], num_parts: int) -> list[list[Segment]]:
         """The segments of every part."""
@@ -74,6 +78,10 @@ class Split:
         position = 0
         for sequence, count in enumerate(blocks):
             first, end = position + self.overhead, position + self.overhead + count
+            if self.whole:
+                parts[position // span].append(Segment(sequence, 0, count, 0, 1))
+                position = end
+                continue
             if count == 0:
                 parts[position // span].append(Segment(sequence, 0, 0, first // span, 1))
             sharing = range(first // span, (end - 1) // span + 1 if count else 0)
@@ -86,7 +94,8 @@ class Split:
         return parts
 
     def __str__(self) -> str:
-        return f"blocks of {self.block_keys} keys, {self.overhead} more a sequence"
+        whole = ", each whole" if self.whole else ""
+        return f"blocks of {self.block_keys} keys, {self.overhead} more a sequence{whole}"
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,34 @@ class LoadKeys:
 
 
 @dataclass(frozen=True)
+class LoadTokens:
+    """Of each token dst = code * s, s the float32 scale of the code's 128 columns, then the last 64
+    columns as they are; in bfloat16: s is split into h + l, h = s and l = s - h each rounded to
+    bfloat16, and code * h + code * l is rounded once, with code * l rounded before.
+
+    where : the block table, or for each query token the tokens of the cache that it looks at; 0 for
+        those that are not there: beyond a sequence's end, or no token of the cache
+    num_warps : that decode, each its share of dst's rows
+    """
+
+    dst: Buffer
+    src: MlaTensor
+    where: MlaTensor
+    num_warps: int
+
+    def __str__(self) -> str:
+        at = (
+            f"{self.where.name}[token, key]"
+            if self.where.name == "indices"
+            else f"{self.where.name}[sequence, key / page], key % page"
+        )
+        return (
+            f"{self.dst.name} = decode {self.src.name}[{at}] for key:+{self.dst.shape[0]} by"
+            f" {self.num_warps} warps"
+        )
+
+
+@dataclass(frozen=True)
 class Score:
     dst: Buffer
     a: Buffer
@@ -152,6 +189,18 @@ class Mask:
     def __str__(self) -> str:
         later = " - later tokens" if self.causal else ""
         return f"{self.scores.name} = -inf where key >= {self.lengths.name}[sequence]{later}"
+
+
+@dataclass(frozen=True)
+class MaskTokens:
+    """Scores of keys become -inf that a query token's list does not have: beyond its length, or
+    no token of the cache (-1, say)."""
+
+    scores: Buffer
+    indices: MlaTensor
+
+    def __str__(self) -> str:
+        return f"{self.scores.name} = -inf where {self.indices.name}[token, key] is no token"
 
 
 @dataclass(frozen=True)
@@ -206,17 +255,20 @@ class Merge:
 
 @dataclass(frozen=True)
 class StoreOutput:
-    """A row without keys: o = 0 and lse = +inf."""
+    """A row without keys: o = 0 and lse = +inf. With a sink of its head, a row's sum has e^sink
+    more where o is divided by it; lse is without."""
 
     o: MlaTensor
     lse: MlaTensor
+    sink: MlaTensor | None
     out: Buffer
     max: Buffer
     sum: Buffer
 
     def __str__(self) -> str:
+        more = f"({self.sum.name} + e^sink)" if self.sink else self.sum.name
         return (
-            f"store {self.o.name} = {self.out.name} / {self.sum.name},"
+            f"store {self.o.name} = {self.out.name} / {more},"
             f" {self.lse.name} = ln(2^{self.max.name} * {self.sum.name})"
         )
 
@@ -244,7 +296,18 @@ class ForSegments:
 
 
 MlaStmt = (
-    Fill | LoadQueries | LoadKeys | Score | Mask | Soften | Attend | Merge | StoreOutput | ForKeys
+    Fill
+    | LoadQueries
+    | LoadKeys
+    | LoadTokens
+    | Score
+    | Mask
+    | MaskTokens
+    | Soften
+    | Attend
+    | Merge
+    | StoreOutput
+    | ForKeys
 )
 
 
@@ -277,21 +340,23 @@ class MlaKernel:
     @property
     def parameters(self) -> tuple[MlaParameter, ...]:
         """The kernel's arguments, in order."""
+        fp8, sparse = self.problem.is_fp8, self.problem.sparse
+        maps = ("map_q",) if fp8 else ("map_q", "map_kv")
+        where = ("indices", "topk_length") if sparse else ("block_table", "seqlens_k")
         pointers = {
-            "block_table": "const int*",
-            "seqlens_k": "const int*",
+            **({"kv_cache": "const u8*"} if fp8 else {}),
+            **dict.fromkeys(where, "const int*"),
             "o": f"{self.problem.dtype.cuda}*",
             "lse": "float*",
             "partial_out": "float*",
             "partial_states": "float*",
             "counters": "u32*",
+            **({"sink": "const float*"} if self.problem.sink else {}),
         }
-        scalars = ("num_sequences", "block_table_stride", "page_rows", "scale_log2")
+        strides = ("indices_stride", "num_tokens", "topk") if sparse else ("block_table_stride",)
+        scalars = ("num_sequences", *strides, "page_rows", "scale_log2")
         return (
-            *(
-                MlaParameter(name, f"const __grid_constant__ TensorMap {name}")
-                for name in ("map_q", "map_kv")
-            ),
+            *(MlaParameter(name, f"const __grid_constant__ TensorMap {name}") for name in maps),
             *(MlaParameter(name, f"{kind} {name}") for name, kind in pointers.items()),
             *(MlaParameter(name, f"u32 {name}") for name in scalars),
         )

@@ -66,8 +66,8 @@ class Masked:
     """A [num_groups, max_m, k]: the first rows[g] rows of A[g] are group g's.
 
     rows : int32 [num_groups], within 0..max_m
-    expected_rows : how many rows a group has on average, which the choice of the schedule goes by;
-        by default max_m
+    expected_rows : how many rows a group has on average, which the choice of the schedule goes by,
+        with a quarter more in reserve; by default max_m
     """
 
     rows: Any

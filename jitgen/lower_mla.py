@@ -13,7 +13,9 @@ from .ir_mla import (
     ForSegments,
     LoadKeys,
     LoadQueries,
+    LoadTokens,
     Mask,
+    MaskTokens,
     Merge,
     MlaKernel,
     MlaTensor,
@@ -22,10 +24,11 @@ from .ir_mla import (
     Split,
     StoreOutput,
 )
-from .problem_mla import MlaDecode, check_mla
+from .problem_mla import TOKEN_BYTES, MlaDecode, check_mla
 from .schedule_mla import (
     BLOCK_KEYS,
     CHUNK_COLUMNS,
+    LOADER_WARPS,
     TILE_ROWS,
     MlaSchedule,
     check_mla_schedule,
@@ -57,23 +60,36 @@ def lower_mla(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A)
 
 
 def mla_kernel_name(problem: MlaDecode, schedule: MlaSchedule) -> str:
-    """The kernel's `extern "C"` name: stable, and telling in a profiler."""
+    """The kernel's `extern "C"` name: stable, and found by those who look for FlashMLA's."""
     p, s = problem, schedule
     mask, ahead = "_causal" if p.causal else "", "_ahead" if s.score_ahead else ""
+    form = "_fp8" * p.is_fp8 + "_sparse" * p.sparse
     return (
-        f"mla_decode_{p.dtype}_h{p.num_heads}_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}"
-        f"_p{p.page}{mask}_c{s.cluster}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}{ahead}"
+        f"flash_fwd_splitkv_mla{form}_kernel{'_sink' * p.sink}_{p.dtype}_h{p.num_heads}"
+        f"_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}_p{p.page}{mask}"
+        f"_c{s.cluster}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}{ahead}"
     )
 
 
 def mla_tensors(problem: MlaDecode) -> dict[str, MlaTensor]:
     """The tensors of `problem` by name, outputs last."""
     p, kind = problem, problem.dtype.short
-    tensors = (
-        MlaTensor("q", kind, ("b", p.num_queries, p.num_heads, p.head_dim_qk)),
-        MlaTensor("kv_cache", kind, ("num_blocks", p.page, 1, p.head_dim_qk)),
+    token: tuple[str, int] = ("u8", TOKEN_BYTES) if p.is_fp8 else (kind, p.head_dim_qk)
+    where: tuple[MlaTensor, ...] = (
         MlaTensor("block_table", "i32", ("b", "max_pages")),
         MlaTensor("seqlens_k", "i32", ("b",)),
+    )
+    if p.sparse:
+        where = (
+            MlaTensor("indices", "i32", ("b", p.num_queries, "topk")),
+            MlaTensor("topk_length", "i32", ("b",)),
+        )
+    if p.sink:
+        where += (MlaTensor("sink", "f32", (p.num_heads,)),)
+    tensors = (
+        MlaTensor("q", kind, ("b", p.num_queries, p.num_heads, p.head_dim_qk)),
+        MlaTensor("kv_cache", token[0], ("num_blocks", p.page, 1, token[1])),
+        *where,
         MlaTensor("o", kind, ("b", p.num_queries, p.num_heads, p.head_dim_v)),
         MlaTensor("lse", "f32", ("b", p.num_heads, p.num_queries)),
     )
@@ -93,18 +109,29 @@ def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
     )
     q_box = (min(rows, problem.num_rows), CHUNK_COLUMNS)
     kv_box = (min(problem.page, keys // schedule.cluster), CHUNK_COLUMNS)
+    where = tensors["indices" if problem.sparse else "block_table"]
+    load: LoadKeys | LoadTokens = LoadKeys(
+        smem_k, tensors["kv_cache"], where, kv_box, schedule.cluster
+    )
+    if problem.is_fp8:
+        load = LoadTokens(smem_k, tensors["kv_cache"], where, LOADER_WARPS)
+    mask = (
+        MaskTokens(scores, where)
+        if problem.sparse
+        else Mask(scores, tensors["seqlens_k"], problem.causal)
+    )
     loop = ForKeys(
         keys,
         (
-            LoadKeys(smem_k, tensors["kv_cache"], tensors["block_table"], kv_box, schedule.cluster),
+            load,
             Score(scores, smem_q, smem_k),
-            Mask(scores, tensors["seqlens_k"], problem.causal),
+            mask,
             Soften(p, scores, top, total, factor),
             Attend(out, p, smem_k, factor),
         ),
     )
     return ForSegments(
-        Split(keys, schedule.overhead),
+        Split(keys, schedule.overhead, schedule.whole),
         rows,
         num_tiles(problem),
         schedule.cluster,
@@ -115,6 +142,6 @@ def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
             Fill(out, 0.0),
             loop,
             Merge(out, top, total),
-            StoreOutput(tensors["o"], tensors["lse"], out, top, total),
+            StoreOutput(tensors["o"], tensors["lse"], tensors.get("sink"), out, top, total),
         ),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import ProblemError
+from .groups import planned_rows
 from .problem import Gemm, check_problem, check_rows
 from .schedule import Schedule
 from .target import Gpu
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Plan:
     """What `gemm` launches for one problem, at every m of `extents`, on one GPU.
+
+    Of a grouped problem, m counts the rows of all groups: those of A or, with Masked, num_groups
+    times its expected_rows.
 
     schedules : by M bucket, see `jitgen.tuning.model.m_bucket`
     """
@@ -43,7 +47,7 @@ class Plan:
         """
         if m not in self.extents:
             raise ProblemError(f"m = {m} is not in the plan, which is for {self.extents}")
-        return dict(self.schedules)[m_bucket(m)]
+        return dict(self.schedules)[m_bucket(planned_rows(self.problem, m), self.problem)]
 
     def prebuild(self, *, num_processes: int | None = None) -> list[Prebuilt]:
         """Compile what is not in the store yet; needs no GPU. Errors as `jitgen.build.prebuild`.
@@ -86,7 +90,7 @@ def plan(
     chosen = named_gpu(gpu, num_sms)
     schedules = tuple(
         (bucket, select(problem, bucket, chosen, batch_invariant=batch_invariant))
-        for bucket in m_buckets(ascending)
+        for bucket in m_buckets(ascending, problem)
     )
     return Plan(problem, extents, chosen, schedules)
 

@@ -138,9 +138,22 @@ def of_k_groups(n: int, num_groups: int) -> GroupedGemm:
     )
 
 
-def without_epilogue(problem: Gemm) -> Gemm:
-    """The problem with the least epilogue of as many columns: what schedules are chosen for."""
-    return replace(problem, epilogue=gate * up if is_gated(problem.epilogue) else acc)
+def as_tuned(problem: Gemm) -> Gemm:
+    """What schedules are chosen and measured for in the problem's place.
+
+    It has the least epilogue of as many columns, and its groups' rows lie as in `ragged`: one after
+    the other. Scales of D are not rounded.
+    """
+    plain = replace(problem, epilogue=gate * up if is_gated(problem.epilogue) else acc, ue8m0=False)
+    if isinstance(plain, GroupedGemm) and not is_k_grouped(plain):
+        return replace(plain, layout="ragged", alignment=1)
+    return plain
+
+
+def tuned_name(problem: Gemm) -> str:
+    """A name of `as_tuned`, its type of D left out: of records' files and the tuner's jobs."""
+    groups = f"g{problem.num_groups}-" if isinstance(problem, GroupedGemm) else ""
+    return f"{groups}n{problem.n}-k{problem.k}"
 
 
 def is_masked(problem: Gemm) -> bool:

@@ -11,7 +11,9 @@ from typing import Any
 
 from .dtypes import BF16, DType, dtype_of
 from .errors import ProblemError
+from .expr import acc, gate, silu, up
 from .files import read_json
+from .groups import planned_rows
 from .lower import AnyProblem, AnySchedule
 from .merge import MergeSchedule, MergeStates
 from .problem import MAX_EXTENT, Gemm, GroupedGemm, check_problem, of_k_groups
@@ -24,11 +26,11 @@ from .tuning.select import select
 PROBLEMS_HELP = (
     'JSON: a list of {"n": 7168, "k": 2048, "m": [1, 64]}; instead of m, "m_max": 4096 stands for'
     ' every m up to it; "out_dtype" is bfloat16 by default, "name" a remark. With "num_groups" a'
-    ' grouped GEMM, m rows in all; "layout" is ragged by default. {"num_heads": 16, "num_queries":'
-    " 1, ...}, the fields of jitgen.MlaDecode, is MLA decode. Layout k_grouped has no k, no"
-    " choice of out_dtype."
+    ' grouped GEMM, m rows in all; "layout" is ragged by default; k_grouped has no k, no choice of'
+    ' out_dtype. "swiglu": true for silu(gate) * up of its rows. {"num_heads": 16, "num_queries":'
+    " 1, ...}, the fields of jitgen.MlaDecode, is MLA decode."
 )
-GEMM_FIELDS = ("name", "n", "k", "m", "m_max", "out_dtype", "num_groups", "layout")
+GEMM_FIELDS = ("name", "n", "k", "m", "m_max", "out_dtype", "swiglu", "num_groups", "layout")
 MLA_FIELDS = ("name", *(field.name for field in fields(MlaDecode)))
 
 
@@ -40,11 +42,18 @@ class Grid(str, Enum):
     """A named list of shapes."""
 
     dense = "dense"
+    grouped = "grouped"
 
     def problems(self) -> list[tuple[Gemm, int]]:
-        """The shapes that `jitgen bench gemm` measures."""
+        """The shapes that `jitgen bench gemm` measures, or `jitgen bench grouped`."""
         from .tuning.bench import GRID_DENSE
+        from .tuning.bench_fused import FUSED_SHAPES, fused_problem
+        from .tuning.bench_grouped import grid_grouped
 
+        if self is Grid.grouped:
+            pairs = [(shape.problem, shape) for shape in (*grid_grouped(), *FUSED_SHAPES)]
+            pairs += [(fused_problem(shape), shape) for shape in FUSED_SHAPES]
+            return [(problem, shape.expected_rows) for problem, shape in pairs]
         return [(shape.problem, shape.m) for shape in GRID_DENSE]
 
 
@@ -84,7 +93,7 @@ def select_kernels(
 
     def schedule(problem: AnyProblem, m: int) -> AnySchedule:
         if isinstance(problem, MlaDecode):
-            return select_mla(problem)
+            return select_mla(problem, batch_invariant=batch_invariant)
         if isinstance(problem, MergeStates):
             return MergeSchedule()
         return select(problem, m, gpu, batch_invariant=batch_invariant)
@@ -92,8 +101,10 @@ def select_kernels(
     return list(dict.fromkeys((problem, schedule(problem, m)) for problem, m in pairs))
 
 
-def parse_extents(text: str) -> list[int]:
+def parse_extents(text: str, problem: Gemm | None = None) -> list[int]:
     """Every m to choose for, of a text such as "1..4096" or "1,64,128..512", ends included.
+
+    problem : for which, as for `m_buckets`
 
     Raises
     ------
@@ -107,7 +118,7 @@ def parse_extents(text: str) -> list[int]:
         first, last = (_read_extent("m", int(number or match[1])) for number in match.groups())
         if first > last:
             raise ProblemError(f"m has {part!r}, a range that ends before it begins")
-        extents += [first] if match[2] is None else m_buckets(range(first, last + 1))
+        extents += [first] if match[2] is None else m_buckets(range(first, last + 1), problem)
     return extents
 
 
@@ -130,11 +141,12 @@ def _read_problem(entry: object) -> tuple[AnyProblem, list[int]]:
     if ("m" in entry) == ("m_max" in entry):
         raise ProblemError("give either m, a list, or m_max")
     if "m_max" in entry:
-        return problem, m_buckets(range(1, _read_extent("m_max", entry["m_max"]) + 1))
+        return problem, m_buckets(range(1, _read_extent("m_max", entry["m_max"]) + 1), problem)
     extents = entry["m"]
     if not isinstance(extents, list) or not extents:
         raise ProblemError(f"m must be a list of extents, not empty, got {extents!r:.80}")
-    return problem, [_read_extent(f"m[{i}]", m) for i, m in enumerate(extents)]
+    read = (_read_extent(f"m[{i}]", m) for i, m in enumerate(extents))
+    return problem, [planned_rows(problem, m) for m in read]
 
 
 def _read_gemm(entry: dict[str, Any]) -> Gemm:
@@ -142,16 +154,19 @@ def _read_gemm(entry: dict[str, Any]) -> Gemm:
     if missing := {"n", "num_groups" if by_k else "k"} - set(entry):
         raise ProblemError(f"field {min(missing)} is missing")
     if by_k:
-        if given := {"k", "out_dtype"} & set(entry):
+        if given := {"k", "out_dtype", "swiglu"} & set(entry):
             raise ProblemError(f"{min(given)} is no choice of layout k_grouped: leave it out")
         return of_k_groups(entry["n"], entry["num_groups"])
     dtype = _read_dtype("out_dtype", entry.get("out_dtype", BF16.name))
+    if type(swiglu := entry.get("swiglu", False)) is not bool:
+        raise ProblemError(f"swiglu must be a bool, got {swiglu!r:.80}")
+    problem = Gemm(entry["n"], entry["k"], dtype, silu(gate) * up if swiglu else acc)
     if "num_groups" in entry:
         groups, layout = entry["num_groups"], entry.get("layout", "ragged")
-        return GroupedGemm(entry["n"], entry["k"], dtype, num_groups=groups, layout=layout)
+        return GroupedGemm(**vars(problem), num_groups=groups, layout=layout)
     if "layout" in entry:
         raise ProblemError("layout is of a grouped GEMM: give num_groups too")
-    return Gemm(entry["n"], entry["k"], dtype)
+    return problem
 
 
 def _read_dtype(field: str, name: object) -> DType:

@@ -1,5 +1,5 @@
-"""Schedules of MLA decode: how a problem is mapped to the GPU. None changes bits but `overhead`,
-which decides with the lengths where sequences are split."""
+"""Schedules of MLA decode: how a problem is mapped to the GPU. None changes bits but `overhead` and
+`whole`, which decide with the lengths where sequences are split."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from dataclasses import dataclass
 
 from .errors import ScheduleError
 from .problem_mla import MlaDecode
+from .schedule import REGISTER_SPLIT
 from .target import SM90A, Target
 
 TILE_ROWS = 64  # query rows of a thread block: those of one wgmma
 BLOCK_KEYS = 64  # keys that a math warpgroup scores at a time
 CHUNK_COLUMNS = 64  # of 16 bits: 128 bytes, the swizzle span
 CHUNK_BYTES = 64 * 128
-GROUP_CHUNKS = 2  # chunks of a block of keys that arrive together
+GROUP_CHUNKS = 2  # chunks of a block of keys that arrive together, of a plain cache
 NUM_WARPS = 12  # of a block: two math warpgroups and the producer's
-REGISTER_CHUNKS = 1  # of Q that the math warpgroups keep in registers
-ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 1)  # segments that the producer tells of: mla_plan.cuh
+LOADER_WARPS = 4  # of the producer that decode an FP8 cache, each its share of every block of keys
+FP8_REGISTERS = (88, 208)  # a thread of the producer, and of the math warpgroups: as REGISTER_SPLIT
+REGISTER_CHUNKS = 1
+ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
+WALKER_BYTES = 48  # of a plan on its way: ibid.
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class MlaSchedule:
         are cut
     score_ahead : the second math warpgroup scores its block of keys before it attends to the
         first's, not after
+    whole : sequences are not split, so that the results of one do not depend on the others of its
+        batch
     """
 
     cluster: int = 1
@@ -37,11 +43,12 @@ class MlaSchedule:
     prefetch: int = 0
     overhead: int = 3
     score_ahead: bool = False
+    whole: bool = False
 
     def __str__(self) -> str:
         return (
             f"cluster={self.cluster} num_stages={self.num_stages} prefetch={self.prefetch}"
-            f" overhead={self.overhead} score_ahead={self.score_ahead}"
+            f" overhead={self.overhead} score_ahead={self.score_ahead} whole={self.whole}"
         )
 
     @property
@@ -60,6 +67,7 @@ class MlaSmemPlan:
     states: int  # maxima and sums that the math warpgroups exchange
     barriers: int
     announcement: int
+    walkers: int  # of the producer's warps, which decode an FP8 cache
     scratch: int  # of the plan
     total_bytes: int
 
@@ -74,10 +82,29 @@ def num_chunks(problem: MlaDecode) -> int:
     return problem.head_dim_qk // CHUNK_COLUMNS
 
 
+def group_chunks(problem: MlaDecode) -> int:
+    """Chunks of a block of keys that arrive together: all, where tokens are decoded whole."""
+    return num_chunks(problem) if problem.is_fp8 else GROUP_CHUNKS
+
+
+def register_chunks(problem: MlaDecode) -> int:
+    """Chunks of Q that the math warpgroups keep in registers: over one lies the second P, unless
+    that lies over the last chunk of keys."""
+    return 0 if problem.is_fp8 else REGISTER_CHUNKS
+
+
+def registers(problem: MlaDecode) -> tuple[int, int]:
+    """Of a thread of the producer, and of a math warpgroup."""
+    return FP8_REGISTERS if problem.is_fp8 else REGISTER_SPLIT[2]
+
+
 def num_barriers(problem: MlaDecode, schedule: MlaSchedule) -> int:
-    """A stage's full ones, of each group of chunks, and empty ones, of both halves; and Q's."""
-    groups = -(-num_chunks(problem) // GROUP_CHUNKS)
-    return schedule.num_stages * (groups + 2) + 2
+    """A stage's full ones, of each group of chunks, and empty ones, of both halves; and Q's.
+
+    In sparse decode a stage has 8 bytes more, which say what keys there are.
+    """
+    groups = -(-num_chunks(problem) // group_chunks(problem))
+    return schedule.num_stages * (groups + 2 + problem.sparse) + 2
 
 
 def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
@@ -89,6 +116,7 @@ def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
         "states": 4 * TILE_ROWS * 4,
         "barriers": 8 * num_barriers(problem, schedule),
         "announcement": ANNOUNCEMENT_BYTES,
+        "walkers": LOADER_WARPS * WALKER_BYTES if problem.is_fp8 else 0,
         "scratch": 4 * (NUM_WARPS + 2),
     }
     offset, offsets = 0, {}
@@ -103,14 +131,15 @@ def num_parts(problem: MlaDecode, num_sms: int) -> int:
     return max(num_sms // num_tiles(problem), 1)
 
 
-def select_mla(problem: MlaDecode) -> MlaSchedule:
+def select_mla(problem: MlaDecode, *, batch_invariant: bool = False) -> MlaSchedule:
     """The schedule that measured best on an H100 for problems of this kind."""
     stages = 2 if problem.head_dim_qk > 320 else 4
+    if problem.is_fp8:
+        return MlaSchedule(num_stages=stages, score_ahead=True, whole=batch_invariant)
     if num_tiles(problem) % 2 == 0:
-        return MlaSchedule(
-            cluster=2, num_stages=stages, prefetch=1, score_ahead=num_tiles(problem) >= 4
-        )
-    return MlaSchedule(num_stages=stages)
+        ahead = num_tiles(problem) >= 4
+        return MlaSchedule(2, stages, prefetch=1, score_ahead=ahead, whole=batch_invariant)
+    return MlaSchedule(num_stages=stages, whole=batch_invariant)
 
 
 def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A) -> None:
@@ -123,6 +152,7 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
         ("prefetch", range(9)),
         ("overhead", range(1, 65)),
         ("score_ahead", (False, True)),
+        ("whole", (False, True)),
     ):
         value = getattr(schedule, name)
         if type(value) is not type(legal[0]) or value not in legal:
@@ -131,6 +161,11 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
         raise ScheduleError(
             f"cluster = {schedule.cluster} does not divide the {num_tiles(problem)} tiles of"
             f" {problem.num_rows} query rows: choose 1"
+        )
+    if problem.is_fp8 and (schedule.cluster > 1 or schedule.prefetch > 1):
+        raise ScheduleError(
+            f"cluster = {schedule.cluster}, prefetch = {schedule.prefetch}: blocks do not share the"
+            " keys of an FP8 cache, and look one block of keys ahead: choose 1, and 0 or 1"
         )
     total = mla_smem_plan(problem, schedule).total_bytes
     if total > target.smem_per_block_bytes:

@@ -6,8 +6,10 @@ been written for it, in the same loop or, where it is carried through the loop o
     LoadQueries -> queries                        once, before the loop
     Fill        -> max = -inf, sum = 0, out = 0   before the loop, which carries them
     LoadKeys    -> keys                           in the loop, for every block
+    LoadTokens  -> keys                           the same, of an FP8 cache
     Score       -> scores          queries, keys
     Mask        -> masked scores   scores
+    MaskTokens  -> masked scores   scores, of sparse decode
     Soften      -> p, factor       masked scores; max, sum
     Attend                         p, keys, factor; out
     Merge       -> merged          max, sum, out, after the loop
@@ -29,7 +31,9 @@ from .ir_mla import (
     ForKeys,
     LoadKeys,
     LoadQueries,
+    LoadTokens,
     Mask,
+    MaskTokens,
     Merge,
     MlaKernel,
     MlaStmt,
@@ -45,6 +49,7 @@ from .schedule_mla import (
     BLOCK_KEYS,
     CHUNK_BYTES,
     CHUNK_COLUMNS,
+    LOADER_WARPS,
     TILE_ROWS,
     check_mla_schedule,
     mla_smem_plan,
@@ -82,10 +87,18 @@ def _check_split(kernel: MlaKernel) -> None:
     """The parts of a few batches cover every block once, in order, and agree on who shares what."""
     body, schedule = kernel.body, kernel.schedule
     split = body.split
-    shape = (split.block_keys, split.overhead, body.tile_rows, body.tiles, body.cluster)
+    shape = (
+        split.block_keys,
+        split.overhead,
+        split.whole,
+        body.tile_rows,
+        body.tiles,
+        body.cluster,
+    )
     planned = (
         BLOCK_KEYS,
         schedule.overhead,
+        schedule.whole,
         TILE_ROWS,
         num_tiles(kernel.problem),
         schedule.cluster,
@@ -106,11 +119,15 @@ def _check_split(kernel: MlaKernel) -> None:
                 for block in range(-(-length // split.block_keys))
             ]
             blocks = [(sequence, block) for sequence, block, _ in seen]
+            parts_of = {sequence: part for sequence, _, part in seen}
+            is_whole = all(part == parts_of[sequence] for sequence, _, part in seen)
+            require(is_whole or not split.whole, split, f"cuts {lengths} in {num_parts} parts")
             require(blocks == expected, split, f"does not cover {lengths} in {num_parts} parts")
             for segment in (segment for segments in parts for segment in segments):
                 owners = {part for sequence, _, part in seen if sequence == segment.sequence}
                 sharing = range(segment.first_part, segment.first_part + segment.num_parts)
-                require(not owners or owners == set(sharing), split, f"{segment} is of {owners}")
+                agree = len(owners) == 1 if split.whole else owners == set(sharing)
+                require(not owners or agree, split, f"{segment} is of {owners}")
 
 
 @dataclass
@@ -133,10 +150,12 @@ class _Block:
                     self.fill(stmt)
                 case LoadQueries() | LoadKeys():
                     self.load(stmt)
+                case LoadTokens():
+                    self.load_tokens(stmt)
                 case Score():
                     self.read(stmt, (stmt.a, "queries"), (stmt.b, "keys"))
                     self.write(stmt, "scores", stmt.dst, F32, (TILE_ROWS, BLOCK_KEYS))
-                case Mask():
+                case Mask() | MaskTokens():
                     self.mask(stmt)
                 case Soften():
                     self.soften(stmt)
@@ -206,6 +225,7 @@ class _Block:
         is_keys = isinstance(op, LoadKeys)
         require(self.in_loop == is_keys and not self.has_looped, op, "is in the wrong loop")
         if isinstance(op, LoadKeys):
+            require(not problem.is_fp8, op, "cannot load an FP8 cache")
             require(op.src == tensors["kv_cache"], op, "must load the cache")
             require(op.table == tensors["block_table"], op, "must look up the block table")
             require(op.multicast == self.kernel.body.cluster, op, "must be shared by the cluster")
@@ -223,11 +243,25 @@ class _Block:
         require(span == SWIZZLE_BYTES, op, f"box {op.box} is not one swizzle span wide")
         require(columns % CHUNK_COLUMNS == 0, op, f"{columns} columns are not whole chunks")
 
-    def mask(self, op: Mask) -> None:
+    def load_tokens(self, op: LoadTokens) -> None:
+        problem, tensors = self.kernel.problem, mla_tensors(self.kernel.problem)
+        require(self.in_loop, op, "is in the wrong loop")
+        require(problem.is_fp8, op, "decodes a cache that is not FP8")
+        where = tensors["indices" if problem.sparse else "block_table"]
+        require((op.src, op.where) == (tensors["kv_cache"], where), op, f"must look up {where}")
+        require(op.num_warps == LOADER_WARPS, op, f"the producer has {LOADER_WARPS} warps")
+        shape = BLOCK_KEYS, problem.head_dim_qk
+        self.write(op, "keys", op.dst, problem.dtype, shape, smem=True)
+
+    def mask(self, op: Mask | MaskTokens) -> None:
         self.read(op, (op.scores, "scores"))
-        lengths = mla_tensors(self.kernel.problem)["seqlens_k"]
-        require(op.lengths == lengths, op, "must mask by the lengths")
-        require(op.causal == self.kernel.problem.causal, op, "is not the problem's mask")
+        problem, tensors = self.kernel.problem, mla_tensors(self.kernel.problem)
+        require(isinstance(op, MaskTokens) == problem.sparse, op, "is not the problem's mask")
+        if isinstance(op, MaskTokens):
+            require(op.indices == tensors["indices"], op, "must mask by the lists")
+        else:
+            require(op.lengths == tensors["seqlens_k"], op, "must mask by the lengths")
+            require(op.causal == problem.causal, op, "is not the problem's mask")
         self.holds[op.scores.name] = "masked scores"
         self.buffers["masked scores"] = op.scores
 
@@ -249,6 +283,7 @@ class _Block:
         self.read(op, (op.out, "merged out"), (op.max, "merged max"), (op.sum, "merged sum"))
         tensors = mla_tensors(self.kernel.problem)
         require((op.o, op.lse) == (tensors["o"], tensors["lse"]), op, "must store o and lse")
+        require(op.sink == tensors.get("sink"), op, "must have the problem's sink")
         require(not self.is_stored, op, "stores a second time")
         self.is_stored = True
 

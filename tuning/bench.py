@@ -8,6 +8,7 @@ above 1, jitgen is faster.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import random
@@ -25,7 +26,7 @@ from ..errors import DeviceError, VerifyError, one_line
 from ..interpret import interpret
 from ..kernel import Kernel
 from ..lower import lower
-from ..problem import Gemm
+from ..problem import D_SCALE, Gemm
 from ..runtime import driver
 from ..schedule import Schedule
 from .peers import PEERS, check_result
@@ -238,7 +239,7 @@ def check_sample(
 
 def sample_tiles(kernel: Kernel, m: int, num_random: int, seed: int = 0) -> list[tuple[int, int]]:
     """Origins of the first and the last tile of D [m, n], and of some others."""
-    n = kernel.problem.n
+    n = kernel.problem.columns
     tiles = sorted(
         (row, column) for row, column in kernel.body.traversal.tiles(m, n) if row < m and column < n
     )
@@ -249,22 +250,29 @@ def sample_tiles(kernel: Kernel, m: int, num_random: int, seed: int = 0) -> list
 def check_tiles(
     kernel: Kernel,
     tensors: Mapping[str, NDArray[Any]],
-    d: NDArray[Any],
+    d: NDArray[Any] | tuple[NDArray[Any], NDArray[Any]],
     tiles: Sequence[tuple[int, int]],
 ) -> None:
-    """Raise VerifyError unless `d` has the interpreter's bits in the tiles with these origins."""
+    """Raise VerifyError unless `d` has the interpreter's bits in the tiles with these origins.
+
+    d : with its scales, if it has some
+    """
     expected = interpret(kernel, tensors, tiles=tiles)
-    word = np.dtype(f"u{d.dtype.itemsize}")
-    for row, column in tiles:
-        traversal = kernel.body.traversal
-        tile = slice(row, row + traversal.block_m), slice(column, column + traversal.block_n)
-        wrong = np.argwhere(d[tile].view(word) != expected[tile].view(word))
+    parts = [("D", d, expected, 1)]  # the last: columns of D that make one of the part
+    if isinstance(d, tuple):
+        parts = [("D", d[0], expected[0], 1), ("scales of D", d[1], expected[1], D_SCALE.k)]
+    traversal = kernel.body.traversal
+    for (row, column), (name, got, want, width) in itertools.product(tiles, parts):
+        columns = slice(column // width, (column + traversal.block_n) // width)
+        tile = slice(row, row + traversal.block_m), columns
+        word = np.dtype(f"u{got.dtype.itemsize}")
+        wrong = np.argwhere(got[tile].view(word) != want[tile].view(word))
         if len(wrong):
-            i, j = row + wrong[0][0], column + wrong[0][1]
+            i, j = row + wrong[0][0], columns.start + wrong[0][1]
             raise VerifyError(
-                f"{kernel.problem}, {kernel.schedule}: the tile at [{row}, {column}] differs from"
-                f" the interpreter's in {len(wrong)} of {d[tile].size} elements; the first,"
-                f" [{i}, {j}], is {d[i, j]}, must be {expected[i, j]}"
+                f"{kernel.problem}, {kernel.schedule}: in the tile at [{row}, {column}] {name}"
+                f" differs from the interpreter's in {len(wrong)} of {got[tile].size} elements; the"
+                f" first, [{i}, {j}], is {got[i, j]}, must be {want[i, j]}"
             )
 
 

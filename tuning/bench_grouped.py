@@ -33,6 +33,7 @@ from .bench import (
     check_tiles,
     to_numpy,
 )
+from .operands import make_weights
 from .select import select
 from .timing import Measurement, measure_kernel_us
 
@@ -77,6 +78,11 @@ class GroupedShape:
     def num_rows(self) -> int:
         """Rows that are computed."""
         return sum(self.counts)
+
+    @property
+    def expected_rows(self) -> int:
+        """Rows that the schedule is chosen for."""
+        return expected_rows(self.problem, self.m, self.expected)
 
     @property
     def flops(self) -> int:
@@ -181,8 +187,7 @@ def bench_grouped(shapes: Iterable[GroupedShape], device: driver.Device) -> Iter
     """
     baselines = grid_grouped() if device.name == baseline_meta()["gpu"] else {}
     for shape in shapes:
-        rows = expected_rows(shape.problem, shape.m, shape.expected)
-        schedule = select(shape.problem, rows, device.gpu)
+        schedule = select(shape.problem, shape.expected_rows, device.gpu)
         yield GroupedRow(shape, schedule, measure(shape, schedule), baselines.get(shape))
 
 
@@ -206,7 +211,7 @@ def measure(shape: GroupedShape, schedule: Schedule, device: str = "cuda") -> Me
         tensors["b"],
         (tensors["sfa"], tensors["sfb"]),
         out=d,
-        layout=_layout(shape, tensors["groups"]),
+        layout=layout_of(shape, tensors["groups"]),
         schedule=schedule,
     )
     call()
@@ -222,13 +227,7 @@ def make_tensors(shape: GroupedShape, device: str) -> dict[str, Any]:
     groups = len(shape.counts)
     outer = (groups, shape.m) if shape.layout == "masked" else (shape.m,)
     a, sfa = quantize(torch.randn(math.prod(outer), shape.k, device=device, generator=generator))
-    b = torch.empty(groups, shape.n, shape.k, dtype=torch.float8_e4m3fn, device=device)
-    sfb = torch.empty(groups, -(-shape.n // 128), -(-shape.k // 128), device=device)
-    for group in range(groups):
-        weight = torch.randn(shape.n, shape.k, device=device, generator=generator)
-        quantized, scale = quantize(weight, (128, 128))
-        b[group].copy_(quantized)
-        sfb[group].copy_(scale)
+    b, sfb = make_weights(groups, shape.n, shape.k, device)
     values = torch.tensor(_values(shape), dtype=torch.int32, device=device)
     return {
         "a": a.view(*outer, shape.k),
@@ -262,7 +261,8 @@ def _begins(shape: GroupedShape) -> list[tuple[int, int]]:
     return begins
 
 
-def _layout(shape: GroupedShape, groups: Any) -> GroupLayout:
+def layout_of(shape: GroupedShape, groups: Any) -> GroupLayout:
+    """The layout that holds the tensor `groups`."""
     if shape.layout == "masked":
         return Masked(groups, expected_rows=shape.expected)
     return Ragged(groups) if shape.layout == "ragged" else Contiguous(group_of_row=groups)

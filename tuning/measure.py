@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
+import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ..api import gemm, quantize
+from ..api import gemm, grouped_gemm, quantize
 from ..dtypes import E4M3, F32
 from ..errors import (
     CandidateError,
@@ -21,14 +24,18 @@ from ..errors import (
     ScheduleError,
     VerifyError,
 )
+from ..groups import Rows, spread_rows
 from ..kernel import Kernel
+from ..layouts import Ragged
 from ..lower import lower
-from ..problem import Gemm
+from ..problem import D_SCALE, Gemm, GroupedGemm
 from ..schedule import BLOCK_K, Schedule
 from .bench import check_machine, check_tiles, sample_tiles, to_numpy
+from .operands import make_weights
 from .space import numerics_class
 from .timing import NUM_PROFILES, profile_calls, summarize_calls
 
+E4M3_NAN = 0x7F
 SAMPLE_MACS = 3 * 10**7  # multiply-adds of the interpreter that may prove a result, about
 
 
@@ -110,36 +117,68 @@ class _Case:
         generator = torch.Generator(device).manual_seed(m)
         x = torch.randn(m, problem.k, device=device, generator=generator)
         self.a, self.sfa = quantize(x)
-        self.b, self.sfb = _weights(problem.n, problem.k, device)
+        self._rows, self._layout, groups = {0: Rows(0, m)}, None, 0
+        if isinstance(problem, GroupedGemm):
+            groups = problem.num_groups
+            ends = [0, *itertools.accumulate(spread_rows(groups, m))]
+            rows = itertools.starmap(Rows, itertools.pairwise(ends))
+            self._rows = {g: some for g, some in enumerate(rows) if some.begin < some.end}
+            self._layout = Ragged(torch.tensor(ends, dtype=torch.int32, device=device))
+        self.b, self.sfb = make_weights(groups, problem.n, problem.k, device)
         dtype = getattr(torch, problem.d_dtype.name)
-        self.d = torch.empty(m, problem.n, dtype=dtype, device=device)
-        self._proven: dict[tuple[object, ...], tuple[Schedule, Any]] = {}
+        self._outputs = [torch.empty(m, problem.columns, dtype=dtype, device=device)]
+        if problem.is_quantized:
+            scales = m, problem.columns // D_SCALE.k
+            self._outputs.append(torch.empty(scales, dtype=torch.float32, device=device))
+        self._proven: dict[tuple[object, ...], tuple[Schedule, list[Any]]] = {}
+        self._on_host: dict[int, dict[str, Any]] = {}  # weights, by group
 
     def run(self, schedule: Schedule) -> None:
         """D, launched as a user would."""
-        gemm(self.a, self.b, (self.sfa, self.sfb), out=self.d, schedule=schedule)
+        operands = self.a, self.b, (self.sfa, self.sfb)
+        out = tuple(self._outputs) if len(self._outputs) > 1 else self._outputs[0]
+        epilogue = self.problem.epilogue
+        if self._layout is None:
+            gemm(*operands, out=out, epilogue=epilogue, schedule=schedule)
+        else:
+            grouped_gemm(
+                *operands, layout=self._layout, out=out, epilogue=epilogue, schedule=schedule
+            )
 
     def check(self, schedule: Schedule) -> None:
         """Run on a poisoned D, and compare with what is proven or else with the interpreter."""
-        self.d.fill_(math.nan)
+        for output in self._outputs:
+            _poison(output)
         self.run(schedule)
         kind = numerics_class(schedule)
         if kind in self._proven:
             proven_by, proven = self._proven[kind]
-            self._check_places(schedule, proven_by, self._bits(self.d) != self._bits(proven))
+            self._check_places(schedule, proven_by, self._differs(proven))
             return
         self._compare_with_interpreter(schedule)
         for proven_by, proven in [*self._proven.values()][:1]:
-            self._check_places(schedule, proven_by, self._is_far(proven))
-        self._proven[kind] = schedule, self.d.clone()
+            self._check_places(schedule, proven_by, self._is_far(proven[0]))
+        self._proven[kind] = schedule, [output.clone() for output in self._outputs]
+
+    def _differs(self, others: Sequence[Any]) -> Any:
+        """Where D, or its scale, has other bits than that of `others`."""
+        found, *scales = (
+            _bits(output) != _bits(other)
+            for output, other in zip(self._outputs, others, strict=True)
+        )
+        for of_scales in scales:
+            found |= of_scales.repeat_interleave(D_SCALE.k, 1)
+        return found
 
     def _check_places(self, schedule: Schedule, proven_by: Schedule, wrong: Any) -> None:
         """Where `wrong`, D is not that of another schedule: raise the error of the wrong one."""
         if not wrong.any():
             return
-        row, column = divmod(int(wrong.flatten().byte().argmax()), self.problem.n)
-        tile = row - row % schedule.block_m, column - column % schedule.block_n
-        self._check_tile(lower(self.problem, schedule), *tile)
+        row, column = divmod(int(wrong.flatten().byte().argmax()), self.problem.columns)
+        begin = self._rows[self._group_of(row)].begin
+        kernel = lower(self._of_one_group, schedule)
+        width = kernel.body.traversal.block_n
+        self._check_tile(kernel, row - (row - begin) % schedule.block_m, column - column % width)
         raise VerifyError(
             f"{self.problem}, m = {self.m}: {proven_by} is wrong at [{row}, {column}], where"
             f" {schedule} has the interpreter's bits: report this"
@@ -152,45 +191,80 @@ class _Case:
         sqrt(N) standard deviations of D (the blocks are random), and taken to be 4 times as much.
         Then D is rounded, to neighbouring bfloat16 perhaps, which are 2^-7 of themselves apart.
         """
-        d, other = self.d.float(), proven.float()
+        d, other = self._outputs[0].float(), proven.float()
         num_blocks = -(-self.problem.k // BLOCK_K)
         limit_of_sums = 2 * 4 * num_blocks**1.5 * 2**-24 * other.std()
         return (d - other).abs() > 2**-7 * other.abs() + limit_of_sums
 
     def _compare_with_interpreter(self, schedule: Schedule) -> None:
-        import torch
-
-        if unwritten := int(torch.isnan(self.d).sum()):
+        if unwritten := sum(int(_is_nan(output).sum()) for output in self._outputs):
             raise CandidateError(f"{schedule}: {unwritten} elements of D are NaN")
-        kernel = lower(self.problem, schedule)
+        kernel = lower(self._of_one_group, schedule)
         num_random = max(1, SAMPLE_MACS // (schedule.block_m * schedule.block_n * self.problem.k))
-        for row, column in sample_tiles(kernel, self.m, num_random):
-            self._check_tile(kernel, row, column)
+        groups = [*self._rows.values()]
+        if len(groups) > 1:  # the first and the last tile of some
+            middle = random.Random(0).choice(groups)
+            groups, num_random = list(dict.fromkeys((groups[0], middle, groups[-1]))), 0
+        tiles = [
+            (begin + row, column)
+            for begin, end in groups
+            for row, column in sample_tiles(kernel, end - begin, num_random)
+        ]
+        with ThreadPoolExecutor() as pool:  # NumPy computes without the interpreter's lock
+            list(pool.map(lambda tile: self._check_tile(kernel, *tile), tiles))
 
     def _check_tile(self, kernel: Kernel, row: int, column: int) -> None:
         """Raise CandidateError unless the tile at [row, column] has the interpreter's bits."""
-        rows = slice(row, row + kernel.schedule.block_m)  # which depend on no others
+        group = self._group_of(row)
+        end = min(row + kernel.schedule.block_m, self._rows[group].end)
+        rows = slice(row, end)  # which depend on no others
         tensors = {"a": to_numpy(self.a[rows], E4M3), "sfa": to_numpy(self.sfa[rows], F32)}
-        d = to_numpy(self.d[rows], self.problem.d_dtype)
+        d = to_numpy(self._outputs[0][rows], self.problem.d_dtype)
+        parts = (d, *(to_numpy(scales[rows], F32) for scales in self._outputs[1:]))
         try:
-            check_tiles(kernel, self._host_weights | tensors, d, [(0, column)])
+            check_tiles(
+                kernel,
+                self._host_weights(group) | tensors,
+                (parts[0], parts[1]) if len(parts) > 1 else d,
+                [(0, column)],
+            )
         except VerifyError as error:
             raise CandidateError(f"m = {self.m}, in the rows from {row}: {error}") from None
 
-    @functools.cached_property
-    def _host_weights(self) -> dict[str, Any]:
-        return {"b": to_numpy(self.b, E4M3), "sfb": to_numpy(self.sfb, F32)}
+    @property
+    def _of_one_group(self) -> Gemm:
+        problem = self.problem
+        return problem.of_one_group if isinstance(problem, GroupedGemm) else problem
 
-    def _bits(self, d: Any) -> Any:
-        import torch
+    def _group_of(self, row: int) -> int:
+        return next(group for group, rows in self._rows.items() if rows.begin <= row < rows.end)
 
-        return d.view(torch.int16 if self.problem.d_dtype.size_bytes == 2 else torch.int32)
+    def _host_weights(self, group: int) -> dict[str, Any]:
+        if group not in self._on_host:
+            b, sfb = self.b, self.sfb
+            if self._layout is not None:
+                b, sfb = b[group], sfb[group]
+            self._on_host[group] = {"b": to_numpy(b, E4M3), "sfb": to_numpy(sfb, F32)}
+        return self._on_host[group]
 
 
-@functools.lru_cache(maxsize=1)
-def _weights(n: int, k: int, device: str) -> tuple[Any, Any]:
-    """B and sfb, which all m of a problem share."""
+def _poison(output: Any) -> None:
+    """Fill the tensor with NaN."""
+    if output.itemsize > 1:
+        output.fill_(math.nan)
+    else:
+        _bits(output).fill_(E4M3_NAN)
+
+
+def _is_nan(output: Any) -> Any:
     import torch
 
-    generator = torch.Generator(device).manual_seed(n)
-    return quantize(torch.randn(n, k, device=device, generator=generator), (128, 128))
+    if output.itemsize > 1:
+        return torch.isnan(output)
+    return (_bits(output) & E4M3_NAN) == E4M3_NAN
+
+
+def _bits(tensor: Any) -> Any:
+    import torch
+
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize])

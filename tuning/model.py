@@ -5,17 +5,21 @@ took on one H100 SXM (700 W; CUPTI, L2 flushed before each call; 2026-11-22): 30
 of the seven N, K of DeepSeek-V3's linear layers at M = 16..4096. Of those, the schedule that the
 model picks is 3.1% slower than the fastest (geometric mean), 13% at worst; on an N, K held out of
 the fitting 3.7%, 19% at worst.
+
+What grouped GEMMs add was fitted to 664 timings of 40 shapes (2026-11-22): 1 to 64 groups of 8 to
+8192 rows. There the pick is 1.5% slower than the fastest of some ten to twenty, 9% at worst.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
-from ..groups import typical_rows
-from ..problem import MAX_EXTENT, Gemm, is_k_grouped, without_epilogue
+from ..groups import planned_rows, spread_rows
+from ..problem import MAX_EXTENT, Gemm, GroupedGemm, as_tuned, is_k_grouped
 from ..schedule import (
     BLOCK_K,
     WGMMA_M,
@@ -49,6 +53,18 @@ LOAD_BYTES_PER_CLOCK = 88.8  # of one SM from L2
 SPLIT_CLOCKS = 2805.0  # a split cluster's start, for it has one tile only, and end
 TYPICAL_K = 4096  # of a group of k_grouped, whose k is known on the device only
 EXCHANGE_BYTES_PER_CLOCK = 7.85  # of sums between the blocks of a split cluster, for each
+# Of grouped GEMMs: the groups are found first, and each tile's. A round of tiles that is not full
+# costs a part of one that is, for tiles of a round differ, and less where memory bounds. A math
+# warpgroup without rows leaves the tensor cores to others. What is read after FIRST_BYTES need not
+# wait for L2 to write back; of tiles of many rows of B, it is read a little slower.
+GROUPED_FIXED_US = 4.37
+GROUPED_TILE_CLOCKS = 583.0
+ROUNDING_SHARE = 0.166
+MEMORY_ROUNDING_SHARE = 0.082
+MEMORY_ROW_SHARE = 0.00011
+SKIPPED_SHARE = 0.416
+FIRST_BYTES = 45e6
+LATER_HBM_BYTES_PER_US = 2.92e6
 
 # Two steps an octave from the least row tile on; below it, extents that a schedule may exploit.
 M_BUCKETS = (16, 32, *sorted(base << i for i in range(11) for base in (64, 96))[:-1])
@@ -61,29 +77,77 @@ def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.n
 
 def _predict_us(problem: Gemm, s: Schedule, m: int, num_sms: int, clocks_per_block: float) -> float:
     """`predict_us`, with the part that is the same for every m."""
-    tiles = Traversal(s.block_m, s.block_n, s.cluster_m, s.cluster_n, s.raster_group)
-    # Of groups as large as each other.
-    groups, of_group = typical_rows(problem, m)
-    rows, columns = tiles.grid(of_group, problem.n)
-    rows *= groups
+    if isinstance(problem, GroupedGemm) and not is_k_grouped(problem):
+        return _predict_grouped_us(problem, s, m, num_sms, clocks_per_block)
+    matrices = problem.num_groups if isinstance(problem, GroupedGemm) else 1  # of D
+    rows, columns = _traversal(s).grid(m, problem.n)
     clusters = max_clusters(s.cluster_size, num_sms)
-    rounds = -(-rows * columns // clusters) if clusters else math.inf
-    load_clocks = (min(m, s.block_m) + s.block_n) * BLOCK_K / LOAD_BYTES_PER_CLOCK
-    k = TYPICAL_K if is_k_grouped(problem) else problem.k
-    num_blocks = k // BLOCK_K if is_k_grouped(problem) else split_blocks(problem, s)
-    k_loop = num_blocks * _soft_max(clocks_per_block, load_clocks)
+    rounds = -(-matrices * rows * columns // clusters) if clusters else math.inf
     stored = s.mma_tile[0] * slice_columns(s)
     end = stored * EPILOGUE_CLOCKS_PER_ELEMENT
     if s.split_k > 1:
         sent = (s.split_k - 1) * stored * min(m / s.block_m, 1.0) * 4
         end += SPLIT_CLOCKS + sent / EXCHANGE_BYTES_PER_CLOCK
-    # Tiles in turns overlap; the end of the last one does not.
-    tile = max(k_loop + TURN_CLOCKS, (k_loop + end) / 2) if s.pingpong else k_loop + end
-    compute_us = (rounds * tile + (end if s.pingpong else 0.0)) / CLOCKS_PER_US
-    bytes_moved = (m + groups * problem.n) * k + m * problem.n * problem.d_dtype.size_bytes
-    if is_k_grouped(problem):  # A is of each group too, and D is read and written
-        bytes_moved = groups * ((m + problem.n) * k + 2 * m * problem.n * 4)
+    compute_us = _compute_us(problem, s, min(m, s.block_m), clocks_per_block, end, rounds)
+    d_bytes = m * problem.n * problem.d_dtype.size_bytes
+    bytes_moved = (m + problem.n) * problem.k + d_bytes
+    if is_k_grouped(problem):  # D is read and written
+        bytes_moved = matrices * ((m + problem.n) * TYPICAL_K + 2 * d_bytes)
     return FIXED_US + _soft_max(compute_us, bytes_moved / HBM_BYTES_PER_US)
+
+
+def _predict_grouped_us(
+    problem: GroupedGemm, s: Schedule, m: int, num_sms: int, clocks_per_block: float
+) -> float:
+    """`_predict_us` for groups whose rows are `spread_rows`."""
+    groups, height = problem.num_groups, s.block_m * s.cluster_m
+    rows = max(_tile_rows(groups, m, height), 1)
+    clusters = max_clusters(s.cluster_size, num_sms)
+    if not clusters:
+        return math.inf
+    rounds = rows * _traversal(s).grid(m, problem.n)[1] / clusters
+    uneven = math.ceil(rounds) - rounds  # of the last round: what has no tile
+    part = s.block_m if s.swap_ab else s.block_m // s.tile_warpgroups
+    idle = 1 - _tile_rows(groups, m, part) * part / (rows * height)
+    end = s.mma_tile[0] * slice_columns(s) * EPILOGUE_CLOCKS_PER_ELEMENT + GROUPED_TILE_CLOCKS
+    clocks = clocks_per_block * (1 - SKIPPED_SHARE * idle)
+    rounded = rounds + ROUNDING_SHARE * uneven
+    compute_us = _compute_us(problem, s, s.block_m, clocks, end, rounded)
+    read = (m + min(groups, m) * problem.n) * problem.k
+    bytes_moved = read + m * problem.columns * problem.d_dtype.size_bytes
+    first = min(bytes_moved, FIRST_BYTES)
+    memory_us = first / HBM_BYTES_PER_US + (bytes_moved - first) / LATER_HBM_BYTES_PER_US
+    memory_us *= 1 + MEMORY_ROUNDING_SHARE * uneven / rounds + MEMORY_ROW_SHARE * s.block_n
+    return GROUPED_FIXED_US + _soft_max(compute_us, memory_us)
+
+
+def _compute_us(
+    problem: Gemm,
+    s: Schedule,
+    loaded_rows: int,
+    clocks_per_block: float,
+    end_clocks: float,
+    rounds: float,
+) -> float:
+    """What `rounds` tiles take a block, one after the other."""
+    load_clocks = (loaded_rows + s.block_n) * BLOCK_K / LOAD_BYTES_PER_CLOCK
+    num_blocks = TYPICAL_K // BLOCK_K if is_k_grouped(problem) else split_blocks(problem, s)
+    k_loop = num_blocks * _soft_max(clocks_per_block, load_clocks)
+    if not s.pingpong:
+        return rounds * (k_loop + end_clocks) / CLOCKS_PER_US
+    # Tiles in turns overlap; the end of the last one does not.
+    tile = max(k_loop + TURN_CLOCKS, (k_loop + end_clocks) / 2)
+    return (rounds * tile + end_clocks) / CLOCKS_PER_US
+
+
+def _traversal(s: Schedule) -> Traversal:
+    return Traversal(s.block_m, s.block_n, s.cluster_m, s.cluster_n, s.raster_group)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile_rows(num_groups: int, m: int, height: int) -> int:
+    """Tile rows of `height` rows that the groups make."""
+    return sum(-(-rows // height) for rows in spread_rows(num_groups, m))
 
 
 def max_clusters(size: int, num_sms: int) -> int:
@@ -123,7 +187,7 @@ def block_clocks(problem: Gemm, schedule: Schedule) -> float:
 
 def choose(problem: Gemm, m: int, num_sms: int = SM90A.num_sms, target: Target = SM90A) -> Schedule:
     """The schedule with the least predicted time for `m` rows; one for all m of a bucket."""
-    return _choose(without_epilogue(problem), m_bucket(m), num_sms, target)
+    return _choose(as_tuned(problem), m_bucket(m, problem), num_sms, target)
 
 
 def rank(problem: Gemm, m: int, num_sms: int = SM90A.num_sms) -> dict[Schedule, float]:
@@ -134,25 +198,42 @@ def rank(problem: Gemm, m: int, num_sms: int = SM90A.num_sms) -> dict[Schedule, 
 
 def choose_for_all(problem: Gemm, num_sms: int = SM90A.num_sms) -> Schedule:
     """One schedule for every m: it loses least to the choice of each bucket, in geometric mean."""
-    return _choose_for_all(without_epilogue(problem), num_sms)
+    return _choose_for_all(as_tuned(problem), num_sms)
 
 
-def m_bucket(m: int) -> int:
+def m_bucket(m: int, problem: Gemm | None = None) -> int:
     """The extent that a schedule is chosen for: the least of M_BUCKETS at or above m, or the last.
 
-    So every problem has a finite number of kernels, whatever m comes.
+    So every problem has a finite number of kernels, whatever m comes. Of groups, whose rows in all
+    vary around what is expected, it is the nearest (by ratio).
     """
-    return M_BUCKETS[min(bisect.bisect_left(M_BUCKETS, m), len(M_BUCKETS) - 1)]
+    return M_BUCKETS[bisect.bisect_left(_bucket_ends(problem)[:-1], m)]
 
 
-def m_buckets(extents: Sequence[int]) -> list[int]:
-    """Every bucket that a value of `extents`, in ascending order, falls into."""
-    edges = (*M_BUCKETS[:-1], MAX_EXTENT)
-    ends = [bisect.bisect_right(extents, edge) for edge in edges]
+def m_buckets(extents: Sequence[int], problem: Gemm | None = None) -> list[int]:
+    """Every bucket that a value of `extents`, in ascending order, falls into.
+
+    problem : whose `planned_rows` the values are of
+    """
+    rows = functools.partial(planned_rows, problem) if problem else None
+    ends = [bisect.bisect_right(extents, end, key=rows) for end in _bucket_ends(problem)]
     starts = (0, *ends[:-1])
     return [
         bucket for bucket, start, end in zip(M_BUCKETS, starts, ends, strict=True) if end > start
     ]
+
+
+@functools.cache
+def _nearest_ends() -> tuple[int, ...]:
+    means = (math.isqrt(a * b) for a, b in itertools.pairwise(M_BUCKETS))
+    return *means, MAX_EXTENT
+
+
+def _bucket_ends(problem: Gemm | None) -> tuple[int, ...]:
+    """The largest m of each bucket."""
+    if isinstance(problem, GroupedGemm) and not is_k_grouped(problem):
+        return _nearest_ends()
+    return *M_BUCKETS[:-1], MAX_EXTENT
 
 
 def _soft_max(a: float, b: float) -> float:

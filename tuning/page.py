@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from ..dtypes import BF16
+from ..problem import Gemm, tuned_name
 from ..runtime.entry import Entry
 from ..runtime.eviction import Usage
 from ..target import Gpu
@@ -140,7 +140,8 @@ def _over_floor_cell(ratio: float | None) -> Cell:
 
 def records_section(gpu: Gpu, records: Sequence[Record]) -> Section:
     """The tuning records of one GPU: time over floor, every schedule."""
-    floors = {Shape(r.m, r.problem.n, r.problem.k): r for r in records if r.problem.d_dtype == BF16}
+    plain = (r for r in records if r.problem == Gemm(r.problem.n, r.problem.k))
+    floors = {Shape(r.m, r.problem.n, r.problem.k): r for r in plain}
     columns = ("problem", "schedule", "M", "us", "spread us", "measured", "date", "driver", "NVRTC")
     rows = [
         [
@@ -167,13 +168,13 @@ def records_section(gpu: Gpu, records: Sequence[Record]) -> Section:
 def regret_section(found: Sequence[Regret]) -> Section:
     """What the cost model's choice loses, by the tuner's journal."""
     columns = (
-        *("fastest schedule", "the model's choice", "N", "K", "M", "D", "measured"),
+        *("fastest schedule", "the model's choice", "shape", "M", "D", "measured"),
         *("fastest us", "choice us", "predicted us", "choice / fastest"),
     )
     rows = [
         [
             *(Cell(str(r.fastest.schedule)), Cell(str(r.picked.schedule))),
-            *(Cell(str(value)) for value in (r.problem.n, r.problem.k, r.m, r.problem.d_dtype)),
+            *(Cell(str(value)) for value in (tuned_name(r.problem), r.m, r.problem.d_dtype)),
             Cell(str(len(r.trials))),
             *(Cell(f"{us:.2f}") for us in (r.fastest.kernel_us, r.picked.kernel_us)),
             *(Cell(f"{dict(r.trials)[r.picked]:.2f}"), Cell(f"{r.ratio:.3f}")),

@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..problem import tuned_name
 from .bench import FLOOR_BYTES_PER_US, FLOOR_FLOPS_PER_US, Row
 from .regret import Regret
 from .report import TITLES, summarize
@@ -87,17 +88,17 @@ def roofline_svg(rows: Sequence[Row]) -> str | None:
 def regret_svg(found: Sequence[Regret]) -> str | None:
     """What the cost model's choice loses to the fastest schedule measured, by M."""
     extents = sorted({regret.m for regret in found})
-    shapes = sorted({(regret.problem.n, regret.problem.k) for regret in found})
+    shapes = list(dict.fromkeys(tuned_name(regret.problem) for regret in found))
 
     def paint(axes: Any) -> None:
-        for i, (n, k) in enumerate(shapes):
-            group = [r for r in found if (r.problem.n, r.problem.k) == (n, k)]
+        for i, shape in enumerate(shapes):
+            group = [r for r in found if tuned_name(r.problem) == shape]
             axes.plot(
                 [extents.index(r.m) for r in group],
                 [100 * (r.ratio - 1) for r in group],
                 linestyle="none",
                 marker="osD^vPX*"[i % 8],
-                label=f"n{n}-k{k}",
+                label=shape,
             )
         axes.set_xticks(range(len(extents)), map(str, extents))
         axes.set_xlabel("M")

@@ -1,6 +1,7 @@
 """Tuning records: the fastest schedule measured, by GPU, problem and M bucket; as files.
 
     <folder>/<GPU's name in lower case, with dashes>/gemm-n7168-k2048.json
+    <folder>/<...>/grouped-gemm-g32-n4096-k7168.json
 
 tuning/records/README.md describes the files. A user's folder goes before the one shipped here.
 """
@@ -23,7 +24,8 @@ import platformdirs
 
 from ..dtypes import dtype_of
 from ..errors import JitgenError, StoreError
-from ..problem import Gemm, check_problem
+from ..expr import acc, gate, up
+from ..problem import Gemm, GroupedGemm, check_problem, tuned_name
 from ..schedule import Schedule
 from ..target import Gpu
 
@@ -54,8 +56,8 @@ class Provenance:
 class Record:
     """The fastest schedule that was found for one M bucket of a problem on one GPU.
 
-    problem : without an epilogue
-    m : the bucket, and the extent that was measured
+    problem : from `as_tuned`
+    m : the bucket, and the extent that was measured: rows of all groups, if there are groups
     kernel_us : device time of a call, median of `num_calls`
     spread_us : standard deviation over these calls
     num_candidates : schedules that were measured
@@ -96,9 +98,10 @@ def shipped_folder() -> Path:
 
 
 def file_of(folder: Path, gpu: Gpu, problem: Gemm) -> Path:
-    """Where the records of a problem are, for every output type and number of SMs."""
+    """Where the records of a problem are, for every type and epilogue of D and number of SMs."""
     name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
-    return folder / name / f"gemm-n{problem.n}-k{problem.k}.json"
+    family = "grouped-gemm" if isinstance(problem, GroupedGemm) else "gemm"
+    return folder / name / f"{family}-{tuned_name(problem)}.json"
 
 
 def read_folder(folder: Path) -> list[Record]:
@@ -154,20 +157,24 @@ def _best(records: list[Record]) -> Record:
 
 def _place(record: Record) -> tuple[object, ...]:
     gpu, problem = record.gpu, record.problem
-    return gpu.name, problem.n, problem.k, gpu.num_sms, problem.d_dtype.name, record.m
+    groups = problem.num_groups if isinstance(problem, GroupedGemm) else 0
+    of_file = gpu.name, groups, problem.n, problem.k
+    return *of_file, gpu.num_sms, problem.d_dtype.name, problem.num_halves, record.m
 
 
 # --- to JSON --------------------------------------------------------------------------------------
 
 
 def _file_json(records: list[Record]) -> dict[str, Any]:
-    """The content of the file that holds `records`, which are of one GPU model, n and k."""
+    """The content of the file that holds `records`, of one GPU model, n, k and num_groups."""
     gpu, problem = records[0].gpu, records[0].problem
+    groups = {"num_groups": problem.num_groups} if isinstance(problem, GroupedGemm) else {}
     return {
         "format_version": FORMAT_VERSION,
         "gpu": gpu.name,
         "n": problem.n,
         "k": problem.k,
+        **groups,
         "records": [_record_json(record) for record in records],
     }
 
@@ -176,6 +183,7 @@ def _record_json(record: Record) -> dict[str, Any]:
     return {
         "num_sms": record.gpu.num_sms,
         "out_dtype": record.problem.d_dtype.name,
+        **({"gated": True} if record.problem.num_halves > 1 else {}),
         "m": record.m,
         "schedule": schedule_json(record.schedule),
         "kernel_us": record.kernel_us,
@@ -218,14 +226,15 @@ def read_file(path: Path) -> list[Record]:
     try:
         records = _read_records(data)
         if records and file_of(path.parents[1], records[0].gpu, records[0].problem) != path:
-            raise StoreError("is not named after its gpu, n and k")
+            raise StoreError("is not named after its gpu, n, k and num_groups")
     except JitgenError as error:
         raise StoreError(f"{path}: {error}") from None
     return records
 
 
 def _read_records(data: object) -> list[Record]:
-    head = _check_fields(data, {"format_version", "gpu", "n", "k", "records"})
+    required = {"format_version", "gpu", "n", "k", "records"}
+    head = _check_fields(data, required, optional={"num_groups"})
     if head["format_version"] != FORMAT_VERSION:
         raise StoreError(
             f"format_version is {head['format_version']!r}, this jitgen reads {FORMAT_VERSION}"
@@ -237,18 +246,23 @@ def _read_records(data: object) -> list[Record]:
         try:
             record = _read_record(head, entry)
             if found.setdefault(record.key, record) is not record:
-                raise StoreError("num_sms, out_dtype and m are those of a record before")
+                raise StoreError("num_sms, out_dtype, gated and m are those of a record before")
         except JitgenError as error:
             raise StoreError(f"record {i}: {error}") from None
     return list(found.values())
 
 
 def _read_record(head: dict[str, Any], entry: object) -> Record:
-    values = _check_fields(entry, {"schedule", *_RULES})
+    values = {"gated": False} | _check_fields(entry, {"schedule", *_RULES}, optional={"gated"})
     for name, (is_legal, rule) in _RULES.items():
         if not is_legal(values[name]):
             raise StoreError(f"{name} must be {rule}, got {values[name]!r:.80}")
-    problem = Gemm(head["n"], head["k"], dtype_of(values["out_dtype"]))
+    if type(values["gated"]) is not bool:
+        raise StoreError(f"gated must be a bool, got {values['gated']!r:.80}")
+    epilogue = gate * up if values["gated"] else acc
+    problem = Gemm(head["n"], head["k"], dtype_of(values["out_dtype"]), epilogue)
+    if "num_groups" in head:
+        problem = GroupedGemm(**vars(problem), num_groups=head["num_groups"])
     check_problem(problem)
     return Record(
         gpu=Gpu(head["gpu"], values["num_sms"]),

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from ..dtypes import dtype_of
 from ..errors import ProblemError
-from ..problem import Gemm
+from ..expr import acc, gate, up
+from ..problem import Gemm, GroupedGemm
 from ..target import Gpu
 from .model import predict_us
 from .session import JournalLine
 from .space import is_legal
 from .tune import Trial
 
-_JOB = re.compile(r"m(\d+)-n(\d+)-k(\d+)-(\w+)")
+_JOB = re.compile(r"m(\d+)-(?:g(\d+)-)?n(\d+)-k(\d+)-(\w+?)(-gated)?")
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,31 @@ class Regret:
 
 
 def regrets(journal: Iterable[JournalLine]) -> list[Regret]:
-    """The regret of each dense GEMM that was measured, from its newest line, by n, k and m.
+    """The regret of each GEMM that was measured, from its newest line, by problem and m.
 
     A schedule that is legal no more does not count.
     """
     newest = {(line.gpu, line.job): line for line in journal if line.status == "measured"}
     found = [regret for line in newest.values() if (regret := _regret(line))]
-    return sorted(found, key=lambda regret: (regret.problem.n, regret.problem.k, regret.m))
+    return sorted(found, key=_place)
+
+
+def _place(regret: Regret) -> tuple[int, ...]:
+    problem = regret.problem
+    groups = problem.num_groups if isinstance(problem, GroupedGemm) else 0
+    return groups, problem.n, problem.k, regret.m
 
 
 def _regret(line: JournalLine) -> Regret | None:
     if not (job := _JOB.fullmatch(line.job)):
         return None  # another family's
-    m, n, k = map(int, job.groups()[:3])
+    m, n, k = int(job[1]), int(job[3]), int(job[4])
     try:
-        problem = Gemm(n, k, dtype_of(job[4]))
+        problem = Gemm(n, k, dtype_of(job[5]), gate * up if job[6] else acc)
     except ProblemError:
         return None
+    if job[2]:
+        problem = GroupedGemm(**vars(problem), num_groups=int(job[2]))
     predicted = {
         trial: predict_us(problem, trial.schedule, m, line.gpu.num_sms)
         for trial in line.trials

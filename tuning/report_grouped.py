@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .bench import baseline_meta
+from .bench_fused import FusedRow
 from .bench_grouped import GroupedRow
 from .report import Cell, Meta, figure_cell, geomean, section, table
 
@@ -17,6 +18,10 @@ COLUMNS = (
     *("layout", "groups", "rows/group", "rows", "N", "K", "jitgen us", "spread", "DeepGEMM us"),
     *("DeepGEMM / jitgen", "time / floor", "TFLOPS", "GB/s", "schedule"),
 )
+FUSED_COLUMNS = (
+    *("groups", "rows/group", "N", "K", "GEMM us", "fused us", "fused / GEMM"),
+    *("unfused, torch us", "/ fused", "unfused, torch.compile us", "/ fused", "schedules"),
+)
 SUMMARY_COLUMNS = ("layout", "groups", "rows/group", "DeepGEMM / jitgen", "slower", "time / floor")
 
 
@@ -26,11 +31,13 @@ class GroupedResult:
 
     live_over_baseline : cuBLASLt's time now over that in the file, for a dense GEMM; near 1 on a
         machine like that of the baselines
+    fused : gate and up rows with SwiGLU and quantization, if they were measured
     """
 
     meta: Meta
     rows: tuple[GroupedRow, ...]
     live_over_baseline: float | None
+    fused: tuple[FusedRow, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """All fields and the figures derived of them, as JSON values."""
@@ -38,6 +45,7 @@ class GroupedResult:
             "meta": asdict(self.meta),
             "live_over_baseline": self.live_over_baseline,
             "rows": [row.to_json() for row in self.rows],
+            "fused": [row.to_json() for row in self.fused],
         }
 
 
@@ -57,6 +65,16 @@ def row_cells(row: GroupedRow) -> list[Cell]:
         Cell(f"{shape.num_bytes / us / 1e3:.0f}"),
         Cell(str(row.schedule)),
     ]
+
+
+def fused_cells(row: FusedRow) -> list[Cell]:
+    """A row's figures, in the order of FUSED_COLUMNS."""
+    shape, plain, fused = row.shape, row.plain.kernel_us, row.fused.kernel_us
+    cells = [Cell(str(value)) for value in (len(shape.counts), shape.expected, shape.n, shape.k)]
+    cells += [Cell(f"{plain:.2f}"), Cell(f"{fused:.2f}"), Cell(f"{row.over_plain:.3f}")]
+    for name in ("torch", "torch.compile"):
+        cells += [figure_cell(row.unfused_us(name)), figure_cell(row.ratio(name))]
+    return [*cells, Cell("; ".join(map(str, row.schedules)))]
 
 
 def summary_cells(rows: Sequence[GroupedRow]) -> list[list[Cell]]:
@@ -102,14 +120,29 @@ def render_markdown(result: GroupedResult) -> str:
         " add up to the same."
         + (f" cuBLASLt takes {live:.2f} of its time in the file." if live is not None else ""),
         *section("Geometric means", SUMMARY_COLUMNS, summary_cells(result.rows)),
+        *_fused_section(result.fused),
         *section("Every shape", COLUMNS, map(row_cells, result.rows)),
     ]
     return "\n".join(lines) + "\n"
 
 
+def _fused_section(rows: Sequence[FusedRow]) -> list[str]:
+    if not rows:
+        return []
+    return [
+        *section("SwiGLU and requantization", FUSED_COLUMNS, map(fused_cells, rows)),
+        "",
+        "Gate and up rows in one B, ragged. Fused: silu(gate) * up in E4M3 with a scale a 1x128"
+        " block, in the GEMM's kernel. GEMM: its BF16 result alone. Unfused: that GEMM, then SwiGLU"
+        " and quantization by torch, op by op or as torch.compile fuses them.",
+    ]
+
+
 def print_result(console: Console, result: GroupedResult) -> None:
     """Print every shape and the geometric means; where DeepGEMM is faster, in red."""
     console.print(table(COLUMNS, map(row_cells, result.rows)))
+    if result.fused:
+        console.print(table(FUSED_COLUMNS, map(fused_cells, result.fused), title="SwiGLU, E4M3"))
     means = summary_cells(result.rows)
     console.print(table(SUMMARY_COLUMNS, means, title="Geometric means"))
     if result.live_over_baseline is not None:

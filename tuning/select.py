@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from ..errors import StoreError
-from ..problem import Gemm, without_epilogue
+from ..problem import Gemm, as_tuned
 from ..runtime import driver
 from ..schedule import Schedule
 from ..target import H100, SM90A, Gpu
@@ -25,8 +25,8 @@ def select(problem: Gemm, m: int, gpu: Gpu = H100, *, batch_invariant: bool = Fa
 
     Parameters
     ----------
-    problem : its epilogue does not matter, unless it rules a schedule out
-    m : rows of A; any
+    problem : its epilogue and layout do not matter, unless they rule a schedule out
+    m : rows of A; of a grouped problem those of all groups, see `jitgen.groups.expected_rows`
     batch_invariant : one schedule for every m, so that the bits of a row do not depend on m
 
     The records are read once in a process, see `reload_records`. A records file that is broken
@@ -34,7 +34,7 @@ def select(problem: Gemm, m: int, gpu: Gpu = H100, *, batch_invariant: bool = Fa
     """
     if batch_invariant:
         return choose_for_all(problem, gpu.num_sms)
-    return _select(problem, m_bucket(m), gpu)
+    return _select(problem, m_bucket(m, problem), gpu)
 
 
 def named_gpu(name: str | None = None, num_sms: int | None = None) -> Gpu:
@@ -66,7 +66,7 @@ def reload_records() -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _select(problem: Gemm, bucket: int, gpu: Gpu) -> Schedule:
-    plain = without_epilogue(problem)
+    plain = as_tuned(problem)
     for folder in (user_folder(), shipped_folder()):
         schedule = _schedules(file_of(folder, gpu, plain)).get((gpu, plain, bucket))
         # That of an old record may be legal no more.

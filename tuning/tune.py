@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from ..errors import CandidateError, ProblemError, VerifyError, one_line
-from ..problem import Gemm
+from ..problem import Gemm, GroupedGemm, as_tuned, tuned_name
 from ..schedule import Schedule
 from ..target import Gpu
 from .model import m_bucket, rank
@@ -43,7 +43,7 @@ Times = dict[Schedule, list[float]]  # microseconds of each call
 
 
 class Measurer(Protocol):
-    """Runs schedules of `problem` with `m` rows, without epilogue, on one GPU.
+    """Runs schedules of `problem`, from `as_tuned`, with `m` rows, of all groups, on one GPU.
 
     Both methods raise CandidateError if it is a schedule's fault, ProblemError if nothing can be
     measured, VerifyError if a schedule that had been proven right is wrong. Other JitgenErrors end
@@ -68,7 +68,8 @@ class Job:
     schedules: tuple[Schedule, ...]
 
     def __str__(self) -> str:
-        return f"m{self.m}-n{self.problem.n}-k{self.problem.k}-{self.problem.d_dtype}"
+        gated = "-gated" * (self.problem.num_halves > 1)
+        return f"m{self.m}-{tuned_name(self.problem)}-{self.problem.d_dtype}{gated}"
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,15 @@ class Outcome:
 def make_jobs(
     pairs: Iterable[tuple[Gemm, int]], gpu: Gpu, num_candidates: int = NUM_CANDIDATES
 ) -> list[Job]:
-    """A job for each M bucket of each problem, those of one problem together."""
-    keys = dict.fromkeys((problem, m_bucket(m)) for problem, m in pairs)
-    order = sorted(keys, key=lambda key: (key[0].n, key[0].k, key[0].d_dtype.name, key[1]))
+    """A job for each M bucket of each problem, those that share weights together."""
+    keys = dict.fromkeys((as_tuned(problem), m_bucket(m, problem)) for problem, m in pairs)
+
+    def place(key: tuple[Gemm, int]) -> tuple[object, ...]:
+        problem, m = key
+        groups = problem.num_groups if isinstance(problem, GroupedGemm) else 0
+        return groups, problem.n, problem.k, problem.d_dtype.name, problem.num_halves, m
+
+    order = sorted(keys, key=place)
     return [Job(problem, m, shortlist(problem, m, gpu, num_candidates)) for problem, m in order]
 
 

@@ -6,6 +6,7 @@ The interpreter gives the bits of an H100, and writes an `out` where it lies.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -77,17 +78,43 @@ def attend(
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse): `jitgen.mla_decode`."""
-    arrays: tuple[Any, ...] = (q, kv_cache, block_table, seqlens_k)
-    target: Any = out
-    is_on_host = q.device.type == "cpu"
-    if is_on_host:
-        arrays, target = tuple(map(to_numpy, arrays)), None if out is None else to_numpy(out)
-    o, lse = api_mla.mla_decode(
-        *arrays, head_dim_v=head_dim_v, softmax_scale=softmax_scale, causal=causal, out=target
-    )
-    if is_on_host:
-        return to_torch(o) if out is None else out, to_torch(lse)
-    return o, lse
+    options = {"head_dim_v": head_dim_v, "softmax_scale": softmax_scale, "causal": causal}
+    return _attend(api_mla.mla_decode, (q, kv_cache, block_table, seqlens_k), options, out)
+
+
+def attend_sparse(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    topk_length: torch.Tensor | None,
+    attention_sink: torch.Tensor | None,
+    softmax_scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse): `jitgen.mla_decode_sparse`."""
+    options = {
+        "topk_length": topk_length,
+        "attention_sink": attention_sink,
+        "softmax_scale": softmax_scale,
+    }
+    return _attend(api_mla.mla_decode_sparse, (q, kv_cache, indices), options, None)
+
+
+def _attend(
+    function: Callable[..., tuple[Any, Any]],
+    tensors: tuple[torch.Tensor, ...],
+    options: dict[str, Any],
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if tensors[0].device.type != "cpu":
+        return function(*tensors, **options, out=out)
+    options = {
+        name: to_numpy(value) if isinstance(value, torch.Tensor) else value
+        for name, value in options.items()
+    }
+    target = None if out is None else to_numpy(out)
+    o, lse = function(*map(to_numpy, tensors), **options, out=target)
+    return to_torch(o) if out is None else out, to_torch(lse)
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

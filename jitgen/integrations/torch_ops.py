@@ -6,6 +6,8 @@
                  residual=None, activation="none", out_dtype=None, batch_invariant=False) -> Tensor
     mla_decode(q, kv_cache, block_table, seqlens_k, *, head_dim_v=512, softmax_scale=None,
                causal=True) -> (Tensor, Tensor)
+    mla_decode_sparse(q, kv_cache, indices, *, topk_length=None, attention_sink=None,
+                      softmax_scale=None) -> (Tensor, Tensor)
     gemm_out, grouped_gemm_out, mla_decode_out(..., *, out, ...), the same into `out`
     quantize(x, rows=1) -> (Tensor, Tensor)
 
@@ -24,8 +26,8 @@ import torch
 from .. import api
 from ..errors import ProblemError
 from ..expr import Bound, Expr, acc, gelu, matrix, relu, silu, vector
-from ..layouts import Contiguous, GroupLayout, Masked, Ragged
-from .tensors import attend, multiply
+from ..layouts import Contiguous, GroupLayout, KGrouped, Masked, Ragged
+from .tensors import attend, attend_sparse, multiply
 
 ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
     "none": lambda x: x,
@@ -125,7 +127,8 @@ def grouped_gemm(
     a, b, sfa, sfb, out_dtype, batch_invariant : as for `jitgen.grouped_gemm`
     groups : the layout's int32 tensor
     layout : what that holds: "ragged" the offsets of `jitgen.Ragged`; "group_of_row" or
-        "group_ends" that of `jitgen.Contiguous`; "masked" the rows of `jitgen.Masked`
+        "group_ends" that of `jitgen.Contiguous`; "masked" the rows of `jitgen.Masked`; "k_grouped"
+        the offsets of `jitgen.KGrouped`
     alignment : of group_ends: 1, 64 or 128
     expected_rows : of masked: how many rows a group has on average
     bias : bfloat16 or float32 [num_groups, n]
@@ -134,7 +137,8 @@ def grouped_gemm(
 
     Returns
     -------
-    bfloat16 or float32 [m, n] or, if masked, [num_groups, max_m, n]; rows of no group hold anything
+    bfloat16 or float32 [m, n] or, if masked, [num_groups, max_m, n]; rows of no group hold
+    anything. Of k_grouped float32 [num_groups, m, n]
 
     Raises
     ------
@@ -167,7 +171,10 @@ def grouped_gemm_out(
     activation: str = "none",
     batch_invariant: bool = False,
 ) -> None:
-    """`grouped_gemm` into `out`, bfloat16 or float32; rows of no group stay as they were."""
+    """`grouped_gemm` into `out`, bfloat16 or float32; rows of no group stay as they were.
+
+    With a k_grouped layout, what it makes is added to `out`.
+    """
     epilogue = _epilogue(bias, residual, activation)
     grouping = _layout(layout, groups, alignment, expected_rows)
     multiply(
@@ -219,6 +226,24 @@ def mla_decode_out(
     )[1]
 
 
+def mla_decode_sparse(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    topk_length: torch.Tensor | None = None,
+    attention_sink: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse): `jitgen.mla_decode_sparse`, with the workspace as of `mla_decode`."""
+    return attend_sparse(
+        *(q, kv_cache, indices),
+        topk_length=topk_length,
+        attention_sink=attention_sink,
+        softmax_scale=softmax_scale,
+    )
+
+
 def quantize(x: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """`jitgen.quantize` in blocks of `rows` x 128; rows is 1 or 128."""
     return api.quantize(x, (rows, 128))
@@ -258,7 +283,11 @@ def _layout(
             return Contiguous(group_ends=groups, alignment=alignment)
         case "masked":
             return Masked(groups, expected_rows)
-    raise ProblemError(f"layout {kind!r} must be one of ragged, group_of_row, group_ends, masked")
+        case "k_grouped":
+            return KGrouped(groups)
+    raise ProblemError(
+        f"layout {kind!r} must be one of ragged, group_of_row, group_ends, masked, k_grouped"
+    )
 
 
 # --- what tracing sees ----------------------------------------------------------------------------
@@ -280,11 +309,17 @@ def _gemm_fake(
 def _grouped_gemm_fake(
     a: torch.Tensor,
     b: torch.Tensor,
-    *_: torch.Tensor,
+    _sfa: torch.Tensor,
+    _sfb: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    layout: str,
     out_dtype: torch.dtype | None = None,
-    **__: Any,
+    **_: Any,
 ) -> torch.Tensor:
     torch._check(a.shape[-1] == b.shape[-1], lambda: "a and b must agree in k")
+    if layout == "k_grouped":
+        return a.new_empty((groups.shape[0] - 1, a.shape[0], b.shape[0]), dtype=torch.float32)
     return a.new_empty((*a.shape[:-1], b.shape[1]), dtype=out_dtype or torch.bfloat16)
 
 
@@ -338,6 +373,11 @@ for _schema, _function, _fake in (
     (
         f"mla_decode_out({_CACHE}, *, Tensor(a!) out, {_ATTENTION}) -> Tensor",
         *(mla_decode_out, _mla_decode_out_fake),
+    ),
+    (
+        "mla_decode_sparse(Tensor q, Tensor kv_cache, Tensor indices, *, Tensor? topk_length=None,"
+        " Tensor? attention_sink=None, float? softmax_scale=None) -> (Tensor, Tensor)",
+        *(mla_decode_sparse, _mla_decode_fake),
     ),
     ("quantize(Tensor x, int rows=1) -> (Tensor, Tensor)", quantize, _quantize_fake),
 ):

@@ -271,13 +271,18 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
             math.pipeline.advance(turn * kNumKBlocks);
             math.scale_pipeline.advance(turn * kNumScaleChunks);
         }
-        for (u32 index = first_tile + turn * tile_step; index < traversal.size(); index += tile_step * kNumTurns) {
+        for (TileWalk walk{first_tile, tile_step, turn}; walk.index < traversal.size(); walk.advance(kNumTurns)) {
+            const u32 index = walk.index;
+            if (const Tile next = tile_of_block(traversal.tile(index)); next.m + first_row >= next.end_m) {
+                skip_tile<kNumKBlocks, kScaleBlocks, kShareTiles * kNumPeers>(math, [](u32 i) { return peer_rank(i); });
+                continue;
+            }
             math.sfb_boundary = kHalves > 1 ? kOutN : kScaleN - tile_of_block(traversal.tile(index)).n % kScaleN;
             float acc[kNumWaves][kColumns / 2] = {};
             if constexpr (kNumTurns > 1) {
                 // One K loop after the other: a barrier can be waited for while it is at most one phase behind.
                 if (index != first_tile) named_barrier_sync<256>(turn_barriers + turn);
-                math.next_turn = index + tile_step < traversal.size() ? turn_barriers + (turn + 1) % kNumTurns : 0;
+                math.next_turn = walk.next() < traversal.size() ? turn_barriers + (turn + 1) % kNumTurns : 0;
             }
 
             u32 k_block = 0;
@@ -373,10 +378,9 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
             const u32 stage_bytes = min(kLoadRowsA, m * kNumMatrices) * kClusterN * kBlockK + kStageBytesB;
             const u16 mask_a = u16(((1u << kTileBlocks) - 1) / ((1u << kClusterM) - 1) << rank_m);
             const u16 mask_b = u16(((1u << kClusterM) - 1) << (rank_n * kClusterM));
-            for (u32 index = first_tile; index < traversal.size(); index += tile_step) {
-                const Tile tile = tile_of_block(traversal.tile(index));
-                // B must not displace what others wrote if all tile rows that read it walk together.
-                const bool is_b_read_once = tile.num_rows <= kRasterGroup;
+            for (TileWalk walk{first_tile, tile_step}; walk.index < traversal.size(); walk.advance(1)) {
+                const Tile tile = tile_of_block(traversal.tile(walk.index));
+                const bool is_b_read_once = tile.num_rows == 1;  // a second tile row may come later, and wants it in L2
                 for (u32 k_block = k_begin; k_block < k_end; ++k_block, pipeline.advance()) {
                     const u32 full = full_barriers + 8 * pipeline.stage;
                     mbarrier_wait(empty_barriers + 8 * pipeline.stage, pipeline.phase ^ 1);
@@ -405,8 +409,8 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
         setmaxnreg_dec<kProducerRegisters>();
         PipelineState<kNumScaleStages> pipeline;
         const u32 k_begin = part_index() * kPartBlocks, num_chunks = ceil_div(num_part_blocks(), kScaleBlocks);
-        for (u32 index = first_tile; index < traversal.size(); index += tile_step) {
-            const Tile tile = tile_of_block(traversal.tile(index));
+        for (TileWalk walk{first_tile, tile_step}; walk.index < traversal.size(); walk.advance(1)) {
+            const Tile tile = tile_of_block(traversal.tile(walk.index));
             const ScaleLoader<kBlockM, kNumSfbRows, kScaleBlocks, kNumScaleThreads> loader{
                 sfa,
                 sfb + u64(tile.group) * (kHalves * kSfbRows * kNumKBlocks), sfa_stride_m, sfa_stride_k, tile.end_m,

@@ -11,6 +11,7 @@ import torch
 import jitgen
 from jitgen import BF16, F16, MlaDecode, MlaPlan, MlaSchedule
 from jitgen.problem_mla import HEAD_DIMS, PAGES
+from jitgen.tokens_mla import decode_tokens
 
 HEADS = (1, 5, 8, 16, 17, 32, 40, 64, 65, 100, 128)
 LENGTHS = (0, 1, 2, 7, 63, 64, 65, 127, 128, 129, 500, 1000)
@@ -80,7 +81,11 @@ def make_inputs(d: MlaDraw, gap: int = 0) -> dict[str, torch.Tensor]:
     num_pages = [-(-length // p.page) for length in d.lengths]
     num_blocks = sum(num_pages) + 3
     memory = normal(num_blocks, p.page + gap, 1, p.head_dim_qk)
-    memory[:, p.page :] = float("nan")
+    poison: float = float("nan")
+    if p.is_fp8:
+        memory[:, :, :, :512] /= 1 + torch.arange(512, device="cuda") // 128
+        memory, poison = jitgen.quantize_mla_cache(memory), 0xFF
+    memory[:, p.page :] = poison
     kv_cache = memory[:, : p.page]
     free = torch.randperm(num_blocks, device="cuda", generator=generator).to(torch.int32)
     table = torch.full((batch, max(num_pages) + 2), UNUSED_SLOT, device="cuda", dtype=torch.int32)
@@ -89,8 +94,8 @@ def make_inputs(d: MlaDraw, gap: int = 0) -> dict[str, torch.Tensor]:
         table[sequence, :count] = free[at : at + count]
         at += count
         if length % p.page:
-            kv_cache[int(free[at - 1]), length % p.page :] = float("nan")
-    kv_cache[free[at:].long()] = float("nan")
+            kv_cache[int(free[at - 1]), length % p.page :] = poison
+    kv_cache[free[at:].long()] = poison
     return {
         "q": normal(batch, p.num_queries, p.num_heads, p.head_dim_qk) * 10,
         "kv_cache": kv_cache,
@@ -99,13 +104,21 @@ def make_inputs(d: MlaDraw, gap: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
+def decoded(tokens: torch.Tensor) -> torch.Tensor:
+    """Rows of a cache as float64: those of an FP8 one as the interpreter decodes them."""
+    if tokens.dtype != torch.uint8:
+        return tokens.double()
+    values = decode_tokens(tokens.cpu().numpy()).astype("f4")
+    return torch.from_numpy(values).to(tokens.device).double()
+
+
 def reference(
     d: MlaDraw, inputs: dict[str, torch.Tensor], sequence: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o [s_q, h_q, head_dim_v] and lse [h_q, s_q] of one sequence in float64."""
     p, length = d.problem, d.lengths[sequence]
     pages = inputs["block_table"][sequence, : -(-length // p.page)].long()
-    keys = inputs["kv_cache"][pages].reshape(-1, p.head_dim_qk)[:length].double()
+    keys = decoded(inputs["kv_cache"][pages].flatten(0, 2)[:length])
     scores = torch.einsum("shd,kd->hsk", inputs["q"][sequence].double(), keys)
     scores *= p.head_dim_qk**-0.5
     later = torch.arange(p.num_queries - 1, -1, -1, device="cuda") if p.causal else 0

@@ -123,3 +123,20 @@ def test_profiler_shows_the_names_that_users_look_for() -> None:
     names = [event.key for event in profile.key_averages()]
     assert sum("gemm_" in name for name in names) == 1, names
     assert sum("flash_fwd_splitkv_mla" in name for name in names) == 1, names
+
+
+def test_k_grouped_meets_float64_in_place() -> None:
+    ks, m, n = [256, 0, 1024, 128], 512, 384
+    x, w = (torch.randn(sum(ks), width, device="cuda").bfloat16() for width in (m, n))
+    operands = []
+    for values in (x, w):
+        codes, scales = deep_gemm.per_channel_cast_to_fp8(values, use_ue8m0=False)
+        flat = torch.cat([part.t().reshape(-1).view(torch.uint8) for part in codes.split(ks)])
+        operands.append((flat.view(codes.dtype), scales.t()))
+    c = torch.randn(len(ks), m, n, device="cuda") * 32
+    d, layout = c.clone(), torch.tensor(ks, dtype=torch.int32, device="cuda")
+    deep_gemm.k_grouped_fp8_gemm_nt_contiguous(*operands, d, ks, layout, d)
+    for group, (left, right) in enumerate(zip(x.split(ks), w.split(ks), strict=True)):
+        exact = c[group].double() + left.double().t() @ right.double()
+        assert difference(d[group], exact) < 1e-3
+    assert torch.equal(d[1], c[1])

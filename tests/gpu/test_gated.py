@@ -76,13 +76,13 @@ def test_gemm_of_other_results_equals_interpreter(index: int) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, F32, E4M3], ids=str)
 def test_swiglu_is_within_its_bound_of_the_interpreter(dtype: Any) -> None:
-    """silu is within 9 units in the last place (jitgen.expr.OPERATIONS), a product rounds once."""
+    """silu is within 11 units in the last place (jitgen.expr.OPERATIONS), a product rounds once."""
     problem = Gemm(1024, 1040, dtype, SWIGLU)
     tensors = make(problem, 200, SEED)
     got = [to_numpy(t).astype(np.float64) for t in pair(run(problem, tensors))]
     host = {name: to_numpy(t) for name, t in tensors.items()}
     want = [x.astype(np.float64) for x in pair(run(problem, host))]
-    float32_bound = 11 * 2.0**-23
+    float32_bound = 13 * 2.0**-23
     if dtype == E4M3:
         assert (np.abs(got[1] - want[1]) <= float32_bound * want[1]).all()
         # Values so near to each other round to the same E4M3, or to neighbours.

@@ -64,6 +64,25 @@ def test_schedules_meet_float64(schedule: MlaSchedule) -> None:
             run_and_compare(MlaDraw(MlaDecode(128, page=page), lengths, schedule, 5))
 
 
+@pytest.mark.parametrize(
+    "problem",
+    [MlaDecode(16), MlaDecode(128, 2), MlaDecode(16, 2, cache="fp8"), MlaDecode(128, cache="fp8")],
+    ids=str,
+)
+def test_batch_invariant_calls_do_not_see_the_batch(problem: MlaDecode) -> None:
+    lengths = (0, 1, 63, 64, 65, 5000, 700, 129) + (300,) * 150
+    whole = select_mla(problem, batch_invariant=True)
+    run_and_compare(MlaDraw(problem, lengths, whole, 8))
+    inputs = make_inputs(MlaDraw(problem, lengths, None, 8))
+    arguments = {"causal": problem.causal, "batch_invariant": True}
+    o, lse = jitgen.mla_decode(*inputs.values(), **arguments)
+    for some in ([5], [6, 7], [157, 5, 0], list(range(20))):
+        few = {name: t if name == "kv_cache" else t[some] for name, t in inputs.items()}
+        o_few, lse_few = jitgen.mla_decode(*few.values(), **arguments)
+        assert torch.equal(bits(o_few), bits(o[some]))
+        assert torch.equal(bits(lse_few), bits(lse[some]))
+
+
 def test_pages_that_lie_apart_meet_float64() -> None:
     run_and_compare(MlaDraw(MlaDecode(16, page=32), (1000, 3, 77), None, 9), gap=48)
 

@@ -99,6 +99,13 @@ def make_cache(num_heads: int = 16, num_queries: int = 1) -> tuple[torch.Tensor,
     return q, cache, table, torch.tensor([2000, 0, 65], dtype=torch.int32, device="cuda")
 
 
+def make_sparse() -> tuple[torch.Tensor, ...]:
+    """q, an FP8 cache and indices."""
+    cache = jitgen.quantize_mla_cache(torch.randn(9, 64, 1, 576, device="cuda").bfloat16())
+    indices = torch.randint(-1, 9 * 64, (3, 2, 128), dtype=torch.int32, device="cuda")
+    return torch.randn(3, 2, 64, 576, device="cuda").bfloat16(), cache, indices
+
+
 @pytest.mark.parametrize("m", [4, 1000])
 def test_grouped_gemm_gives_the_bits_of_jitgen(m: int) -> None:
     a, b, sfa, sfb, offsets = t = make_grouped(m)
@@ -110,6 +117,11 @@ def test_grouped_gemm_gives_the_bits_of_jitgen(m: int) -> None:
 
 
 def test_mla_decode_gives_the_bits_of_jitgen() -> None:
+    sparse = make_sparse()
+    for got, expected in zip(
+        torch.ops.jitgen.mla_decode_sparse(*sparse), jitgen.mla_decode_sparse(*sparse), strict=True
+    ):
+        assert torch.equal(got, expected)
     t = make_cache()
     o, lse = jitgen.mla_decode(*t)
     got = torch.ops.jitgen.mla_decode(*t)
@@ -132,6 +144,7 @@ def test_grouped_gemm_and_mla_decode_pass_opcheck() -> None:
             {"layout": "ragged", "out": torch.zeros(33, N, device="cuda")},
         ),
         (torch.ops.jitgen.mla_decode, cache, {}),
+        (torch.ops.jitgen.mla_decode_sparse, make_sparse(), {}),
         (torch.ops.jitgen.mla_decode_out, cache, {"out": o}),
     ):
         results = torch.library.opcheck(function, arguments, options, test_utils=tests)
@@ -164,11 +177,12 @@ def test_compiled_experts_and_attention_take_any_m(mode: str) -> None:
 
 
 def test_captured_operators_replay_with_what_the_tensors_hold() -> None:
-    t, cache = make_grouped(300), make_cache()
+    t, cache, x = make_grouped(300), make_cache(), torch.randn(9, K, device="cuda")
 
-    def call() -> tuple[torch.Tensor, torch.Tensor]:
+    def call() -> tuple[torch.Tensor, ...]:
         o, _ = torch.ops.jitgen.mla_decode(*cache)
-        return torch.ops.jitgen.grouped_gemm(*t, layout="ragged"), o
+        _, scales = torch.ops.jitgen.quantize(x)
+        return torch.ops.jitgen.grouped_gemm(*t, layout="ragged"), o, scales
 
     call()
     graph = torch.cuda.CUDAGraph()
@@ -177,6 +191,7 @@ def test_captured_operators_replay_with_what_the_tensors_hold() -> None:
     for lengths, ends in (([1, 2, 3], [5, 5, 200, 300]), ([2048, 64, 0], [0, 300, 300, 300])):
         cache[3].copy_(torch.tensor(lengths))
         t[4][1:].copy_(torch.tensor(ends))
+        x.normal_()
         for got in captured:
             got.fill_(torch.nan)
         graph.replay()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,12 +61,30 @@ def test_measurer_times_schedules_in_turns() -> None:
     assert all(5 < us < 200 for some in times for us in some)
 
 
+@pytest.mark.parametrize("layout", ["ragged", "masked"])
+def test_tune_records_grouped_gemms_for_every_layout(records: Path, layout: str) -> None:
+    shape = ("--n", "512", "--k", str(K), "--num-groups", "5", "--m", "400")
+    options = ("--gated", "--out-dtype", "float8_e4m3fn", "--candidates", "3")
+    result = CliRunner().invoke(cli.app, ["tune", *shape, *options])
+    assert result.exit_code == 0, result.output
+    (line,) = map(json.loads, (records / "journal.jsonl").read_text().splitlines())
+    assert line["errors"] == []
+    assert line["job"] == f"m384-g5-n512-k{K}-e4m3-gated"
+    if line["status"] == "unstable":
+        pytest.skip(f"something else runs on this GPU: {line['reason']}")
+    (record,) = read_folder(records)
+    select.reload_records()
+    epilogue = jitgen.silu(jitgen.gate) * jitgen.up
+    problem = jitgen.GroupedGemm(512, K, jitgen.E4M3, epilogue, num_groups=5, layout=layout)  # type: ignore[arg-type]
+    assert select.select(problem, 390, record.gpu) == record.schedule
+
+
 def test_measurer_rejects_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong = Schedule(64, 64, 4, 1), Schedule(64, 96, 4, 1)
 
-    def spoilt(*arguments: object, out: torch.Tensor, schedule: Schedule) -> None:
-        jitgen.gemm(*arguments, out=out, schedule=schedule)
-        if schedule == wrong:
+    def spoilt(*arguments: Any, out: torch.Tensor, **options: Any) -> None:
+        jitgen.gemm(*arguments, out=out, **options)
+        if options["schedule"] == wrong:
             out.view(torch.int16)[63, 200] ^= 1
 
     monkeypatch.setattr(measure, "gemm", spoilt)

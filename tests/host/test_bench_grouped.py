@@ -13,7 +13,7 @@ import jitgen
 from jitgen import Schedule
 from jitgen.dtypes import BF16, E4M3, F32
 from jitgen.errors import VerifyError
-from jitgen.tuning import report_grouped
+from jitgen.tuning import bench_fused, report_grouped
 from jitgen.tuning.bench import to_numpy
 from jitgen.tuning.bench_grouped import (
     GroupedRow,
@@ -112,6 +112,37 @@ def test_report_marks_losses_and_gives_geometric_means() -> None:
     assert "cuBLASLt takes 1.01" in text
     data = json.loads(json.dumps(result.to_json()))
     assert [row["derived"]["ratio"] for row in data["rows"]] == [0.8, 1.8]
+
+
+def test_report_of_fused_rows_has_both_bars() -> None:
+    measured = Measurement(100.0, 1.0, 99.0, 101.0, 12, ("grouped",))
+    plain, torch_us = replace(measured, kernel_us=95.0), replace(measured, kernel_us=150.0)
+    fused = bench_fused.FusedRow(
+        bench_fused.FUSED_SHAPES[1],
+        (SCHEDULE, SCHEDULE),
+        plain,
+        measured,
+        {"torch": torch_us},
+        {"torch.compile": "there is no Triton"},
+    )
+    result = report_grouped.GroupedResult(META, rows_of(80.0), None, (fused,))
+    text = report_grouped.render_markdown(result)
+    assert "| 32 | 192 | 4096 | 7168 | 95.00 | 100.00 | 1.053 | 150.00 | 1.50 | - | - |" in text
+    derived = json.loads(json.dumps(result.to_json()))["fused"][0]["derived"]
+    assert derived["ratios"] == {"torch": 1.5}
+    assert derived["over_plain"] == pytest.approx(100 / 95)
+
+
+def test_swiglu_quantize_is_what_the_fused_epilogue_computes() -> None:
+    h = torch.randn(5, 512).bfloat16()
+    codes, scale = bench_fused.swiglu_quantize(h)
+    gate, up = h.float().chunk(2, 1)
+    want = jitgen.quantize((torch.nn.functional.silu(gate) * up).numpy())
+    assert np.array_equal(codes.view(torch.uint8).numpy(), want[0].view(np.uint8))
+    assert np.array_equal(scale.numpy(), want[1])
+    bench_fused._check(bench_fused.FUSED_SHAPES[0], (codes, scale), (codes, scale))
+    with pytest.raises(VerifyError, match="differs from torch's by"):
+        bench_fused._check(bench_fused.FUSED_SHAPES[0], (codes, scale), (codes, 2 * scale))
 
 
 def test_report_without_baselines_has_dashes() -> None:

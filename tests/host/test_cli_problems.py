@@ -32,8 +32,8 @@ def test_problems_prints_what_read_problems_reads(run: Run, config: Path, tmp_pa
     model = read_model(config, tp=8)
     extents = m_buckets(range(1, 301))
     expected: list[object] = [(p, m) for p in model.problems for m in extents]
-    rows = m_buckets(range(1, 300 * model.rows_a_token + 1))
-    expected += [(p, m) for p in model.experts for m in rows]
+    rows = range(1, 300 * model.rows_a_token + 1)
+    expected += [(p, m) for p in model.experts for m in m_buckets(rows, p)]
     expected += [(p, 1) for p in model.attention]
     assert read_problems(path) == expected
     for names in (model.problems, model.experts, model.attention):

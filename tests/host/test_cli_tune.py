@@ -15,8 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from jitgen import build, cli
+from jitgen.dtypes import E4M3
 from jitgen.errors import CompileError
-from jitgen.problem import Gemm
+from jitgen.expr import gate, silu, up
+from jitgen.problem import Gemm, GroupedGemm
 from jitgen.runtime import driver
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule
@@ -171,6 +173,38 @@ def test_tune_grid_dense_has_a_job_for_each_bucket(run: Run, fake: Fake, records
     assert "42 not reached" in result.stdout  # m = 1 and 16 share a bucket
 
 
+def test_tune_grid_grouped_has_a_job_for_each_bucket(run: Run, fake: Fake, records: Path) -> None:
+    result = run("tune", "--grid", "grouped", "--time-limit", 0, "--candidates", 1)
+    assert result.exit_code == 0, result.output
+    # Contiguous rows and ragged ones share buckets, and so do (32, 192) masked and (32, 256).
+    assert "40 not reached" in result.stdout
+
+
+def test_tune_records_groups_for_every_layout(run: Run, fake: Fake, records: Path) -> None:
+    options = ("--num-groups", 4, "--gated", "--out-dtype", "e4m3", "--m", 100)
+    result = run("tune", *SHAPE, *options, "--candidates", 3)
+    assert result.exit_code == 0, result.output
+    assert "m96-g4-n256-k512-e4m3-gated: 100." in result.stderr.replace("99.", "100.")
+    (record,) = read_folder(records)
+    select.reload_records()
+    for layout in ("ragged", "masked", "group_of_row"):
+        problem = GroupedGemm(256, 512, E4M3, silu(gate) * up, num_groups=4, layout=layout)  # type: ignore[arg-type]
+        assert select.select(problem, 90) == record.schedule
+
+
+def test_tune_takes_the_gemms_of_a_list(run: Run, fake: Fake, records: Path) -> None:
+    path = records.parent / "list.json"
+    entries = [
+        {"n": 256, "k": 512, "m": [16], "num_groups": 3, "layout": "masked"},
+        {"n": 256, "k": 512, "m": [16]},
+        {"num_heads": 16},
+    ]
+    path.write_text(json.dumps(entries))
+    result = run("tune", "--problems", path, "--candidates", 2)
+    assert "left out: 1 kinds of MLA decode or k_grouped, not tuned" in result.stderr
+    assert result.stdout.startswith("shapes: 2 measured")
+
+
 def test_tune_compile_only_needs_no_gpu(
     run: Run, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +240,7 @@ def test_tune_without_torch_is_one_error_line(run: Run, monkeypatch: pytest.Monk
         ([], "give one of --grid, --problems, or --n with --k"),
         (["--n", 256], "give one of --grid, --problems, or --n with --k"),
         (["--grid", "dense", *SHAPE], "give one of --grid, --problems, or --n with --k"),
-        ([*SHAPE, "--out-dtype", "e4m3"], "only D in bfloat16 or float32 is tuned"),
+        (["--grid", "dense", "--num-groups", 4], "--num-groups and --gated go with --n"),
         ([*SHAPE, "--gpu", "NVIDIA H200"], "--gpu and --num-sms go with --compile-only"),
     ],
 )
@@ -239,7 +273,7 @@ def test_records_merge_puts_folders_together(run: Run, tmp_path: Path) -> None:
     save(tmp_path / "b", [faster, *OTHERS[2:]])
     result = run("records", "merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c")
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"records: 7 read, 6 in {tmp_path / 'c'}\n"
+    assert result.stdout == f"records: 11 read, 10 in {tmp_path / 'c'}\n"
     assert set(read_folder(tmp_path / "c")) == {faster, *OTHERS}
 
 

@@ -141,6 +141,50 @@ def test_masked_leaves_other_rows_alone() -> None:
         assert d[group, count:].isnan().all()
 
 
+def test_k_grouped_adds_each_group_to_its_matrix() -> None:
+    ks, m, n = [128, 0, 256], 8, 24
+    a, sfa = deep_gemm.per_channel_cast_to_fp8(torch.randn(384, m), use_ue8m0=False)
+    b, sfb = deep_gemm.per_channel_cast_to_fp8(torch.randn(384, n), use_ue8m0=False)
+    flat_a = torch.cat([part.t().reshape(-1) for part in a.split(ks)])
+    flat_b = torch.cat([part.t().reshape(-1) for part in b.split(ks)])
+    c = torch.randn(3, m, n)
+    grouped_layout = torch.tensor(ks, dtype=torch.int32)
+    for d in (torch.full_like(c, torch.nan), c.clone()):
+        deep_gemm.k_grouped_fp8_gemm_nt_contiguous(
+            (flat_a, sfa.t()),
+            (flat_b, sfb.t()),
+            d,
+            ks,
+            grouped_layout,
+            c if d[0].isnan().any() else d,
+        )
+        for group, begin in enumerate((0, 128, 128)):
+            rows = slice(begin, begin + ks[group])
+            left = a[rows].double() * sfa.repeat_interleave(128, 0)[rows]
+            right = b[rows].double() * sfb.repeat_interleave(128, 0)[rows]
+            assert near(d[group], left.t() @ right + c[group])
+    with pytest.raises(ValueError, match="needs c and ks_cpu"):
+        deep_gemm.k_grouped_fp8_gemm_nt_contiguous(
+            (flat_a, sfa.t()), (flat_b, sfb.t()), d, ks, grouped_layout
+        )
+    with pytest.raises(ValueError, match="are not those of ks_cpu"):
+        deep_gemm.k_grouped_fp8_gemm_nt_contiguous(
+            (flat_a, sfa.t()), (flat_b, sfb.t()), d, [128, 0, 128], grouped_layout, d
+        )
+
+
+def test_gemm_takes_scales_of_single_rows() -> None:
+    a, b = pair(M), pair(N)
+    d, c = torch.full((M, N), torch.nan), torch.randn(M, N)
+    deep_gemm.fp8_gemm_nt(a, b, d, c, recipe=(1, 1, 128))
+    spread = [part[1].double().repeat_interleave(128, 1)[:, :K] for part in (a, b)]
+    exact = (a[0].double() * spread[0]) @ (b[0].double() * spread[1]).t()
+    assert near(d, exact + c)
+    again = torch.full_like(d, torch.nan)
+    deep_gemm.fp8_gemm_nt(a, b, again, c, recipe_a=(1, 128), recipe_b=(1, 128))
+    assert torch.equal(again, d)
+
+
 # --- casts and layouts ----------------------------------------------------------------------------
 
 
@@ -245,7 +289,13 @@ def test_name_is_documented(name: str) -> None:
 def test_unsupported_arguments_name_themselves() -> None:
     a, b, d = pair(M), pair(N, is_weight=True), torch.empty(M, N)
     for message, call in {
-        "recipe": lambda: deep_gemm.fp8_gemm_nt(a, b, d, recipe=(1, 1, 128)),
+        "recipe": lambda: deep_gemm.fp8_gemm_nt(a, b, d, recipe=(128, 128, 128)),
+        "recipe \\(1, 1": lambda: deep_gemm.m_grouped_fp8_gemm_nt_masked(
+            a, b, d, d, 1, recipe=(1, 1, 128)
+        ),
+        "use_psum_layout": lambda: deep_gemm.k_grouped_fp8_gemm_nt_contiguous(
+            a, b, d, [K], d, d, use_psum_layout=True
+        ),
         "recipe_a": lambda: deep_gemm.fp8_gemm_nt(a, b, d, recipe_a=(1, 32), recipe_b=(32, 32)),
         "FP4": lambda: deep_gemm.fp8_gemm_nt(a, (b[0].view(torch.int8), b[1]), d),
         "UE8M0": lambda: deep_gemm.fp8_gemm_nt((a[0], a[1].int()), b, d),

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import jitgen  # noqa: E402
 from jitgen.compat import flash_mla  # noqa: E402
 
 LENGTHS = (3, 0, 70)
@@ -46,20 +47,75 @@ def test_decode_is_attention(num_heads: int, num_kv_heads: int, causal: bool) ->
         assert torch.allclose(lse[row].double(), scores.logsumexp(-1), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"is_fp8_kvcache": True},
-        {"indices": torch.zeros(3, 1, 4, dtype=torch.int32)},
-        {"attn_sink": torch.zeros(2)},
-        {"topk_length": torch.zeros(3, dtype=torch.int32)},
-    ],
-    ids=lambda option: next(iter(option)),
-)
-def test_unsupported_argument_names_itself(option: dict[str, Any]) -> None:
+def make_fp8(page: int) -> tuple[Any, Any, Any]:
+    """q, an FP8 cache whose blocks lie apart, and its keys and values as they are read."""
+    q = torch.randn(2, 2, 3, 576).bfloat16()
+    keys = torch.randn(5, page + 1, 1, 576).bfloat16()
+    cache = jitgen.quantize_mla_cache(keys)
+    scales = cache[..., 512:528].contiguous().view(torch.float32).repeat_interleave(128, -1)
+    values = cache[..., :512].contiguous().view(torch.float8_e4m3fn).float() * scales
+    read = torch.cat((values.bfloat16(), keys[..., 512:]), dim=-1)
+    cache = cache.view(torch.float8_e4m3fn)  # as FlashMLA has it
+    return q, cache[:, :page], read[:, :page, 0].double()
+
+
+def attention(q: Any, keys: Any, scale: float) -> tuple[Any, Any]:
+    """o [heads, 512] and lse [heads] of a token's queries [heads, 576]."""
+    scores = q.double() @ keys.t() * scale
+    return scores.softmax(-1) @ keys[:, :512], scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("page", [2, 61])
+@pytest.mark.parametrize("has_extras", [False, True])
+def test_sparse_decode_is_attention_over_lists(page: int, has_extras: bool) -> None:
+    q, cache, keys = make_fp8(page)
+    indices = torch.randint(0, 5 * page, (2, 3, 24), dtype=torch.int32)[:, :2, :20]  # strided
+    indices[0, 1, 3:], indices[1, 0, ::2] = -1, -1
+    sink = torch.tensor([0.5, -torch.inf, torch.inf]) if has_extras else None
+    lengths = torch.tensor([20, 7], dtype=torch.int32) if has_extras else None
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        *(q, cache, None, None, 512, *flash_mla.get_mla_metadata(), 0.1),
+        is_fp8_kvcache=True,
+        indices=indices,
+        attn_sink=sink,
+        topk_length=lengths,
+    )
+    for row in range(2):
+        for token in range(2):
+            listed = indices[row, token][: lengths[row] if lengths is not None else None]
+            listed = listed[listed >= 0].long()
+            o, expected = attention(q[row, token], keys.reshape(-1, 576)[listed], 0.1)
+            if sink is not None:
+                o /= 1 + (sink.double() - expected).exp()[:, None]
+            assert torch.allclose(out[row, token].double(), o, atol=2**-6, rtol=2**-6)
+            assert torch.allclose(lse[row, :, token].double(), expected, atol=1e-3)
+
+
+def test_dense_decode_reads_an_fp8_cache() -> None:
+    q, cache, keys = make_fp8(64)
+    table, lengths = torch.tensor([[3], [1]], dtype=torch.int32), [50, 64]
+    out, _ = flash_mla.flash_mla_with_kvcache(
+        *(q, cache, table, torch.tensor(lengths, dtype=torch.int32), 512),
+        *flash_mla.get_mla_metadata(),
+        is_fp8_kvcache=True,
+    )
+    for row, length in enumerate(lengths):
+        o, _ = attention(q[row, 1], keys[table[row, 0], :length], 576**-0.5)
+        assert torch.allclose(out[row, 1].double(), o, atol=2**-6, rtol=2**-6)
+
+
+@pytest.mark.parametrize("name", ["extra_k_cache", "extra_topk_length", "indices"])
+def test_unsupported_argument_names_itself(name: str) -> None:
     metadata, _ = flash_mla.get_mla_metadata()
-    with pytest.raises(NotImplementedError, match=next(iter(option))):
+    option = {name: torch.zeros(3, 1, 4, dtype=torch.int32)}
+    with pytest.raises(NotImplementedError, match=name):
         flash_mla.flash_mla_with_kvcache(*make(2, 1, 1), 256, metadata, **option)
+
+
+def test_arguments_of_sparse_attention_need_indices() -> None:
+    metadata, _ = flash_mla.get_mla_metadata()
+    with pytest.raises(ValueError, match="give indices"):
+        flash_mla.flash_mla_with_kvcache(*make(2, 1, 1), 256, metadata, attn_sink=torch.zeros(2))
 
 
 def test_dense_attention_needs_its_block_table() -> None:

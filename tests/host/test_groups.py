@@ -16,8 +16,9 @@ from jitgen.groups import (
     find_fault,
     max_tile_rows,
     num_values,
+    planned_rows,
     rows_of_groups,
-    typical_rows,
+    spread_rows,
 )
 from jitgen.problem import of_k_groups
 
@@ -120,11 +121,21 @@ def test_find_fault_names_the_first(
     assert re.search(fault, found) if fault else not found
 
 
-def test_expected_and_typical_rows() -> None:
+def test_expected_rows() -> None:
     dense, ragged, masked = Gemm(8, 16), problem("ragged", 32), problem("masked", 32)
-    assert [expected_rows(p, 100) for p in (dense, ragged, masked)] == [100, 100, 3200]
-    assert expected_rows(masked, 100, 20) == 640
-    assert expected_rows(masked, 100, 500) == 3200
-    assert [typical_rows(p, 100) for p in (dense, ragged)] == [(1, 100), (32, 4)]
-    assert typical_rows(ragged, 5) == (5, 1)
-    assert typical_rows(ragged, 0) == (1, 0)
+    assert [expected_rows(p, 100) for p in (dense, ragged, masked)] == [100, 100, 4000]
+    assert expected_rows(masked, 100, 20) == 32 * 25
+    assert planned_rows(masked, 32 * 20) == planned_rows(masked, 32 * 19 + 1) == 32 * 25
+    assert planned_rows(ragged, 100) == planned_rows(dense, 100) == 100
+    assert expected_rows(problem("group_of_row", 32), 10_000) == 10_000 - 32 * 64
+    assert expected_rows(problem("group_ends", 32, 64), 10_000) == 10_000 - 32 * 32
+    assert expected_rows(problem("group_of_row", 32), 1000) == 500
+    assert expected_rows(masked, 100, 500) == 4000
+
+
+@given(st.integers(1, 512), st.integers(0, 100_000))
+def test_spread_rows_are_all_and_near_the_mean(num_groups: int, m: int) -> None:
+    rows = spread_rows(num_groups, m)
+    assert (len(rows), sum(rows)) == (num_groups, m)
+    mean = m / num_groups
+    assert all(0.69 * mean - 1 <= count <= 1.32 * mean + 1 for count in rows)

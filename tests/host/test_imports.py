@@ -21,13 +21,15 @@ COMPILER = (
     ("problem", "problem_mla"),  # what is computed: fixed by the user
     ("groups",),  # which rows are whose
     ("layouts",),  # as users say it
-    ("schedule", "schedule_mla"),  # how it is mapped to the GPU: what may be tuned
+    ("schedule",),  # how it is mapped to the GPU: what may be tuned
+    ("schedule_mla",),  # of MLA decode
     ("traversal",),  # the order of its tiles
     ("ir",),  # the tile program that both become
     ("kernel",),  # it, and what a launch passes
     ("ir_mla",),  # that of MLA decode
     ("numerics",),  # arithmetic of the tensor core, in NumPy
     ("numerics_16",),  # of BF16 and FP16
+    ("tokens_mla",),  # of an FP8 cache
     ("limits",),  # what the hardware takes of a kernel
     ("lower_mla", "interpret_mla", "codegen_mla"),  # as below, for MLA decode
     ("verify_mla",),
@@ -52,7 +54,9 @@ ALLOWED |= {
     "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
     "tuning.bench_mla": _before | {"runtime", "tuning", "api_mla"},
     "tuning.bench_grouped": _before | {"runtime", "tuning", "tuning.bench", "api"},
+    "tuning.bench_fused": _before | {"runtime", "tuning", "tuning.bench_grouped", "api"},
     "tuning.report_grouped": {"tuning.bench", "tuning.bench_grouped", "tuning.report"},
+    "tuning.operands": {"api"},  # that are timed and checked
     "tuning.measure": _before | {"api"},  # checks, and times, what may be recorded
     "tuning.timing": {"errors"},  # of any call
     "tuning.peers": _before | {"tuning", "api"},  # what it is timed beside
@@ -61,7 +65,7 @@ ALLOWED |= {
     | {"runtime", "tuning.bench", "tuning.peers", "calls", "api"},  # times what they wait for
     "tuning.load": _before | {"runtime", "build"},  # of kernels that are compiled
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
-    "tuning.plot": {"tuning.bench", "tuning.report"},  # and in a picture
+    "tuning.plot": {"problem", "tuning.bench", "tuning.report"},  # and in a picture
     "tuning.page": _before
     | {"runtime", "tuning.bench", "tuning.report", "tuning.plot"},  # and all of it on a page
     "arrays": set(_before),  # the rules that a caller's arrays must keep
@@ -73,7 +77,7 @@ ALLOWED |= {
     "calls_mla": _before | {"runtime", "arrays", "arrays_mla", "calls"},
     "dlpack": set(_before),  # arrays of other libraries
     "api": _before | {"tuning", "arrays", "calls", "dlpack"},  # what users call
-    "api_mla": _before | {"arrays", "arrays_mla", "calls_mla"},
+    "api_mla": _before | {"api", "arrays", "arrays_mla", "calls_mla"},
     "api_merge": _before | {"runtime", "arrays", "calls"},
     "plans": _before | {"tuning", "build"},  # finite sets of kernels
     # __init__.py: the public names
@@ -89,11 +93,13 @@ ALLOWED |= {
     "console": set(),  # what the commands print on
     "epilogues": {"expr"},  # that the commands know by name
     "files": {"errors"},  # that users name
-    "problem_list": _before | {"files", "tuning", "tuning.bench"},  # what to compile or tune
+    "problem_list": _before  # what to compile or tune
+    | {"files", "tuning", "tuning.bench", "tuning.bench_fused", "tuning.bench_grouped"},
     "models": _before | {"files"},  # what a model computes
     "schedule_text": _before | {"tuning"},  # schedules as users spell them
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"}
+    | {"tuning.bench_fused"}
     | {"tuning.load", "tuning.bench_mla", "build", "plans", "problem", "runtime"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
     "cli_explain": _before
@@ -122,13 +128,14 @@ LAZY: dict[str, set[str]] = {
         "demo",
         "dlpack",
         "tuning.bench",
+        "tuning.bench_fused",
         "tuning.bench_grouped",
         "tuning.bench_mla",
         "tuning.host",
         "tuning.peers",
         "tuning.report",
     }
-    | {"tuning.measure", "tuning.timing"},
+    | {"tuning.measure", "tuning.operands", "tuning.timing"},
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
     "jinja2": {"codegen", "tuning.page"},

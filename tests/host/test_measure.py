@@ -11,7 +11,9 @@ import pytest
 from jitgen import api
 from jitgen.dtypes import E4M3, F32
 from jitgen.errors import CandidateError, DeviceError, ProblemError, ScheduleError, VerifyError
-from jitgen.problem import Gemm
+from jitgen.expr import gate, up
+from jitgen.layouts import Ragged
+from jitgen.problem import Gemm, GroupedGemm
 from jitgen.schedule import Schedule
 from jitgen.tuning import bench, measure
 from jitgen.tuning.measure import GpuMeasurer, time_in_turns
@@ -31,15 +33,25 @@ class Played:
         self.num_interpreted = 0
         self.spoil: Callable[[Any, Schedule], None] = lambda d, schedule: None
 
-    def gemm(self, a: Any, b: Any, scales: Any, *, out: Any, schedule: Schedule) -> None:
-        self.launched.append(schedule)
+    def gemm(self, *operands: Any, out: Any, **options: Any) -> None:
+        self.run(api.gemm, *operands, out=out, **options)
+
+    def grouped_gemm(self, *operands: Any, layout: Any, **options: Any) -> None:
+        on_host = Ragged(layout.offsets.numpy())
+        self.run(api.grouped_gemm, *operands, layout=on_host, **options)
+
+    def run(self, function: Any, a: Any, b: Any, scales: Any, *, out: Any, **options: Any) -> None:
+        self.launched.append(options["schedule"])
         numpy_a, numpy_b = (bench.to_numpy(tensor, E4M3) for tensor in (a, b))
-        sfa, sfb = (bench.to_numpy(tensor, F32) for tensor in scales)
-        dtype = str(out.dtype).removeprefix("torch.")
-        d = api.gemm(numpy_a, numpy_b, (sfa, sfb), schedule=schedule, out_dtype=dtype)
-        word = {2: torch.int16, 4: torch.int32}[out.itemsize]
-        out.view(word).copy_(torch.from_numpy(d.view(f"i{out.itemsize}")))
-        self.spoil(out, schedule)
+        host_scales = tuple(bench.to_numpy(tensor, F32) for tensor in scales)
+        outputs = out if isinstance(out, tuple) else (out,)
+        dtype = str(outputs[0].dtype).removeprefix("torch.")
+        made = function(numpy_a, numpy_b, host_scales, out_dtype=dtype, **options)
+        for tensor, array in zip(outputs, made if isinstance(out, tuple) else (made,), strict=True):
+            word = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize]
+            kind = "u" if tensor.itemsize == 1 else "i"
+            tensor.view(word).copy_(torch.from_numpy(array.view(f"{kind}{tensor.itemsize}")))
+        self.spoil(outputs[0], options["schedule"])
 
 
 @pytest.fixture
@@ -52,6 +64,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
         return sample_tiles(*arguments)
 
     monkeypatch.setattr(measure, "gemm", played.gemm)
+    monkeypatch.setattr(measure, "grouped_gemm", played.grouped_gemm)
     monkeypatch.setattr(measure, "sample_tiles", counted)
     monkeypatch.setattr(measure, "check_machine", lambda: None)
     return played
@@ -104,6 +117,52 @@ def test_check_takes_results_that_add_up_k_in_another_order(
     for split_k in (1, 2, 4):
         measurer.check(Gemm(136, k), 5, Schedule(64, 16, 4, 1, split_k=split_k))
     assert played.num_interpreted == 3
+
+
+GROUPED = {
+    "bf16": GroupedGemm(136, 256, num_groups=5),
+    "gated-e4m3": GroupedGemm(512, 256, E4M3, gate * up, num_groups=5),
+}
+
+
+@pytest.mark.parametrize("problem", GROUPED.values(), ids=GROUPED)
+def test_check_of_groups_proves_one_schedule_in_tiles_of_three_groups(
+    played: Played, measurer: GpuMeasurer, problem: GroupedGemm
+) -> None:
+    gated = problem.num_halves > 1
+    schedules = (Schedule(64, 256, 3, 1), Schedule(128, 256, 2)) if gated else (FIRST, SECOND)
+    for schedule in schedules:
+        measurer.check(problem, 90, schedule)
+    assert played.launched == list(schedules)
+    assert played.num_interpreted == 3
+
+
+@pytest.mark.parametrize("problem", GROUPED.values(), ids=GROUPED)
+@pytest.mark.parametrize("row", [0, 17, 89])
+def test_check_of_groups_rejects_one_wrong_bit(
+    played: Played, measurer: GpuMeasurer, problem: GroupedGemm, row: int
+) -> None:
+    gated = problem.num_halves > 1
+    right, wrong = (Schedule(64, 256, 3, 1), Schedule(128, 256, 2)) if gated else (FIRST, SECOND)
+
+    def spoil(d: Any, schedule: Schedule) -> None:
+        if schedule == wrong:
+            d.view(torch.uint8)[row, 100] ^= 1
+
+    played.spoil = spoil
+    measurer.check(problem, 90, right)
+    with pytest.raises(CandidateError, match="differs from the interpreter's in 1 of"):
+        measurer.check(problem, 90, wrong)
+
+
+@pytest.mark.parametrize("problem", GROUPED.values(), ids=GROUPED)
+def test_check_of_groups_rejects_what_is_not_written(
+    played: Played, measurer: GpuMeasurer, problem: GroupedGemm
+) -> None:
+    played.spoil = lambda d, schedule: measure._poison(d[40:42])
+    schedule = Schedule(64, 256, 3, 1) if problem.num_halves > 1 else FIRST
+    with pytest.raises(CandidateError, match=f"{2 * problem.columns} elements of D are NaN"):
+        measurer.check(problem, 90, schedule)
 
 
 def test_check_proves_again_for_another_m(played: Played, measurer: GpuMeasurer) -> None:

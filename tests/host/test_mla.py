@@ -179,6 +179,26 @@ def test_split_covers_every_block_once_in_parts_of_equal_cost(
     assert empty == [sequence for sequence, n in enumerate(blocks) if n == 0]
 
 
+@given(
+    st.lists(st.integers(-1, 5000), min_size=1, max_size=40),
+    st.integers(1, 132),
+    st.integers(1, 8),
+)
+def test_whole_split_gives_every_sequence_to_one_part(
+    lengths: list[int], count: int, overhead: int
+) -> None:
+    parts = Split(64, overhead, whole=True).parts(lengths, count)
+    assert len(parts) == count
+    segments = [segment for part in parts for segment in part]
+    assert [segment.sequence for segment in segments] == list(range(len(lengths)))
+    blocks = [-(-max(length, 0) // 64) for length in lengths]
+    assert [(segment.begin, segment.end) for segment in segments] == [(0, n) for n in blocks]
+    assert all(segment.num_parts == 1 for segment in segments)
+    span = -(-sum(n + overhead for n in blocks) // count)
+    cost = [sum(blocks[segment.sequence] + overhead for segment in part) for part in parts]
+    assert max(cost) < span + max(blocks) + overhead
+
+
 # --- arithmetic -----------------------------------------------------------------------------------
 
 
@@ -282,6 +302,21 @@ def test_mla_decode_on_arrays_meets_float64_and_fills_out(rng: np.random.Generat
     o, lse = jitgen.mla_decode(*inputs.values(), out=out)
     assert o is out
     check_results(problem, inputs, o, lse)
+
+
+def test_mla_decode_batch_invariant_does_not_see_the_batch(rng: np.random.Generator) -> None:
+    inputs = make_inputs(MlaDecode(4, 2, page=16), (300, 70, 0, 900), rng)
+    o, lse = jitgen.mla_decode(*inputs.values(), batch_invariant=True)
+    check_results(MlaDecode(4, 2, page=16), inputs, o, lse)
+    for sequence in range(4):
+        alone = dict(inputs)
+        for name in ("q", "block_table", "seqlens_k"):
+            alone[name] = inputs[name][sequence : sequence + 1]
+        o_alone, lse_alone = jitgen.mla_decode(*alone.values(), batch_invariant=True)
+        np.testing.assert_array_equal(o_alone[0], o[sequence])
+        np.testing.assert_array_equal(lse_alone[0], lse[sequence])
+    split, _ = jitgen.mla_decode(*inputs.values())
+    assert not np.array_equal(split, o)
 
 
 def test_mla_decode_scale_and_causal_change_the_result(rng: np.random.Generator) -> None:

@@ -125,6 +125,10 @@ def test_verify_rejects_another_split_plan_and_tensors() -> None:
     for made, message in (
         (replace(kernel, body=replace(body, split=replace(body.split, overhead=9))), "schedule's"),
         (replace(kernel, body=replace(body, tiles=2)), "the schedule's is"),
+        (
+            replace(kernel, body=replace(body, split=replace(body.split, whole=True))),
+            "the schedule's is",
+        ),
         (replace(kernel, smem=replace(kernel.smem, p=0)), "must be MlaSmemPlan"),
         (replace(kernel, tensors=kernel.tensors[:-1]), "takes"),
         (replace(kernel, schedule=MlaSchedule(cluster=2)), "does not divide"),
@@ -174,7 +178,7 @@ SCHEDULES = [
     MlaSchedule(),
     MlaSchedule(prefetch=4, overhead=1, score_ahead=True),
     MlaSchedule(cluster=2, prefetch=1),
-    MlaSchedule(cluster=2, score_ahead=True),
+    MlaSchedule(cluster=2, score_ahead=True, whole=True),
 ]
 
 
@@ -266,6 +270,21 @@ def test_row_derives_figures_and_is_json() -> None:
     assert json.loads(json.dumps(row.to_json()))["derived"]["ratio"] == row.ratio
     assert MlaRow(shape, 1.0, None).ratio is None
     assert shape.problem == MlaDecode(16, causal=False)
+
+
+def test_shapes_of_the_fp8_cache_count_its_bytes() -> None:
+    fp8, sparse = mla_baselines("fp8"), mla_baselines("sparse")
+    shape = MlaShape(16, 1, 16, 32768, "fp8")
+    assert fp8[shape] == mla_baselines()[MlaShape(16, 1, 16, 32768)]
+    assert shape.problem == MlaDecode(16, causal=False, cache="fp8")
+    assert shape.num_bytes == 16 * (32768 * 656 + 16 * 1088 * 2)
+    assert len(sparse) == 9
+    few = MlaShape(64, 2, 128, 32768, "fp8", 2048)
+    assert sparse[few] == 195.17
+    assert str(few) == "b64-q2-h128-k32768-top2048"
+    assert few.problem == MlaDecode(128, 2, causal=False, cache="fp8", sparse=True)
+    assert few.flops == 2 * 64 * 2 * 128 * 2048 * 1088
+    assert MlaRow(few, 195.17, 195.17).tflops == pytest.approx(375.69, rel=1e-2)
 
 
 def test_geomean_is_of_what_is_known() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jitgen import Gemm, Plan, ProblemError, acc, build, plan, vector
+from jitgen import Gemm, GroupedGemm, Plan, ProblemError, acc, build, plan, vector
+from jitgen.groups import expected_rows
 from jitgen.lower import lower
 from jitgen.runtime.store import KernelStore
 from jitgen.target import H100
@@ -97,3 +99,22 @@ def test_plan_prebuild_leaves_nothing_to_compile(
     for m in range(1, 65):
         build.build(lower(PROBLEM, made.schedule(m)), store)
     assert store.stats.compiles == 0
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from(["ragged", "group_ends", "group_of_row", "masked"]),
+    st.integers(1, 3000),
+    st.integers(1, 500),
+)
+def test_plan_of_groups_holds_the_kernel_of_every_call(layout: Any, m: int, step: int) -> None:
+    """m counts rows of A or, if masked, those that all groups are expected to have."""
+    problem = GroupedGemm(264, 512, num_groups=6, layout=layout)
+    m_range = range(m, m + 5 * step, step)
+    made = plan(problem, m_range, **ON_H100)
+    for m in m_range:
+        rows = expected_rows(problem, m)
+        if layout == "masked":
+            rows = expected_rows(problem, 4096, -(-m // 6))
+        assert made.schedule(m) == select(problem, rows)
+        assert (problem, made.schedule(m)) in made.kernels

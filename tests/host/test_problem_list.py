@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jitgen import F16, F32, Gemm, GroupedGemm, MlaDecode
+from jitgen import E4M3, F16, F32, Gemm, GroupedGemm, MlaDecode, gate, silu, up
 from jitgen.errors import ProblemError
 from jitgen.problem import of_k_groups
 from jitgen.problem_list import parse_extents, read_problems
@@ -53,6 +53,7 @@ def test_read_problems_of_every_family(tmp_path: Path) -> None:
         {"n": 576, "k": 7168, "m": [8], "num_groups": 4, "out_dtype": "f32"},
         {"n": 576, "k": 7168, "m_max": 16, "num_groups": 4, "layout": "masked", "name": "x"},
         {"n": 72, "m": [4096], "num_groups": 4, "layout": "k_grouped"},
+        {"n": 512, "k": 7168, "m": [8], "num_groups": 4, "out_dtype": "e4m3", "swiglu": True},
         {"num_heads": 16, "name": "decode"},
         {"num_heads": 8, "num_queries": 2, "dtype": "f16", "page": 128},
     ]
@@ -63,6 +64,7 @@ def test_read_problems_of_every_family(tmp_path: Path) -> None:
         (GroupedGemm(576, 7168, F32, num_groups=4), 8),
         (GroupedGemm(576, 7168, num_groups=4, layout="masked"), 16),
         (of_k_groups(72, 4), 4096),
+        (GroupedGemm(512, 7168, E4M3, silu(gate) * up, num_groups=4), 8),
         (MlaDecode(16), 1),
         (MlaDecode(8, 2, page=128, dtype=F16), 1),
     ]
@@ -73,6 +75,7 @@ def test_read_problems_of_every_family(tmp_path: Path) -> None:
     [
         ({"n": 8, "k": 16, "m": [1], "layout": "ragged"}, "layout is of a grouped GEMM"),
         ({"n": 8, "k": 16, "m": [1], "num_groups": 0}, "num_groups"),
+        ({"n": 256, "k": 16, "m": [1], "swiglu": 1}, "swiglu must be a bool, got 1"),
         ({"n": 8, "k": 16, "m": [1], "num_groups": 2, "layout": "round"}, "layout"),
         ({"n": 8, "k": 128, "m": [1], "num_groups": 2, "layout": "k_grouped"}, "k is no choice"),
         ({"n": 8, "m": [1], "layout": "k_grouped"}, "field num_groups is missing"),

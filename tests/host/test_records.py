@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jitgen.dtypes import BF16, F32
+from jitgen.dtypes import BF16, E4M3, F32
 from jitgen.errors import StoreError
-from jitgen.problem import Gemm
+from jitgen.expr import gate, up
+from jitgen.problem import Gemm, GroupedGemm
 from jitgen.schedule import Schedule, check_schedule
 from jitgen.target import H100, Gpu
 from jitgen.tuning import records
@@ -40,6 +41,10 @@ OTHERS = (
     replace(RECORD, gpu=Gpu(H100.name, 60), schedule=Schedule(128, 256, 4, cluster_m=2)),
     replace(RECORD, problem=Gemm(576, 7168)),
     replace(RECORD, gpu=Gpu("NVIDIA H200", 132)),
+    replace(RECORD, problem=Gemm(4096, 7168, E4M3, gate * up)),
+    replace(RECORD, problem=GroupedGemm(4096, 7168, num_groups=32)),
+    replace(RECORD, problem=GroupedGemm(4096, 7168, E4M3, gate * up, num_groups=32)),
+    replace(RECORD, problem=GroupedGemm(4096, 7168, num_groups=8)),
 )
 
 
@@ -58,6 +63,9 @@ def test_save_writes_what_read_folder_reads(tmp_path: Path) -> None:
         "nvidia-h100-80gb-hbm3/gemm-n2112-k7168.json",
         "nvidia-h100-80gb-hbm3/gemm-n576-k7168.json",
         "nvidia-h200/gemm-n2112-k7168.json",
+        "nvidia-h100-80gb-hbm3/gemm-n4096-k7168.json",
+        "nvidia-h100-80gb-hbm3/grouped-gemm-g32-n4096-k7168.json",
+        "nvidia-h100-80gb-hbm3/grouped-gemm-g8-n4096-k7168.json",
     }
     assert {path.suffix for path in tmp_path.rglob("*.*")} == {".json"}  # nothing temporary is left
 
@@ -82,6 +90,17 @@ def test_file_shows_every_field_and_the_schedule_without_its_defaults(tmp_path: 
         "promotion": "serial",
     }
     assert (shown["m"], shown["out_dtype"], shown["num_sms"]) == (64, "bfloat16", 132)
+    readme = (records.shipped_folder() / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in (*data, *shown))
+
+
+def test_file_of_groups_shows_what_the_problem_has_more(tmp_path: Path) -> None:
+    record = OTHERS[-2]
+    save(tmp_path, [record])
+    data = json.loads(path_of(tmp_path, record).read_text())
+    (shown,) = data.pop("records")
+    assert data["num_groups"] == 32
+    assert (shown["gated"], shown["out_dtype"]) == (True, "float8_e4m3fn")
     readme = (records.shipped_folder() / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in (*data, *shown))
 
@@ -148,13 +167,22 @@ def edit_record(**values: object) -> Edit:
         (lambda data: data.update(format_version=2), "format_version is 2, this jitgen reads 1"),
         (lambda data: data.update(gpu=7), "gpu must be a text"),
         (lambda data: data.update(records={}), "records a list"),
-        (lambda data: data.update(gpu="NVIDIA H200"), "not named after its gpu, n and k"),
-        (lambda data: data.update(k=512), "not named after its gpu, n and k"),
+        (
+            lambda data: data.update(gpu="NVIDIA H200"),
+            "not named after its gpu, n, k and",
+        ),
+        (lambda data: data.update(num_groups=4), "not named after its gpu, n, k and"),
+        (lambda data: data.update(num_groups=0), "record 0: num_groups = 0 must be"),
+        (edit_record(gated="yes"), "record 1: gated must be a bool, got 'yes'"),
+        (lambda data: data.update(k=512), "not named after its gpu, n, k and"),
         (lambda data: data.update(n=100), "record 0: n = 100 must be a positive multiple of 8"),
         (lambda data: data["records"].append(7), "record 2: must be an object, got 7"),
         (lambda data: data["records"][1].pop("m"), "record 1: field m is missing"),
         (lambda data: data["records"][1]["schedule"].pop("block_m"), "schedule: field block_m is"),
-        (edit_record(m=64), "record 1: num_sms, out_dtype and m are those of a record before"),
+        (
+            edit_record(m=64),
+            "record 1: num_sms, out_dtype, gated and m are",
+        ),
         (edit_record(m=0), "record 1: m must be an int above 0, got 0"),
         (edit_record(m=True), "record 1: m must be an int above 0, got True"),
         (edit_record(kernel_us="fast"), "record 1: kernel_us must be a number above 0, got 'fast'"),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jitgen import BF16, F32, Gemm, Schedule, acc, matrix, vector
+from jitgen import BF16, F32, Gemm, GroupedGemm, Schedule, acc, matrix, vector
 from jitgen.errors import ScheduleError
 from jitgen.schedule import (
     MIN_PART_COLUMNS,
@@ -880,3 +880,28 @@ def test_m_bucket_is_the_least_extent_at_or_above_m(m: int) -> None:
 def test_m_bucket_is_one_for_all_large_m(m: int) -> None:
     assert m_bucket(m) == m_bucket(65536)
     assert choose(PROBLEM, m) == choose(PROBLEM, 65536)
+
+
+def test_predict_us_of_groups_counts_the_tile_rows_that_they_make() -> None:
+    """32 groups of about 20 rows: one tile of 32 rows each; tiles of 16 make B come twice."""
+    problem = GroupedGemm(4096, 2048, num_groups=32)
+    once, twice = (Schedule(rows, 128, 8, swap_ab=True) for rows in (32, 16))
+    assert predict_us(problem, once, 640) < predict_us(problem, twice, 640)
+    few_groups = dataclasses.replace(problem, num_groups=4)
+    assert predict_us(few_groups, once, 640) < predict_us(problem, once, 640)
+
+
+def test_predict_us_of_groups_leaves_out_warpgroups_without_rows() -> None:
+    """Of 64 rows a group, a tile of 128 has one math warpgroup with rows; of 100, two."""
+    problem, schedule = GroupedGemm(4096, 7168, num_groups=256), Schedule(128, 256, 3)
+    few, many = (predict_us(problem, schedule, 256 * rows) for rows in (49, 98))
+    assert few < 0.98 * many  # memory bounds both
+
+
+@given(st.integers(0, 70_000))
+def test_m_bucket_of_groups_is_the_nearest(m: int) -> None:
+    problem = GroupedGemm(4096, 2048, num_groups=32)
+    found = m_bucket(m, problem)
+    ratio = max(found, m) / max(min(found, m), 1)
+    assert all(ratio <= max(b, m) / max(min(b, m), 1) * 1.001 for b in M_BUCKETS if m >= 16)
+    assert choose(problem, m) == choose(problem, found)

@@ -184,6 +184,28 @@ def test_grouped_gemm_is_the_gemm_of_each_group(layout: str) -> None:
     assert out[~owned].isnan().all()
 
 
+def make_k_grouped() -> tuple[torch.Tensor, ...]:
+    """a, b, sfa, sfb and offsets of two groups of k, with an empty one between them."""
+    a, sfa = jitgen.quantize(torch.randn(M, 384))
+    b, sfb = jitgen.quantize(torch.randn(N, 384))
+    return a, b, sfa, sfb, torch.tensor([0, 256, 256, 384], dtype=torch.int32)
+
+
+def test_k_grouped_gemm_is_added_to_out() -> None:
+    a, b, sfa, sfb, _ = t = make_k_grouped()
+    d = torch.ops.jitgen.grouped_gemm(*t, layout="k_grouped")
+    assert (d.dtype, d.shape) == (torch.float32, (3, M, N))
+    out = torch.ones(3, M, N)
+    torch.ops.jitgen.grouped_gemm_out(*t, layout="k_grouped", out=out)
+    exact_a = a.double() * sfa.repeat_interleave(128, 1)
+    exact_b = b.double() * sfb.repeat_interleave(128, 1)
+    for group, ks in enumerate((slice(0, 256), slice(0, 0), slice(256, 384))):
+        exact = exact_a[:, ks] @ exact_b[:, ks].t()
+        tolerance = 2**-9 * max(float(exact.abs().max()), 1)
+        assert torch.allclose(d[group].double(), exact, atol=tolerance)
+        assert torch.allclose(out[group].double(), exact + 1, atol=tolerance)
+
+
 def test_grouped_gemm_rejects_unknown_layout() -> None:
     with pytest.raises(ProblemError, match="layout 'rows' must be one of ragged, group_of_row"):
         torch.ops.jitgen.grouped_gemm(*make_grouped("ragged"), layout="rows")
@@ -226,13 +248,33 @@ def test_mla_decode_is_attention(causal: bool) -> None:
     assert torch.equal(out, o)
 
 
+def make_sparse() -> tuple[torch.Tensor, ...]:
+    """q, an FP8 cache and indices."""
+    cache = jitgen.quantize_mla_cache(torch.randn(2, 16, 1, 576).bfloat16())
+    indices = torch.randint(-1, 32, (3, 1, 9), dtype=torch.int32)
+    return torch.randn(3, 1, 2, 576).bfloat16(), cache, indices
+
+
+def test_sparse_mla_decode_gives_the_bits_of_numpy() -> None:
+    t, sink = make_sparse(), torch.randn(2)
+    lengths = torch.tensor([9, 4, 0], dtype=torch.int32)
+    got = torch.ops.jitgen.mla_decode_sparse(*t, topk_length=lengths, attention_sink=sink)
+    expected = jitgen.mla_decode_sparse(
+        *map(to_numpy, t), topk_length=to_numpy(lengths), attention_sink=to_numpy(sink)
+    )
+    for tensor, array in zip(got, expected, strict=True):
+        assert to_numpy(tensor).tobytes() == array.tobytes()
+
+
 def test_grouped_gemm_and_mla_decode_pass_opcheck() -> None:
     tests = ["test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration"]
     t, small = make_grouped("ragged"), {"head_dim_v": 256}
     for function, arguments, options in (
         (torch.ops.jitgen.grouped_gemm, t, {"layout": "ragged"}),
         (torch.ops.jitgen.grouped_gemm_out, t, {"layout": "ragged", "out": torch.zeros(M, N)}),
+        (torch.ops.jitgen.grouped_gemm, make_k_grouped(), {"layout": "k_grouped"}),
         (torch.ops.jitgen.mla_decode, make_cache(), small),
+        (torch.ops.jitgen.mla_decode_sparse, make_sparse(), {"attention_sink": torch.randn(2)}),
         (
             torch.ops.jitgen.mla_decode_out,
             make_cache(),

@@ -7,18 +7,20 @@ never is, and float32 scales are read as they are.
 from __future__ import annotations
 
 import functools
-from typing import NoReturn
 
 import torch
 
 from ...expr import Bound, Expr, acc, matrix
 from ...integrations.tensors import multiply
-from ...layouts import Contiguous, Masked
+from ...layouts import Contiguous, KGrouped, Masked
 from .utils.layout import get_mk_alignment_for_contiguous_layout
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Recipe = tuple[int, int, int]
 Block = tuple[int, int]
+
+_PER_BLOCK: Recipe = (1, 128, 128)  # rows of a, rows of b and k that share a scale
+_PER_ROW: Recipe = (1, 1, 128)
 
 
 def fp8_gemm_nt(
@@ -37,18 +39,19 @@ def fp8_gemm_nt(
     Parameters
     ----------
     a : float8_e4m3fn [m, k] and float32 [m, ceil(k / 128)], with any strides
-    b : float8_e4m3fn [n, k] and float32 [ceil(n / 128), ceil(k / 128)]
+    b : float8_e4m3fn [n, k] and float32 [ceil(n / 128), ceil(k / 128)] or, with a recipe of one
+        row, [n, ceil(k / 128)]
     d : bfloat16 or float32 [m, n]
     c : of d's dtype and shape; may be d
-    recipe : None or (1, 128, 128)
-    recipe_a, recipe_b : both None, or (1, 128) and (128, 128)
+    recipe : None, (1, 128, 128) or (1, 1, 128)
+    recipe_a, recipe_b : both None, or (1, 128) and either (128, 128) or (1, 128)
 
     Raises
     ------
     NotImplementedError : another recipe, FP4, or packed scales
     As `jitgen.gemm`
     """
-    _check_recipe(recipe, recipe_a, recipe_b)
+    _check_recipe(recipe, recipe_a, recipe_b, (_PER_BLOCK, _PER_ROW))
     _check_pairs(a, b)
     if 0 in d.shape:
         return
@@ -209,15 +212,58 @@ def k_grouped_fp8_gemm_nt_contiguous(
     ks_cpu: list[int],
     grouped_layout: torch.Tensor,
     c: torch.Tensor | None = None,
-    recipe: Recipe = (1, 1, 128),
+    recipe: Recipe = _PER_ROW,
     compiled_dims: str = "mn",
     use_psum_layout: bool = False,
-) -> NoReturn:
-    """NotImplementedError: DeepGEMM's groups are matrices that follow one another."""
-    raise NotImplementedError(
-        "k_grouped_fp8_gemm_nt_contiguous takes a matrix for each group: lay them side by side, as"
-        " [m, k] and [n, k], and call jitgen.grouped_gemm with layout=jitgen.KGrouped(offsets)"
-    )
+) -> None:
+    """d[g] = c[g] + a_g @ b_g^T, for weight gradients.
+
+    Parameters
+    ----------
+    a : float8_e4m3fn [m * sum of ks]: for each group its matrix [m, k], one after the other; and
+        float32 [m, sum of ks / 128], with any strides. Each call copies the codes into one matrix
+        [m, sum of ks], which `jitgen.grouped_gemm` with `jitgen.KGrouped(offsets)` takes as it is
+    b : the same of n
+    d : float32 [num_groups, m, n]
+    ks_cpu : the k of each group, multiples of 128, 0 too
+    grouped_layout : int32 [num_groups], the same on the GPU
+    c : float32 [num_groups, m, n]; may be d
+    recipe : (1, 1, 128)
+
+    Raises
+    ------
+    NotImplementedError : another recipe, or use_psum_layout
+    ValueError : c or ks_cpu is missing, or they do not fit a, b and d
+    As `jitgen.grouped_gemm`
+    """
+    if recipe != _PER_ROW or use_psum_layout:
+        raise NotImplementedError(
+            f"recipe {recipe}, use_psum_layout={use_psum_layout}: on Hopper (1, 1, 128) and False"
+        )
+    _check_pairs(a, b)
+    if c is None or not ks_cpu:
+        raise ValueError("k_grouped_fp8_gemm_nt_contiguous needs c and ks_cpu")
+    m, n = d.shape[1:]
+    total = sum(ks_cpu)
+    if (a[0].numel(), b[0].numel(), len(d)) != (total * m, total * n, len(ks_cpu)):
+        raise ValueError(
+            f"a of {a[0].numel()} elements, b of {b[0].numel()} and d {list(d.shape)} are not those"
+            f" of ks_cpu = {ks_cpu}, of {total} in all"
+        )
+    if c.data_ptr() != d.data_ptr():
+        d.copy_(c)
+    if total == 0 or 0 in d.shape:
+        return
+    offsets = torch.nn.functional.pad(grouped_layout.cumsum(0, dtype=torch.int32), (1, 0))
+    matrices = _side_by_side(a[0], m, ks_cpu), _side_by_side(b[0], n, ks_cpu)
+    multiply(*matrices, (a[1], b[1]), layout=KGrouped(offsets), out=d)
+
+
+def _side_by_side(codes: torch.Tensor, rows: int, ks: list[int]) -> torch.Tensor:
+    """[rows, sum of ks] of matrices [rows, k] that lie one after the other."""
+    parts = codes.view(torch.uint8).split([rows * k for k in ks])
+    matrices = [part.view(rows, k) for part, k in zip(parts, ks, strict=True)]
+    return torch.cat(matrices, dim=1).view(codes.dtype)
 
 
 @functools.cache
@@ -229,12 +275,20 @@ def _transposed(operand: Pair) -> Pair:
     return operand[0].mT, operand[1].mT
 
 
-def _check_recipe(recipe: Recipe | None, recipe_a: Block | None, recipe_b: Block | None) -> None:
-    if recipe not in (None, (1, 128, 128)):
-        raise NotImplementedError(f"recipe {recipe}: only (1, 128, 128)")
-    if (recipe_a, recipe_b) not in ((None, None), ((1, 128), (128, 128))):
+def _check_recipe(
+    recipe: Recipe | None,
+    recipe_a: Block | None,
+    recipe_b: Block | None,
+    legal: tuple[Recipe, ...] = (_PER_BLOCK,),
+) -> None:
+    """A recipe in two parts counts as one in three; the scales' shape tells the kernel."""
+    asked = recipe or _PER_BLOCK
+    if recipe_a and recipe_b and recipe_a[1] == recipe_b[1]:
+        asked = recipe_a[0], recipe_b[0], recipe_a[1]
+    if asked not in legal or (recipe is not None and (recipe_a or recipe_b)):
         raise NotImplementedError(
-            f"recipe_a {recipe_a}, recipe_b {recipe_b}: only (1, 128) and (128, 128)"
+            f"recipe {recipe}, recipe_a {recipe_a}, recipe_b {recipe_b}: on Hopper recipe is"
+            f" {' or '.join(map(str, legal))}"
         )
 
 

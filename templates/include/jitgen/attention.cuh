@@ -35,6 +35,11 @@ __device__ __forceinline__ u32 ld_global(const int* p) {
     return v;
 }
 
+__device__ __forceinline__ u32 ld_shared_u32(u32 smem) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(smem) : "memory");
+    return v;
+}
 __device__ __forceinline__ uint4 ld_shared_u4(u32 smem) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

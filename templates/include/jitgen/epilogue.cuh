@@ -23,7 +23,13 @@ __device__ __forceinline__ float2 maximum(float2 x, float2 y) { return {maximum(
 
 __device__ __forceinline__ float2 relu(float2 x) { return maximum(x, float2{0.0f, 0.0f}); }
 
-__device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, __fadd_rn(1.0f, expf(-x))); }
+// x / (1 + exp(-x)). A division that rounds takes some hundred instructions where the quotient is near the ends of the
+// range, as with x < -60; this one takes two. A quarter of both, because a reciprocal below 2^-126 would be zero.
+__device__ __forceinline__ float silu(float x) {
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(__fmaf_rn(0.25f, expf(-x), 0.25f)));
+    return __fmul_rn(__fmul_rn(0.25f, x), reciprocal);
+}
 __device__ __forceinline__ float2 silu(float2 x) { return {silu(x.x), silu(x.y)}; }
 
 __device__ __forceinline__ float gelu(float x) {

@@ -1,7 +1,7 @@
 // Groups of rows, each multiplied by a B of its own: which rows are whose, found on the device, and the walk over their
 // tiles. The device side of jitgen.groups and of jitgen.ir.ForTiles.
 #pragma once
-#include "jitgen/ptx.cuh"
+#include "jitgen/mbarrier.cuh"
 #include "jitgen/scheduler.cuh"
 
 namespace jitgen {
@@ -39,14 +39,45 @@ template <u32 kNumGroups> struct GroupTable {
     template <u32 kNumThreads> __device__ __forceinline__ void scan(const int* groups, u32 m) {
         for (u32 i = threadIdx.x; i < kNumGroups; i += kNumThreads) begin[i] = 0xffffffff, end[i] = 0, runs[i] = 0;
         named_barrier_sync<kNumThreads>(0);
-#pragma unroll 4
-        for (u32 row = threadIdx.x; row < m; row += kNumThreads) {
-            const int group = __ldg(groups + row);
-            const int before = row > 0 ? __ldg(groups + row - 1) : -1;
-            const int after = row + 1 < m ? __ldg(groups + row + 1) : -1;
-            if (u32(group) >= kNumGroups) continue;
-            if (group != before) atomicMin(&begin[group], row), atomicAdd(&runs[group], 1);
-            if (group != after) atomicMax(&end[group], row + 1);
+        // Four rows at once, which are 16 bytes: counted from such a boundary, rows begin at `skew`. Little code, because
+        // it runs once, and all of it comes from memory.
+        constexpr u32 kBatch = 8;  // of a thread, whose loads are under way at once
+        const u32 skew = reinterpret_cast<u64>(groups) / sizeof(int) % 4;
+        groups -= skew;
+        const auto load = [&](u32 at) { return at - skew < m ? __ldg(groups + at) : -1; };
+#pragma unroll 1
+        for (u32 first = 4 * threadIdx.x; first <= m + skew; first += 4 * kBatch * kNumThreads) {
+            int4 four[kBatch];
+            int before[kBatch];
+#pragma unroll
+            for (u32 i = 0; i < kBatch; ++i) {
+                const u32 at = first + 4 * i * kNumThreads;
+                const bool is_inside = at > skew && at + 4 <= m + skew;
+                four[i] = is_inside ? __ldg(reinterpret_cast<const int4*>(groups + at)) : int4{};
+                before[i] = is_inside ? __ldg(groups + at - 1) : -1;
+            }
+            u32 differing = 0;  // which of them hold more than one group, or lie at an end
+#pragma unroll
+            for (u32 i = 0; i < kBatch; ++i) {
+                const int4 v = four[i];
+                const bool differs = v.x != before[i] || v.y != v.x || v.z != v.y || v.w != v.z;
+                if (differs && first + 4 * i * kNumThreads <= m + skew) differing |= 1u << i;
+            }
+#pragma unroll 1
+            for (; differing != 0; differing &= differing - 1) {
+                const u32 at = first + 4 * (__ffs(differing) - 1) * kNumThreads;
+                int last = load(at - 1);
+#pragma unroll 1
+                for (u32 i = at; i < at + 4; ++i) {
+                    const int group = load(i);
+                    if (group != last && u32(group) < kNumGroups) {
+                        atomicMin(&begin[group], i - skew);
+                        atomicAdd(&runs[group], 1);
+                    }
+                    if (group != last && u32(last) < kNumGroups) atomicMax(&end[last], i - skew);
+                    last = group;
+                }
+            }
         }
         named_barrier_sync<kNumThreads>(0);
     }
@@ -141,5 +172,45 @@ template <u32 kRasterGroup, u32 kColumns, u32 kNumGroups> struct KGroupedTravers
         return table.end[group] - table.begin[group];
     }
 };
+
+// The tiles of one of `step` blocks (or clusters), one a round, from round `first_round` on. From round to round it
+// moves up by a place: tiles of few rows come at regular distances, and would meet the same blocks in every round.
+// Those would run ahead, and what is shared of B would be read from memory more than once.
+struct TileWalk {
+    u32 index, place, step;
+
+    __device__ __forceinline__ TileWalk(u32 first, u32 step, u32 first_round = 0)
+        : index(first), place(first), step(step) {
+        advance(first_round);
+    }
+
+    __device__ __forceinline__ u32 next() const { return index + (place + 1 == step ? 1 : step + 1); }
+
+    __device__ __forceinline__ void advance(u32 rounds) {
+        for (u32 i = 0; i < rounds; ++i) {
+            index = next();
+            place = place + 1 == step ? 0 : place + 1;
+        }
+    }
+};
+
+// Gives back, unread, what was loaded for a tile of which no row is the math warpgroup's: to kNumPeers blocks of the
+// cluster, of which `peer_rank` tells the rank, or without any to its own.
+template <u32 kNumKBlocks, u32 kScaleBlocks, u32 kNumPeers, class Math, class PeerRank>
+__device__ __forceinline__ void skip_tile(Math& math, const PeerRank& peer_rank) {
+#pragma unroll 1
+    for (u32 k_block = 0; k_block < kNumKBlocks; ++k_block, math.pipeline.advance()) {
+        if (k_block % kScaleBlocks == 0) {
+            const u32 full = math.full_scales + 8 * math.scale_pipeline.stage;
+            mbarrier_wait(full, math.scale_pipeline.phase);
+            if (math.lane == 0) mbarrier_arrive(full + 8 * math.scale_pipeline.kNumStages);
+            math.scale_pipeline.advance();
+        }
+        const u32 full = math.full_barriers + 8 * math.pipeline.stage, empty = full + 8 * math.pipeline.kNumStages;
+        mbarrier_wait(full, math.pipeline.phase);
+        if (math.lane < kNumPeers) mbarrier_arrive_remote(empty, peer_rank(math.lane));
+        if (kNumPeers == 0 && math.lane == 0) mbarrier_arrive(empty);
+    }
+}
 
 }  // namespace jitgen

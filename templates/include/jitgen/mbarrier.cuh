@@ -57,6 +57,7 @@ __device__ __forceinline__ void mbarrier_wait_cluster(u32 barrier, u32 parity) {
 // A position in a ring of kStages; `phase` flips at each turn. Producers wait on empty barriers with
 // parity phase ^ 1 (free at the start), consumers on full barriers with parity phase.
 template <u32 kStages> struct PipelineState {
+    static constexpr u32 kNumStages = kStages;
     u32 stage = 0;
     u32 phase = 0;
 

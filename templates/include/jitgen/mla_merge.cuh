@@ -23,12 +23,21 @@ template <u32 kTiles, u32 kDimV> struct Partials {
     }
 };
 
-// Where results go: rows of a sequence are those of its tokens' heads.
-template <class T, u32 kHeads, u32 kQueries, u32 kDimV> struct Results {
+// Where results go: rows of a sequence are those of its tokens' heads. With kTokens > 1 each token is a sequence of its
+// own, and kTokens of them follow one another in o and in lse.
+template <class T, u32 kHeads, u32 kQueries, u32 kDimV, u32 kTokens, bool kHasSink> struct Results {
     static constexpr u32 kRows = kHeads * kQueries, kHalfV = kDimV / 2, kStripUnits = 16 * kDimV / 4;
     T* o;
     float* lse;
+    const float* sink;  // of each head, if kHasSink
 
+    // What a row's output is divided by.
+    __device__ __forceinline__ float denominator(u32 row, float max, float sum) const {
+        if constexpr (kHasSink) {
+            if (sum != 0.0f) return sum + exp2_approx(__ldg(sink + row % kHeads) * 1.44269504f - max);
+        }
+        return sum;
+    }
     static __device__ __forceinline__ float factor(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
     __device__ __forceinline__ T* at(u32 sequence, u32 row, u32 column) const {
@@ -36,7 +45,8 @@ template <class T, u32 kHeads, u32 kQueries, u32 kDimV> struct Results {
     }
     __device__ __forceinline__ void store_lse(u32 sequence, u32 row, float max, float sum) const {
         if (row >= kRows) return;
-        const u64 index = (u64(sequence) * kHeads + row % kHeads) * kQueries + row / kHeads;
+        const u64 head = u64(sequence / kTokens) * kHeads + row % kHeads;
+        const u64 index = (head * kTokens + sequence % kTokens) * kQueries + row / kHeads;
         lse[index] = sum == 0.0f ? infinity() : (max + log2f(sum)) * 0.693147181f;
     }
     // A unit of four merged outputs, and the sums of its two rows.
@@ -143,9 +153,9 @@ template <u32 kTiles, u32 kDimV> struct MergeWeights {
 };
 
 // Merges a part's share of the outputs of a sequence that it shares. By 256 threads, which meet at `barrier`.
-template <class T, u32 kHeads, u32 kQueries, u32 kDimV, u32 kTiles>
+template <class T, u32 kHeads, u32 kQueries, u32 kDimV, u32 kTokens, bool kHasSink, u32 kTiles>
 __device__ __forceinline__ void merge(const Partials<kTiles, kDimV>& partials,
-                                      const Results<T, kHeads, kQueries, kDimV>& results, const Segment& segment,
+                                      const Results<T, kHeads, kQueries, kDimV, kTokens, kHasSink>& results, const Segment& segment,
                                       u32 part, u32 tile, u32 smem, u32 barrier) {
     constexpr u32 kThreads = 256, kRows = kHeads * kQueries, kStrip = Partials<kTiles, kDimV>::kStripUnits;
     u32* counter = partials.counter(segment, tile);
@@ -164,7 +174,10 @@ __device__ __forceinline__ void merge(const Partials<kTiles, kDimV>& partials,
     const u32 first = index * share, last = min(first + share, num_units);
     auto store = [&](u32 unit, float4 v) {
         const u32 row = unit / kStrip * 16 + unit % 32 / 4;
-        const float2 sums = {ld_shared(weights.sum(row)), ld_shared(weights.sum(row + 8))};
+        auto sum = [&](u32 r) {
+            return results.denominator(tile * 64 + r, ld_shared(weights.max(r)), ld_shared(weights.sum(r)));
+        };
+        const float2 sums = {sum(row), sum(row + 8)};
         results.store_unit(segment.sequence, tile, unit, v, sums);
     };
     if (share > kThreads / 2) {

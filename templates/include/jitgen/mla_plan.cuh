@@ -1,6 +1,7 @@
 // The split-KV plan, made by every thread block for itself from the lengths of the sequences: a sequence costs its
 // blocks of keys and kOverhead; the sum is cut into parts of equal cost, in the order of the sequences. A part owns the
-// blocks in its range, and so at most two sequences that it shares with other parts: its first and its last.
+// blocks in its range, and so at most two sequences that it shares with other parts: its first and its last. With kWhole
+// it has all blocks of the sequences whose cost begins in its range, and shares none.
 #pragma once
 #include "jitgen/attention.cuh"
 
@@ -19,28 +20,42 @@ struct Announcement {
 };
 constexpr u32 kNoSequence = 0xffffffff;
 
-template <u32 kBlockKeys, u32 kOverhead> struct SegmentWalker {
+// How many keys a sequence has.
+struct SequenceLengths {
     const int* seqlens;
+    __device__ __forceinline__ u32 operator()(u32 sequence) const {
+        return u32(max(int(ld_global(seqlens + sequence)), 0));
+    }
+};
+// How many of its `topk` keys one of the kTokens query tokens of a sequence is to look at: all, or as many as there is
+// a number for the sequence.
+template <u32 kTokens> struct TopkLengths {
+    const int* lengths;
+    u32 topk;
+    __device__ __forceinline__ u32 operator()(u32 token) const {
+        return lengths ? min(u32(max(int(ld_global(lengths + token / kTokens)), 0)), topk) : topk;
+    }
+};
+
+template <class Lengths, u32 kBlockKeys, u32 kOverhead, bool kWhole> struct SegmentWalker {
+    Lengths num_keys;
     u32 num_sequences, span;  // cost of a part
     u32 begin, end;           // of this part
     u32 sequence, position;   // the next sequence, and where its cost begins
 
-    static __device__ __forceinline__ u32 num_keys(const int* seqlens, u32 sequence) {
-        return u32(max(int(ld_global(seqlens + sequence)), 0));
-    }
-    static __device__ __forceinline__ u32 cost(const int* seqlens, u32 sequence) {
-        return ceil_div(num_keys(seqlens, sequence), kBlockKeys) + kOverhead;
+    __device__ __forceinline__ u32 cost(u32 sequence) const {
+        return ceil_div(num_keys(sequence), kBlockKeys) + kOverhead;
     }
 
     // To be called once by all kThreads threads of the block, which lends kThreads / 32 + 2 words of shared memory.
     template <u32 kThreads>
-    __device__ __forceinline__ void start(const int* lengths, u32 count, u32 part, u32 num_parts, u32* scratch) {
+    __device__ __forceinline__ void start(Lengths lengths, u32 count, u32 part, u32 num_parts, u32* scratch) {
         constexpr u32 kWarps = kThreads / 32;
         const u32 per_thread = ceil_div(count, kThreads), first = threadIdx.x * per_thread;
         const u32 last = min(first + per_thread, count), lane = threadIdx.x % 32;
-        seqlens = lengths, num_sequences = count;
+        num_keys = lengths, num_sequences = count;
         u32 own = 0;
-        for (u32 i = first; i < last; ++i) own += cost(lengths, i);
+        for (u32 i = first; i < last; ++i) own += cost(i);
         u32 sum = own;  // of this lane's and those before it
 #pragma unroll
         for (u32 step = 1; step < 32; step *= 2) {
@@ -61,7 +76,7 @@ template <u32 kBlockKeys, u32 kOverhead> struct SegmentWalker {
         u32 at = before + sum - own;
         if (begin >= at && begin < at + own) {
             u32 i = first;
-            for (u32 c; at + (c = cost(lengths, i)) <= begin; ++i) at += c;
+            for (u32 c; at + (c = cost(i)) <= begin; ++i) at += c;
             scratch[kWarps] = i, scratch[kWarps + 1] = at;
         }
         __syncthreads();
@@ -71,9 +86,15 @@ template <u32 kBlockKeys, u32 kOverhead> struct SegmentWalker {
     // The part's next segment; one without keys is the part's in whose range its cost begins.
     __device__ __forceinline__ bool next(Segment& segment) {
         while (sequence < num_sequences && position < end) {
-            const u32 length = num_keys(seqlens, sequence), blocks = ceil_div(length, kBlockKeys);
+            const u32 length = num_keys(sequence), blocks = ceil_div(length, kBlockKeys);
             const u32 first = position + kOverhead, last = first + blocks;
             const bool has_start = position >= begin;
+            if constexpr (kWhole) {
+                segment = {sequence, length, 0, blocks, 0, 1};
+                ++sequence, position = last;
+                if (has_start) return true;
+                continue;
+            }
             const u32 from = max(begin, first) - first, to = min(max(end, first), last) - first;
             segment = {sequence, length, from, to, first / span, 1};
             if (blocks > 0) segment.num_parts = (last - 1) / span - segment.first_part + 1;

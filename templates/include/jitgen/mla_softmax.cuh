@@ -30,6 +30,14 @@ __device__ __forceinline__ void mask(float (&scores)[kCount], u32 first_key, con
         if (first_key + i / 4 * 8 + lane % 4 * 2 + i % 2 >= limits[i / 2 % 2]) scores[i] = -infinity();
 }
 
+// Of 64 keys, those whose bit in `valid` is not set.
+__device__ __forceinline__ void mask(float (&scores)[32], const u32 (&valid)[2], u32 lane) {
+    const u32 first = valid[0] >> lane % 4 * 2, second = valid[1] >> lane % 4 * 2;
+#pragma unroll
+    for (u32 i = 0; i < 32; ++i)
+        if (!((i < 16 ? first : second) >> (i / 4 % 4 * 8 + i % 2) & 1)) scores[i] = -infinity();
+}
+
 // p = 2^(scale * score - max), as T in the layout of wgmma's A; factors = what the new maxima put on earlier results.
 template <class T, u32 kCount>
 __device__ __forceinline__ void softmax(float (&scores)[kCount], u32 (&p)[kCount / 2], RowState& state,

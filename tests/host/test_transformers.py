@@ -1,0 +1,179 @@
+"""jitgen.integrations.transformers on the CPU; tests/gpu has the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", minversion="5.17")
+
+from jitgen.integrations.latent_attention import (  # noqa: E402
+    AbsorbedAttention,
+    LatentLayer,
+)
+from jitgen.integrations.transformers import Experts, Linear, Patched, patch  # noqa: E402
+from tests.transformers_model import (  # noqa: E402
+    NO_FP8,
+    generate,
+    logits_one_by_one,
+    make_model,
+    without_jitgen,
+)
+
+PROMPT = 9
+BF16_NOISE = 0.05  # of logits: what one rounding in the embeddings makes of them
+FP8_NOISE = 0.2  # with FP8 a rounding may move a code, and an expert
+
+
+def make_both(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, Any, Patched]:
+    """A model as Transformers has it, the same patched, and what was."""
+    without_jitgen(monkeypatch)
+    torch.manual_seed(torch.initial_seed())
+    usual, patched = make_model("cpu", **options), make_model("cpu", **options)
+    patched.load_state_dict(usual.state_dict())
+    count = patch(patched)
+    assert patched.state_dict().keys() == usual.state_dict().keys()
+    return usual, patched, count
+
+
+@pytest.fixture
+def in_fp8(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    usual, patched, count = make_both(monkeypatch)
+    # Five projections of each attention, three of the MLP and of the shared expert.
+    assert count == Patched(linears=2 * 5 + 3 + 3, experts=1, attentions=2)
+    return usual, patched
+
+
+@pytest.fixture
+def in_bf16(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    usual, patched, count = make_both(monkeypatch, kept=NO_FP8)
+    assert count == Patched(linears=0, experts=0, attentions=2)
+    return usual, patched
+
+
+def check_near(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Of most positions: where two experts are nearly as good, a rounding chooses."""
+    error = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < tolerance, error
+
+
+def test_generation_follows_the_unpatched_model(in_fp8: tuple[Any, Any]) -> None:
+    usual, patched = in_fp8
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    out = generate(patched, torch.randint(1, 199, (2, PROMPT)), 12, **options)
+    assert out.sequences.shape == (2, PROMPT + 12)
+    with torch.no_grad():
+        expected = usual(out.sequences).logits[:, PROMPT - 1 : -1].float()
+    check_near(torch.stack(out.logits, dim=1).float(), expected, FP8_NOISE)
+
+
+def test_decoding_follows_the_unpatched_model(in_bf16: tuple[Any, Any]) -> None:
+    usual, patched = in_bf16
+    tokens = torch.randint(1, 199, (2, 20))
+    expected = logits_one_by_one(usual, tokens, PROMPT)
+    check_near(logits_one_by_one(patched, tokens, PROMPT), expected, BF16_NOISE)
+
+
+def test_padded_sequences_see_their_own_tokens(in_bf16: tuple[Any, Any]) -> None:
+    usual, patched = in_bf16
+    tokens = torch.randint(1, 199, (2, 20))
+    mask = torch.ones(2, 16, dtype=torch.int64)
+    mask[0, :5] = 0
+    expected = logits_one_by_one(usual, tokens, 16, attention_mask=mask)
+    got = logits_one_by_one(patched, tokens, 16, attention_mask=mask)
+    check_near(got[0], expected[0], BF16_NOISE)
+    check_near(got[1], expected[1], BF16_NOISE)
+
+
+def test_several_tokens_decode_at_once(in_bf16: tuple[Any, Any]) -> None:
+    usual, patched = in_bf16
+    tokens = torch.randint(1, 199, (1, 30))
+    results = []
+    for model in (usual, patched):
+        with torch.no_grad():
+            cache = model(tokens[:, :20], use_cache=True).past_key_values
+            model(tokens[:, 20:24], past_key_values=cache)
+            results.append(model(tokens[:, 24:], past_key_values=cache).logits.float())
+    assert all(isinstance(layer, LatentLayer) for layer in cache.layers)
+    check_near(results[1], results[0], BF16_NOISE)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_other_caches_and_beams_generate(in_bf16: tuple[Any, Any], options: dict[str, Any]) -> None:
+    prompt = torch.randint(1, 199, (1, PROMPT))
+    options = {**options, "return_dict_in_generate": True, "output_logits": True}
+    expected, got = (
+        generate(model, prompt, 3, disable_compile=True, **options) for model in in_bf16
+    )
+    check_near(got.logits[0].float(), expected.logits[0].float(), BF16_NOISE)
+    assert got.sequences.shape == expected.sequences.shape
+
+
+def test_modules_compute_what_theirs_do(in_fp8: tuple[Any, Any]) -> None:
+    usual, patched = in_fp8
+    x = torch.randn(5, 256).bfloat16()
+    index, weights = torch.tensor([[0, 1], [1, 2], [3, 1], [0, 2], [0, 1]]), torch.rand(5, 2)
+    for name, module in patched.named_modules():
+        given = {Linear: (x,), Experts: (x, index, weights)}.get(type(module))
+        if given and getattr(module, "in_features", 256) == 256:
+            expected = usual.get_submodule(name)(*given).float()
+            error = (module(*given).float() - expected).abs().max() / expected.abs().max()
+            assert error < 2**-6, (name, error)
+
+
+def test_projections_of_keys_and_values_are_those_of_the_weight(in_fp8: tuple[Any, Any]) -> None:
+    attention = in_fp8[1].model.layers[1].self_attn
+    projection = attention.kv_b_proj
+    spread = projection.weight_scale_inv.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    expected = (projection.weight.float() * spread).bfloat16().view(2, 64, 256)
+    assert torch.equal(torch.cat((attention.w_uk, attention.w_uv), dim=1), expected)
+
+
+def test_latent_layer_keeps_what_was_cropped_selected_and_grown() -> None:
+    layer, rank = LatentLayer(), 6
+    latents = torch.randn(3, 1, 600, rank + 2)
+
+    def append(tokens: slice) -> Any:
+        part = latents[:, :, tokens]
+        return layer.update(part[..., :rank], part[..., rank:])
+
+    append(slice(0, 10))
+    append(slice(10, 11))
+    rows = layer.rows
+    layer.crop(-3)
+    append(slice(8, 20))
+    assert layer.rows is rows  # in place
+    layer.reorder_cache(torch.tensor([2, 0, 0]))
+    latents = latents[[2, 0, 0]]
+    keys, values = append(slice(20, 600))
+    assert torch.equal(torch.cat((keys, values), dim=-1), latents)
+    cache, table = layer.pages(torch.tensor([0, 5, 599]))
+    for sequence, first in enumerate((0, 5, 599)):
+        pages = cache[table[sequence, : -(-(600 - first) // 64)].long()]
+        seen = pages.reshape(-1, rank + 2)[: 600 - first]
+        assert torch.equal(seen, latents[sequence, 0, first:])
+
+
+def test_experts_of_other_ranks_are_left_out(in_fp8: tuple[Any, Any]) -> None:
+    _, patched = in_fp8
+    (experts,) = (module for module in patched.modules() if isinstance(module, Experts))
+    x = torch.randn(5, 256).bfloat16()
+    index = torch.tensor([[0, 4], [4, 4], [3, 1], [4, 2], [0, 1]])  # 4 is no expert of this rank
+    weights = torch.rand(5, 2)
+    got = experts(x, index, weights)
+    weights[index == 4] = 0
+    expected = experts(x, index.clamp(max=3), weights)
+    assert torch.allclose(got.float(), expected.float(), atol=1e-2, rtol=2**-7)
+    assert (got[1] == 0).all()
+
+
+def test_modules_that_break_a_rule_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_jitgen(monkeypatch)
+    model = make_model("cpu", rank=128)  # no latent that the kernel takes
+    (layer, _) = model.model.layers
+    layer.mlp.up_proj.block_size = None
+    assert patch(model) == Patched(linears=15, experts=1, attentions=0)
+    assert not isinstance(layer.mlp.up_proj, Linear)
+    assert not any(isinstance(module, AbsorbedAttention) for module in model.modules())
