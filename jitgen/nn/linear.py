@@ -37,7 +37,7 @@ class Fp8Linear(torch.nn.Module):  # type: ignore[misc]
     bias : whether there is one
     device, dtype : of the parameters; bfloat16 or float32
 
-    Called with x [..., in_features], bfloat16 or float32, it gives [..., out_features] in its dtype.
+    Called with x [..., in_features], bfloat16 or float32; gives [..., out_features] in its dtype.
     Weights are quantized at every call, since an optimizer changes them. Values must be finite.
 
     Raises
