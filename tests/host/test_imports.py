@@ -86,6 +86,7 @@ ALLOWED |= {
     "integrations": _before | {"api", "api_mla"},
     # other libraries' interfaces, on torch as those are
     "compat": _before | {"integrations", "control"},
+    "nn": _before | {"api", "integrations"},
     "minilm": _before,  # the demo's model
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
     "doctor": _before | {"runtime", "build", "control", "tuning", "api", "jitgen"},
@@ -148,7 +149,15 @@ LAZY: dict[str, set[str]] = {
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "jitgen"
 SUBPACKAGES = (  # runtime and tuning through their symlinks
-    *("compat", "compat/deep_gemm", "compat/deep_gemm/utils", "integrations", "runtime", "tuning"),
+    *(
+        "compat",
+        "compat/deep_gemm",
+        "compat/deep_gemm/utils",
+        "integrations",
+        "nn",
+        "runtime",
+        "tuning",
+    ),
 )
 
 
@@ -230,7 +239,7 @@ def _violations(module: str, source: str, path: Path) -> list[str]:
         elif root in ("runtime", "tuning", "templates"):
             found.append(f"{where} imports bare {root}: write jitgen.{root}, or relative")
         elif root in LAZY:
-            if _row(module) in ("compat", "integrations"):
+            if _row(module) in ("compat", "integrations", "nn"):
                 continue  # users import it by name, for that library
             if _row(module) not in LAZY[root]:
                 found.append(f"{where} must not import {root}")
