@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import jitgen
 from jitgen import (
     BF16,
     E4M3,
@@ -53,6 +54,7 @@ from jitgen.verify import verify
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
+PACKAGE = Path(jitgen.__file__).parent  # a wheel's, or the checkout's
 
 EVERYTHING = (
     cast(maximum(gelu(acc * scalar("alpha") + vector("bias")), 0.5), BF16) * vector("gain", F32)
@@ -439,7 +441,7 @@ def test_render_declares_the_parameters_in_order(problem: Gemm) -> None:
 
 
 def test_templates_contain_no_asm() -> None:
-    templates = sorted((ROOT / "templates").glob("*.j2"))
+    templates = sorted((PACKAGE / "templates").glob("*.j2"))
     assert templates
     for path in templates:
         assert not re.search(r"\basm\b|__asm", path.read_text()), path.name
@@ -460,8 +462,8 @@ def test_headers_include_only_each_other() -> None:
             assert included in headers(), name
 
 
-def test_headers_are_those_in_the_repository() -> None:
-    folder = ROOT / "templates" / "include"
+def test_headers_are_those_of_the_package() -> None:
+    folder = PACKAGE / "templates" / "include"
     files = {
         path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.cuh")
     }

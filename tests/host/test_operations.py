@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import jitgen
 from jitgen import Gemm, cli
 from jitgen.tuning.select import select
 
@@ -99,6 +100,6 @@ def test_commands_that_need_a_cluster_have_the_options_they_show() -> None:
 
 @pytest.mark.parametrize("variable", sorted(VARIABLES))
 def test_variables_are_read_somewhere(variable: str) -> None:
-    sources = [*(ROOT / "jitgen").glob("*.py"), *(ROOT / "runtime").glob("*.py")]
-    sources += (ROOT / "tuning").glob("*.py")
+    package = Path(jitgen.__file__).parent
+    sources = [*package.glob("*.py"), *package.glob("*/*.py")]
     assert any(f'"{variable}"' in path.read_text() for path in sources)
