@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+from tests.examples import load
 
-FILE = Path(__file__).parents[2] / "examples" / "mla_decode_layer.py"
+torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    spec = importlib.util.spec_from_file_location("mla_decode_layer", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("mla_decode_layer")
 
 
 # BF16 keys and queries cost 2^-9 of a value each; E4M3 codes 2^-4 at most, and 2.6% on average.

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+from tests.examples import FOLDER, load
 
-FILE = Path(__file__).parents[2] / "examples" / "moe_layer.py"
+torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")
 def moe() -> Any:
-    spec = importlib.util.spec_from_file_location("moe_layer", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("moe_layer")
 
 
 def dequantized(quantized: Any, scale: Any, block: tuple[int, int]) -> Any:
@@ -115,5 +107,7 @@ def test_permute_orders_pairs_by_expert(moe: Any) -> None:
 
 
 def test_example_runs() -> None:
-    done = subprocess.run([sys.executable, FILE], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, FOLDER / "moe_layer.py"], capture_output=True, text=True, check=True
+    )
     assert "64 tokens, 16 experts: [64, 256]" in done.stdout
