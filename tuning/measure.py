@@ -11,7 +11,6 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..api import gemm, grouped_gemm, quantize
@@ -210,8 +209,8 @@ class _Case:
             for begin, end in groups
             for row, column in sample_tiles(kernel, end - begin, num_random)
         ]
-        with ThreadPoolExecutor() as pool:  # NumPy computes without the interpreter's lock
-            list(pool.map(lambda tile: self._check_tile(kernel, *tile), tiles))
+        for row, column in tiles:
+            self._check_tile(kernel, row, column)
 
     def _check_tile(self, kernel: Kernel, row: int, column: int) -> None:
         """Raise CandidateError unless the tile at [row, column] has the interpreter's bits."""
