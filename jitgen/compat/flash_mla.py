@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..integrations.tensors import attend, attend_sparse
+from ..problem_mla import FP8_HEAD_DIMS
 from . import refuse
 
 UNSUPPORTED = dict.fromkeys(
@@ -106,10 +107,10 @@ def flash_mla_with_kvcache(
     if is_fp8_kvcache:
         k_cache = k_cache.view(torch.uint8)
     if indices is not None:
-        if not is_fp8_kvcache or q.shape[-1] != 576:
+        if not is_fp8_kvcache or q.shape[-1] != FP8_HEAD_DIMS[0]:
             raise NotImplementedError(
                 f"indices with is_fp8_kvcache={is_fp8_kvcache} and head_dim {q.shape[-1]}: jitgen"
-                " decodes sparse over FP8 caches of head_dim 576"
+                f" decodes sparse over FP8 caches of head_dim {FP8_HEAD_DIMS[0]}"
             )
         if causal:
             raise ValueError("sparse attention is not causal: its lists say what is seen")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from ..api import quantize
+from ..api import PLAIN, quantize
 from ..errors import ProblemError
 from ..expr import Bound, acc, vector
 from ..groups import find_fault
@@ -28,7 +28,17 @@ BLOCK = (128, 128)  # of weights
 FEATURES_UNIT = 16  # K of a GEMM, and so both numbers of features: of dx and dW the other is K or N
 
 
-class Fp8Linear(torch.nn.Module):  # type: ignore[misc]
+class _Layer(torch.nn.Module):  # type: ignore[misc]
+    in_features: int
+
+    def reset_parameters(self) -> None:
+        """Uniform in +-1 / sqrt(in_features), as torch.nn.Linear begins."""
+        bound = 1 / math.sqrt(self.in_features)
+        for parameter in self.parameters():
+            torch.nn.init.uniform_(parameter, -bound, bound)
+
+
+class Fp8Linear(_Layer):
     """y = x W^T + bias in FP8; gradients too, that of the weight summed in float32.
 
     Parameters
@@ -62,12 +72,6 @@ class Fp8Linear(torch.nn.Module):  # type: ignore[misc]
         self.bias = torch.nn.Parameter(torch.empty(out_features, **options)) if bias else None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Uniform in +-1 / sqrt(in_features), as torch.nn.Linear begins."""
-        bound = 1 / math.sqrt(self.in_features)
-        for parameter in self.parameters():
-            torch.nn.init.uniform_(parameter, -bound, bound)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_input(x, self.in_features)
         rows = x.reshape(-1, self.in_features)
@@ -79,7 +83,7 @@ class Fp8Linear(torch.nn.Module):  # type: ignore[misc]
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
 
 
-class Fp8GroupedLinear(torch.nn.Module):  # type: ignore[misc]
+class Fp8GroupedLinear(_Layer):
     """y = x W[g]^T for the rows of each group g, as experts have them; gradients in FP8 too.
 
     Parameters
@@ -116,11 +120,6 @@ class Fp8GroupedLinear(torch.nn.Module):  # type: ignore[misc]
         shape = num_groups, out_features, in_features
         self.weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Uniform in +-1 / sqrt(in_features), as torch.nn.Linear begins."""
-        bound = 1 / math.sqrt(self.in_features)
-        torch.nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         _check_input(x, self.in_features)
@@ -165,7 +164,7 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
         offsets: torch.Tensor | None,
     ) -> torch.Tensor:
         codes, scales = _quantize_weight(weight.detach())
-        epilogue = Bound(acc, {})
+        epilogue = PLAIN
         if bias is not None:
             epilogue = (acc + vector("bias", bias.dtype)).bind(bias=bias.detach())
         y = _multiply_rows(x.detach(), codes, scales, offsets, epilogue)
@@ -197,16 +196,15 @@ def _multiply_rows(
     codes: torch.Tensor,
     scales: torch.Tensor,
     offsets: torch.Tensor | None,
-    epilogue: Bound | None = None,
+    epilogue: Bound = PLAIN,
 ) -> torch.Tensor:
     """x times the transpose of a quantized matrix, or of each group's, in x's dtype."""
-    bound = Bound(acc, {}) if epilogue is None else epilogue
     x_codes, x_scales = quantize(x.contiguous())
     operands = x_codes, codes, (x_scales, scales)
     if offsets is None:
-        return multiply(*operands, epilogue=bound, out_dtype=x.dtype)
+        return multiply(*operands, epilogue=epilogue, out_dtype=x.dtype)
     y = torch.zeros(len(x), codes.shape[1], device=x.device, dtype=x.dtype)
-    return multiply(*operands, epilogue=bound, layout=Ragged(offsets), out=y)
+    return multiply(*operands, epilogue=epilogue, layout=Ragged(offsets), out=y)
 
 
 def _quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
