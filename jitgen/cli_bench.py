@@ -120,15 +120,24 @@ def bench_grouped(
 
 @bench_app.command("report")
 def bench_report(
-    json_file: Annotated[Path, typer.Argument(help="What `bench gemm --json` wrote.")],
+    json_file: Annotated[
+        Path, typer.Argument(help="What `bench gemm --json` or `bench grouped --json` wrote.")
+    ],
     markdown: Annotated[
-        Path | None, typer.Option(help="Write a report here, and its plot beside it.")
+        Path | None, typer.Option(help="Write a report here, and a plot of `bench gemm` beside it.")
     ] = None,
 ) -> None:
-    """The report of an earlier `bench gemm` again; needs no GPU."""
-    from .tuning import report
+    """The report of an earlier `bench gemm` or `bench grouped` again; needs no GPU."""
+    from .tuning import report, report_grouped
 
-    result = report.Result.from_json(read_json(json_file))
+    data = read_json(json_file)
+    if isinstance(data, dict) and "fused" in data:
+        grouped = report_grouped.GroupedResult.from_json(data)
+        if markdown:
+            write_text(markdown, report_grouped.render_markdown(grouped))
+        report_grouped.print_result(make_console(), grouped)
+        return
+    result = report.Result.from_json(data)
     if markdown:
         _write_report(markdown, result)
     report.print_result(make_console(), result)
