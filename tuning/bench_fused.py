@@ -132,8 +132,8 @@ def _measure(shape: GroupedShape, schedules: tuple[Schedule, Schedule]) -> Fused
             activate(plain())
 
         unfused[name] = measure_kernel_us(sequence)
-    times = measure_in_turns([plain, fused])
-    return FusedRow(shape, schedules, *times, unfused, missing)
+    plain_time, fused_time = measure_in_turns([plain, fused])
+    return FusedRow(shape, schedules, plain_time, fused_time, unfused, missing)
 
 
 def swiglu_quantize(h: Any) -> tuple[Any, Any]:
