@@ -56,6 +56,7 @@ ALLOWED |= {
     "tuning.bench_grouped": _before | {"runtime", "tuning", "tuning.bench", "api"},
     "tuning.bench_fused": _before | {"runtime", "tuning", "tuning.bench_grouped", "api"},
     "tuning.report_grouped": {"tuning.bench", "tuning.bench_grouped", "tuning.report"},
+    "tuning.report_mla": {"errors", "tuning.bench_mla", "tuning.report"},
     "tuning.operands": {"api"},  # that are timed and checked
     "tuning.measure": _before | {"api"},  # checks, and times, what may be recorded
     "tuning.timing": {"errors"},  # of any call
@@ -99,8 +100,8 @@ ALLOWED |= {
     "schedule_text": _before | {"tuning"},  # schedules as users spell them
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"}
-    | {"tuning.bench_fused"}
-    | {"tuning.load", "tuning.bench_mla", "build", "plans", "problem", "runtime"},
+    | {"tuning.bench_fused", "tuning.bench_mla", "tuning.report_mla"}
+    | {"tuning.load", "build", "plans", "problem", "runtime"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
     "cli_explain": _before
     | {"runtime", "build", "control", "epilogues", "schedule_text", "tuning"},
