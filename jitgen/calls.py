@@ -27,8 +27,9 @@ from .expr import Bound
 from .groups import expected_rows
 from .layouts import GroupLayout
 from .merge import MergeSchedule, MergeStates
-from .problem import Gemm, is_k_grouped
+from .problem import Gemm, adds_to_d
 from .problem_mla import MlaDecode
+from .quantization import Quantization, QuantizationSchedule
 from .runtime import driver
 from .runtime.launch import Argument, Launch, LaunchPool, Pointer, TensorMap, UInt32
 from .runtime.stats import log
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .kernel import Kernel, Parameter
     from .lower import AnyKernel, AnyProblem, AnySchedule
     from .merge import MergeKernel
+    from .quantization import QuantizationKernel
 
 MAX_CALLS = 4096  # signatures that stay prepared
 
@@ -220,7 +222,7 @@ def _prepare(
     outputs = _outputs(problem, m)
     for view in outputs:
         views.setdefault(view.name, view)
-    adds = is_k_grouped(problem)
+    adds = adds_to_d(problem)
     if m == 0 or views["a"].shape[-1] == 0:
         return Call(device, outputs, None, adds=adds)
     rows = expected_rows(problem, m, layout.expected_rows if layout else None)
@@ -271,6 +273,10 @@ def load(
 def load(
     problem: MergeStates, schedule: MergeSchedule, ordinal: int
 ) -> tuple[MergeKernel, driver.LoadedKernel]: ...
+@overload
+def load(
+    problem: Quantization, schedule: QuantizationSchedule, ordinal: int
+) -> tuple[QuantizationKernel, driver.LoadedKernel]: ...
 def load(
     problem: AnyProblem, schedule: AnySchedule, ordinal: int
 ) -> tuple[AnyKernel, driver.LoadedKernel]:

@@ -18,6 +18,7 @@ from .expr import acc
 from .merge import MergeStates
 from .problem import Gemm
 from .problem_mla import MlaDecode
+from .quantization import Quantization
 from .runtime.entry import Entry
 from .runtime.key import KernelKey
 from .runtime.stats import PROCESS, Stats
@@ -159,6 +160,10 @@ def remedy(problem: AnyProblem, schedule: AnySchedule) -> str:
         dtype = f"jitgen.{problem.dtype.short.upper()}"
         made = f"(jitgen.MergeStates({problem.head_dim_v}, {dtype}), jitgen.{schedule!r})"
         return f"this makes it: jitgen.build.prebuild([{made}])"
+    if isinstance(problem, Quantization):
+        dtype = f"jitgen.{problem.dtype.short.upper()}"
+        made = f"(jitgen.Quantization({dtype}, {problem.rows}, {problem.columns}, {problem.rule!r})"
+        return f"this makes it: jitgen.build.prebuild([{made}, jitgen.{schedule!r})])"
     if isinstance(problem, MlaDecode):
         p, dtype = problem, f"jitgen.{problem.dtype.short.upper()}"
         fields = (

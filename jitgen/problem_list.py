@@ -18,6 +18,7 @@ from .lower import AnyProblem, AnySchedule
 from .merge import MergeSchedule, MergeStates
 from .problem import MAX_EXTENT, Gemm, GroupedGemm, check_problem, of_k_groups
 from .problem_mla import MlaDecode, check_mla
+from .quantization import Quantization, QuantizationSchedule
 from .schedule_mla import mla_schedules
 from .target import Gpu
 from .tuning.model import m_buckets
@@ -96,6 +97,8 @@ def select_kernels(
             return list(mla_schedules(problem, batch_invariant=batch_invariant))
         if isinstance(problem, MergeStates):
             return [MergeSchedule()]
+        if isinstance(problem, Quantization):
+            return [QuantizationSchedule()]
         return [select(problem, m, gpu, batch_invariant=batch_invariant)]
 
     kernels = ((problem, found) for problem, m in pairs for found in schedules(problem, m))

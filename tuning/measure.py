@@ -13,7 +13,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..api import gemm, grouped_gemm, quantize
+from ..api import gemm, grouped_gemm
+from ..api_quantize import quantize
 from ..dtypes import E4M3, F32
 from ..errors import (
     CandidateError,

@@ -10,6 +10,7 @@
                       softmax_scale=None) -> (Tensor, Tensor)
     gemm_out, grouped_gemm_out, mla_decode_out(..., *, out, ...), the same into `out`
     quantize(x, rows=1) -> (Tensor, Tensor)
+    quantize_both(x, rows=1, columns=1) -> (Tensor, Tensor, Tensor, Tensor)
 
 torch.compile and torch.export trace through them, with dynamic m. CUDA tensors run on the GPU, CPU
 tensors on the interpreter, which gives the bits of an H100.
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .. import api
+from .. import api_quantize
 from ..errors import ProblemError
 from ..expr import Bound, Expr, acc, gelu, matrix, relu, silu, vector
 from ..layouts import Contiguous, GroupLayout, KGrouped, Masked, Ragged
@@ -246,7 +247,15 @@ def mla_decode_sparse(
 
 def quantize(x: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """`jitgen.quantize` in blocks of `rows` x 128; rows is 1 or 128."""
-    return api.quantize(x, (rows, 128))
+    return api_quantize.quantize(x, (rows, 128))
+
+
+def quantize_both(
+    x: torch.Tensor, rows: int = 1, columns: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`jitgen.quantize_both` in blocks of `rows` x 128, its transpose in `columns` x 128."""
+    of_x, of_transpose = api_quantize.quantize_both(x, (rows, 128), (columns, 128))
+    return *of_x, *of_transpose
 
 
 def _epilogue(bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str) -> Bound:
@@ -319,7 +328,8 @@ def _grouped_gemm_fake(
 ) -> torch.Tensor:
     torch._check(a.shape[-1] == b.shape[-1], lambda: "a and b must agree in k")
     if layout == "k_grouped":
-        return a.new_empty((groups.shape[0] - 1, a.shape[0], b.shape[0]), dtype=torch.float32)
+        shape = groups.shape[0] - 1, a.shape[0], b.shape[0]
+        return a.new_empty(shape, dtype=out_dtype or torch.float32)
     return a.new_empty((*a.shape[:-1], b.shape[1]), dtype=out_dtype or torch.bfloat16)
 
 
@@ -347,6 +357,21 @@ def _quantize_fake(x: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, torch.
         x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format
     )
     return quantized, x.new_empty(grid, dtype=torch.float32)
+
+
+def _quantize_both_fake(
+    x: torch.Tensor, rows: int = 1, columns: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    *outer, m, n = x.shape
+    blocks_m, blocks_n = (m + 127) // 128, (n + 127) // 128
+
+    def scales(*shape: int) -> torch.Tensor:
+        return x.new_empty((*outer, *shape), dtype=torch.float32)
+
+    codes = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    transposed = x.new_empty((*outer, n, 128 * blocks_m), dtype=torch.float8_e4m3fn)
+    of_columns = scales(blocks_m, n).mT if columns == 1 else scales(blocks_n, blocks_m)
+    return codes, scales(m if rows == 1 else blocks_m, blocks_n), transposed, of_columns
 
 
 _RESULT = "ScalarType? out_dtype=None, bool batch_invariant=False) -> Tensor"
@@ -380,6 +405,10 @@ for _schema, _function, _fake in (
         *(mla_decode_sparse, _mla_decode_fake),
     ),
     ("quantize(Tensor x, int rows=1) -> (Tensor, Tensor)", quantize, _quantize_fake),
+    (
+        "quantize_both(Tensor x, int rows=1, int columns=1) -> (Tensor, Tensor, Tensor, Tensor)",
+        *(quantize_both, _quantize_both_fake),
+    ),
 ):
     _LIBRARY.define(_schema)
     _name = _schema.partition("(")[0]

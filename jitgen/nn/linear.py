@@ -2,29 +2,29 @@
 
     y  = x W^T      x in 1x128 blocks along the features, W in 128x128 blocks
     dx = dy W       dy in 1x128 blocks along the features, the codes of W transposed
-    dW = dy^T x     both in 1x128 blocks along the tokens, in float32, by the K-grouped GEMM
+    dW = dy^T x     dy in 1x128 blocks along the tokens, x in 128x128 blocks, by the K-grouped GEMM
 
-So no kernel depends on the number of tokens. On CUDA tensors the products run on the GPU, on CPU
-tensors on the interpreter, with the same bits.
+x, W and dy are each read once, for both products that they are in. Gradients have the widest
+range, so theirs are the small blocks. No kernel depends on the number of tokens. On CUDA tensors
+all runs on the GPU, on CPU tensors on the interpreter, with the same bits; torch.compile and CUDA
+graphs take the layers as they are.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
-from ..api import PLAIN, quantize
 from ..errors import ProblemError
-from ..expr import Bound, acc, vector
 from ..groups import find_fault
-from ..integrations.tensors import multiply, to_numpy
-from ..layouts import KGrouped, Ragged
+from ..integrations import torch_ops  # noqa: F401, registers torch.ops.jitgen
+from ..integrations.tensors import to_numpy
 from ..problem import K_UNIT, of_k_groups
 
-BLOCK = (128, 128)  # of weights
+BLOCK = 128  # rows and columns of a weight that share a scale
 FEATURES_UNIT = 16  # K of a GEMM, and so both numbers of features: of dx and dW the other is K or N
 
 
@@ -114,7 +114,7 @@ class Fp8GroupedLinear(_Layer):
         debug: bool = False,
     ) -> None:
         super().__init__()
-        _check(in_features, out_features, BLOCK[0], dtype)
+        _check(in_features, out_features, BLOCK, dtype)
         self.num_groups, self.debug = num_groups, debug
         self.in_features, self.out_features = in_features, out_features
         shape = num_groups, out_features, in_features
@@ -163,67 +163,80 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
         bias: torch.Tensor | None,
         offsets: torch.Tensor | None,
     ) -> torch.Tensor:
-        codes, scales = _quantize_weight(weight.detach())
-        epilogue = PLAIN
-        if bias is not None:
-            epilogue = (acc + vector("bias", bias.dtype)).bind(bias=bias.detach())
-        y = _multiply_rows(x.detach(), codes, scales, offsets, epilogue)
-        of_x = _quantize_columns(x.detach()) if weight.requires_grad else (None, None)
-        ctx.save_for_backward(codes, scales, *of_x, offsets)
+        codes, scales, *weight_t = _quantize(weight, (BLOCK, BLOCK), ctx.needs_input_grad[0])
+        x_codes, x_scales, *x_t = _quantize(x, (1, BLOCK), ctx.needs_input_grad[1])
+        y = _multiply_rows((x_codes, x_scales), (codes, scales), x.dtype, offsets, bias)
+        ctx.save_for_backward(*(weight_t or (None, None)), *(x_t or (None, None)), offsets)
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        codes, scales, x_codes, x_scales, offsets = ctx.saved_tensors
+        weight_codes, weight_scales, x_codes, x_scales, offsets = ctx.saved_tensors
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = _multiply_rows(dy, _transposed(codes), scales.mT.contiguous(), offsets)
-        if ctx.needs_input_grad[1]:
-            dy_codes, dy_scales = _quantize_columns(dy)
-            parts = _whole(dy_codes) if offsets is None else offsets
-            operands = dy_codes, x_codes, (dy_scales, x_scales)
-            dw = multiply(*operands, layout=KGrouped(parts)).to(ctx.weight_dtype)
-            dw = dw[0] if offsets is None else dw
-        if ctx.needs_input_grad[2]:
+        if of_x or of_weight:
+            codes, scales, *dy_t = _quantize(dy, (1, 1), of_weight)
+        if of_x:
+            weight_codes = weight_codes[..., : dy.shape[1]]  # without what pads the transpose
+            dx = _multiply_rows((codes, scales), (weight_codes, weight_scales), dy.dtype, offsets)
+        if of_weight:
+            dw = _multiply_columns(dy_t, (x_codes, x_scales), ctx.weight_dtype, offsets)
+        if of_bias:
             db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return dx, dw, db, None
 
 
+def _quantize(
+    x: torch.Tensor, blocks: tuple[int, int], transposed: bool
+) -> tuple[torch.Tensor, ...]:
+    """Codes and scales of each matrix of x in blocks[0] x 128, then those of its transpose in
+    blocks[1] x 128 if they are wanted."""
+    if transposed:
+        made: tuple[torch.Tensor, ...] = torch.ops.jitgen.quantize_both(x, *blocks)
+        return made
+    rows = x.reshape(-1, x.shape[-1])  # of a group's matrix they are whole blocks
+    codes, scales = torch.ops.jitgen.quantize(rows, blocks[0])
+    return codes.view_as(x), scales.view(*x.shape[:-2], -1, scales.shape[-1])
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # codes and scales
+
+
 def _multiply_rows(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
+    x: Pair,
+    weight: Pair,
+    dtype: torch.dtype,
     offsets: torch.Tensor | None,
-    epilogue: Bound = PLAIN,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x times the transpose of a quantized matrix, or of each group's, in x's dtype."""
-    x_codes, x_scales = quantize(x.contiguous())
-    operands = x_codes, codes, (x_scales, scales)
+    """x times the transpose of a matrix, or of each group's, plus bias, in `dtype`."""
+    operands = x[0], weight[0], x[1], weight[1]
+    y: torch.Tensor
     if offsets is None:
-        return multiply(*operands, epilogue=epilogue, out_dtype=x.dtype)
-    y = torch.zeros(len(x), codes.shape[1], device=x.device, dtype=x.dtype)
-    return multiply(*operands, epilogue=epilogue, layout=Ragged(offsets), out=y)
+        y = torch.ops.jitgen.gemm(*operands, bias=bias, out_dtype=dtype)
+        return y
+    y = torch.zeros(len(x[0]), weight[0].shape[1], device=x[0].device, dtype=dtype)
+    torch.ops.jitgen.grouped_gemm_out(*operands, offsets, layout="ragged", out=y)
+    return y
 
 
-def _quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of each 128x128 block; of all groups' matrices, if there are some."""
-    codes, scales = quantize(weight.reshape(-1, weight.shape[-1]), BLOCK)
-    outer = weight.shape[:-2]
-    return codes.view_as(weight), scales.view(*outer, -1, scales.shape[-1])
-
-
-def _quantize_columns(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The transpose of x [m, n], with zeros up to a multiple of 128, and a scale a 1x128 block."""
-    return quantize(pad(x, (0, 0, 0, -len(x) % K_UNIT)).t().contiguous())
-
-
-def _whole(codes: torch.Tensor) -> torch.Tensor:
-    """Offsets of one group that has all of k; made on the device, without waiting for it."""
-    return torch.arange(2, device=codes.device, dtype=torch.int32) * codes.shape[1]
-
-
-def _transposed(codes: torch.Tensor) -> torch.Tensor:
-    """The transpose of each matrix, contiguous."""
-    return codes.view(torch.uint8).mT.contiguous().view(codes.dtype)
+def _multiply_columns(
+    dy: Sequence[torch.Tensor], x: Pair, dtype: torch.dtype, offsets: torch.Tensor | None
+) -> torch.Tensor:
+    """dy^T x of all tokens or, [num_groups, .., ..], of each group's, from transposes."""
+    operands = dy[0], x[0], dy[1], x[1]
+    tokens, shape = dy[0].shape[1], (len(dy[0]), len(x[0]))
+    if tokens == 0:
+        groups = () if offsets is None else (len(offsets) - 1,)
+        return torch.zeros(*groups, *shape, device=dy[0].device, dtype=dtype)
+    if offsets is None:  # one group has all: made on the device, without waiting for it
+        offsets = torch.arange(0, tokens + 1, tokens, device=dy[0].device, dtype=torch.int32)
+        made: torch.Tensor = torch.ops.jitgen.grouped_gemm(
+            *operands, offsets, layout="k_grouped", out_dtype=dtype
+        )
+        return made[0]
+    dw = torch.zeros(len(offsets) - 1, *shape, device=dy[0].device, dtype=dtype)
+    torch.ops.jitgen.grouped_gemm_out(*operands, offsets, layout="k_grouped", out=dw)
+    return dw

@@ -82,7 +82,7 @@ def test_fp8_linear_is_three_gemms_bit_for_bit() -> None:
     assert x.grad is not None
     assert np.array_equal(to_numpy(x.grad).reshape(-1, 144), want)
     padded = [torch.nn.functional.pad(t, (0, 0, 0, 256 - 150)).t() for t in (grads, rows)]
-    x_codes, x_scales = jitgen.quantize(padded[1].contiguous())
+    x_codes, x_scales = jitgen.quantize(padded[1].contiguous(), (128, 128))
     want = gemm(padded[0].contiguous(), x_codes, "float32", x_scales)
     assert layer.weight.grad is not None
     assert layer.bias.grad is not None
@@ -165,22 +165,22 @@ def test_layers_reject(make_layer: Any, match: str) -> None:
 CONTEXT, WIDTH, BATCH, STEPS = 4, 64, 256, 60
 
 
-def train(make_linear: Any) -> list[float]:
+def train(make_linear: Any, device: str = "cpu") -> list[float]:
     """Losses of a small model of characters, which learns this repository's README."""
     text = (Path(__file__).parents[2] / "README.md").read_bytes()
     data = torch.tensor([min(byte, 127) for byte in text])
     torch.manual_seed(0)
-    embed = torch.nn.Embedding(128, WIDTH)
-    hidden, head = make_linear(CONTEXT * WIDTH, 128), make_linear(128, 128)
+    embed = torch.nn.Embedding(128, WIDTH).to(device)
+    hidden, head = (make_linear(n, 128).to(device) for n in (CONTEXT * WIDTH, 128))
     optimizer = torch.optim.Adam(
         [*embed.parameters(), *hidden.parameters(), *head.parameters()], lr=0.01
     )
     generator, losses = torch.Generator().manual_seed(1), []
     for _ in range(STEPS):
         at = torch.randint(0, len(data) - CONTEXT, (BATCH,), generator=generator)
-        context = data[at[:, None] + torch.arange(CONTEXT)]
+        context = data[at[:, None] + torch.arange(CONTEXT)].to(device)
         x = torch.relu(hidden(embed(context).flatten(1).bfloat16()))
-        loss = torch.nn.functional.cross_entropy(head(x).float(), data[at + CONTEXT])
+        loss = torch.nn.functional.cross_entropy(head(x).float(), data[at + CONTEXT].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
