@@ -396,7 +396,7 @@ def quantization_context(kernel: QuantizationKernel) -> dict[str, Any]:
             "kBlockColumns": problem.columns,
             "kRule": RULES.index(problem.rule),
             "kRasterGroup": kernel.schedule.raster_group,
-            "kBlocksPerSm": 3 if problem.dtype == BF16 else 1,
+            "kBlocksPerSm": 4 if problem.dtype == BF16 else 2,
         },
     }
 

@@ -12,6 +12,10 @@ template <class T> struct Unit;
 template <> struct Unit<float> {
     u32 words[8];
     __device__ __forceinline__ float operator[](u32 i) const { return __uint_as_float(words[i]); }
+    __device__ __forceinline__ void make_opaque() {
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) words[i] = opaque(words[i]);
+    }
     __device__ __forceinline__ void keep_largest(const Unit& other) {
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) words[i] = max(words[i], other.words[i] & 0x7fffffff);
@@ -36,6 +40,10 @@ template <> struct Unit<bf16> {
     __device__ __forceinline__ float operator[](u32 i) const {
         return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000 : words[i / 2] << 16);
     }
+    __device__ __forceinline__ void make_opaque() {
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) words[i] = opaque(words[i]);
+    }
     __device__ __forceinline__ void keep_largest(const Unit& other) {
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) words[i] = max_u16x2(words[i], other.words[i] & 0x7fff7fff);
@@ -51,32 +59,26 @@ template <> struct Unit<bf16> {
 __device__ __forceinline__ u16 load_bits(const bf16* from) { return from->bits; }
 __device__ __forceinline__ u32 load_bits(const float* from) { return __float_as_uint(*from); }
 
-// The elements from `from` on that exist, and zeros; 16 bytes at once if `aligned`.
-template <class T> __device__ __forceinline__ Unit<T> load_unit(const T* from, u32 count, bool aligned) {
-    Unit<T> unit = {};
-    if (count >= 8 && aligned) {
-        constexpr u32 kLoads = sizeof(unit) / 16;
+// Eight elements that are 16-byte units. Read once: the codes should stay in L2, these need not.
+template <class T> __device__ __forceinline__ void load_whole(Unit<T>& unit, const T* from) {
 #pragma unroll
-        for (u32 i = 0; i < kLoads; ++i)  // read once: the codes should stay in L2, x need not
-            reinterpret_cast<uint4*>(&unit)[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
-    } else {
-        constexpr u32 kBits = 8 * sizeof(T), kInWord = 32 / kBits;
-#pragma unroll
-        for (u32 i = 0; i < 8; ++i)
-            if (i < count) unit.words[i / kInWord] |= u32(load_bits(from + i)) << i % kInWord * kBits;
-    }
-    return unit;
+    for (u32 i = 0; i < sizeof(unit) / 16; ++i)
+        reinterpret_cast<uint4*>(&unit)[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
 }
 
-// Eight codes of a row, of which the first `count` exist; 8 bytes at once if `aligned`.
-__device__ __forceinline__ void store_codes(fp8_e4m3* to, uint2 codes, u32 count, bool aligned) {
-    if (count >= 8 && aligned) {
-        *reinterpret_cast<uint2*>(to) = codes;
-    } else {
+// The first `count` of eight elements, wherever they lie.
+template <class T> __device__ __forceinline__ void load_some(Unit<T>& unit, const T* from, u32 count) {
+    constexpr u32 kBits = 8 * sizeof(T), kInWord = 32 / kBits;
 #pragma unroll
-        for (u32 i = 0; i < 8; ++i)
-            if (i < count) to[i].bits = u8((i < 4 ? codes.x : codes.y) >> i % 4 * 8);
-    }
+    for (u32 i = 0; i < 8; ++i)
+        if (i < count) unit.words[i / kInWord] |= u32(load_bits(from + i)) << i % kInWord * kBits;
+}
+
+// The first `count` of eight codes.
+__device__ __forceinline__ void store_some(fp8_e4m3* to, uint2 codes, u32 count) {
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i)
+        if (i < count) to[i].bits = u8((i < 4 ? codes.x : codes.y) >> i % 4 * 8);
 }
 
 // The scale of a block whose largest magnitude has the bits `amax`.
@@ -102,26 +104,35 @@ struct Divisor {
 
 // x / scale, rounded once, or x * (1 / scale). A quotient is mended twice by what is left of it, after which it is the
 // nearest (Markstein: the reciprocal is rounded correctly, and the first one mended is off by less than a unit); so far
-// as E4M3 can tell it from zero nothing leaves float32's range. Its sign is x's, of zeros too.
-template <u32 kRule> __device__ __forceinline__ float quotient(float x, Divisor by) {
+// as E4M3 can tell it from zero nothing leaves float32's range. Once is enough for x and amax of 8 significant bits: a
+// test goes through all of them. What is left of a zero is -0 if rounded down, and keeps the sign of either zero.
+template <u32 kRule, class T> __device__ __forceinline__ float quotient(float x, Divisor by) {
     float q = __fmul_rn(x, by.inverse);
     if constexpr (kRule != kDivide) return q;
 #pragma unroll
-    for (u32 i = 0; i < 2; ++i) q = __fmaf_rn(__fmaf_rn(-q, by.scale, x), by.inverse, q);
-    return copysignf(q, x);
+    for (u32 i = 0; i < (sizeof(T) == 2 ? 1 : 2); ++i) q = __fmaf_rn(__fmaf_rd(-q, by.scale, x), by.inverse, q);
+    return q;
 }
 
 // The codes of eight values.
-template <u32 kRule, class Value> __device__ __forceinline__ uint2 quantize(Value value, Divisor by) {
+template <u32 kRule, class T, class Value> __device__ __forceinline__ uint2 quantize(Value value, Divisor by) {
     u32 words[2];
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
         const auto pair = [&](u32 j) {
-            return u32(pack_e4m3(quotient<kRule>(value(j), by), quotient<kRule>(value(j + 1), by)));
+            return u32(pack_e4m3(quotient<kRule, T>(value(j), by), quotient<kRule, T>(value(j + 1), by)));
         };
         words[i] = pair(4 * i) | pair(4 * i + 2) << 16;
     }
     return {words[0], words[1]};
+}
+
+// Transposes 4 x 4 bytes, a row a word.
+__device__ __forceinline__ void transpose_bytes(u32& a, u32& b, u32& c, u32& d) {
+    const u32 low_ab = __byte_perm(a, b, 0x5140), high_ab = __byte_perm(a, b, 0x7362);
+    const u32 low_cd = __byte_perm(c, d, 0x5140), high_cd = __byte_perm(c, d, 0x7362);
+    a = __byte_perm(low_ab, low_cd, 0x5410), b = __byte_perm(low_ab, low_cd, 0x7632);
+    c = __byte_perm(high_ab, high_cd, 0x5410), d = __byte_perm(high_ab, high_cd, 0x7632);
 }
 
 // Of a warp's 16 threads that hold units of the same eight rows, each gets the largest magnitude of one of the rows:
