@@ -30,6 +30,39 @@ FEATURES_UNIT = 16  # K of a GEMM, and so both numbers of features: of dx and dW
 
 class _Layer(torch.nn.Module):  # type: ignore[misc]
     in_features: int
+    weight: torch.nn.Parameter
+
+    def __init__(self, keep_codes: bool) -> None:
+        super().__init__()
+        self.keep_codes = keep_codes
+        self._kept: tuple[object, tuple[torch.Tensor, ...]] | None = None
+
+    def forget_codes(self) -> None:
+        """Quantize the weight anew at the next call, whatever its version counter says."""
+        self._kept = None
+
+    def _multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, offsets: torch.Tensor | None
+    ) -> torch.Tensor:
+        trains = torch.is_grad_enabled()
+        wants_dx, wants_dw = trains and x.requires_grad, trains and self.weight.requires_grad
+        codes = self._weight_codes(wants_dx)
+        y: torch.Tensor = _Product.apply(x, self.weight, bias, offsets, wants_dw, *codes)
+        return y
+
+    def _weight_codes(self, transposed: bool) -> tuple[torch.Tensor, ...]:
+        """Codes and scales of the weight, and of its transpose if that is wanted."""
+        weight = self.weight.detach()
+        # What a graph replays, or a compiler traces, quantizes the weight that is there then.
+        is_recorded = torch.compiler.is_compiling() or (
+            weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        if not self.keep_codes or is_recorded:
+            return _quantize(weight, (BLOCK, BLOCK), transposed)
+        key = weight.data_ptr(), weight._version, weight.shape, weight.dtype, weight.device
+        if self._kept is None or self._kept[0] != key or (transposed and len(self._kept[1]) < 4):
+            self._kept = key, _quantize(weight, (BLOCK, BLOCK), transposed)
+        return self._kept[1]
 
     def reset_parameters(self) -> None:
         """Uniform in +-1 / sqrt(in_features), as torch.nn.Linear begins."""
@@ -46,9 +79,14 @@ class Fp8Linear(_Layer):
     in_features, out_features : multiples of 16
     bias : whether there is one
     device, dtype : of the parameters; bfloat16 or float32
+    keep_codes : quantize the weight only when it has changed, not at every call: for inference, and
+        where gradients of several batches are added up. It takes 2 bytes of memory a weight. A
+        change is what moves the parameter's version counter, as the optimizers of torch do and
+        every operation in place; behind writes through `.data`, or to a view of it as a library of
+        its own may have, call `forget_codes`. CUDA graphs and torch.compile always quantize
 
     Called with x [..., in_features], bfloat16 or float32; gives [..., out_features] in its dtype.
-    Weights are quantized at every call, since an optimizer changes them. Values must be finite.
+    Values must be finite.
 
     Raises
     ------
@@ -63,8 +101,9 @@ class Fp8Linear(_Layer):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        keep_codes: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(keep_codes)
         _check(in_features, out_features, FEATURES_UNIT, dtype)
         self.in_features, self.out_features = in_features, out_features
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -74,8 +113,7 @@ class Fp8Linear(_Layer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_input(x, self.in_features)
-        rows = x.reshape(-1, self.in_features)
-        y: torch.Tensor = _Product.apply(rows, self.weight, self.bias, None)
+        y = self._multiply(x.reshape(-1, self.in_features), self.bias, None)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -92,6 +130,7 @@ class Fp8GroupedLinear(_Layer):
     in_features, out_features : multiples of 128
     device, dtype : of the parameter `weight` [num_groups, out_features, in_features]; bfloat16 or
         float32
+    keep_codes : as of Fp8Linear
     debug : raise ProblemError if offsets are faulty; copies them to the host and waits
 
     Called with x [m, in_features], bfloat16 or float32, m % 128 == 0, and offsets int32
@@ -111,9 +150,10 @@ class Fp8GroupedLinear(_Layer):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        keep_codes: bool = False,
         debug: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(keep_codes)
         _check(in_features, out_features, BLOCK, dtype)
         self.num_groups, self.debug = num_groups, debug
         self.in_features, self.out_features = in_features, out_features
@@ -129,8 +169,7 @@ class Fp8GroupedLinear(_Layer):
             problem = of_k_groups(self.in_features, self.num_groups)
             if fault := find_fault(problem, to_numpy(offsets.cpu()), len(x)):
                 raise ProblemError(fault)
-        y: torch.Tensor = _Product.apply(x, self.weight, None, offsets)
-        return y
+        return self._multiply(x, None, offsets)
 
     def extra_repr(self) -> str:
         features = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -153,7 +192,10 @@ def _check_input(x: torch.Tensor, in_features: int) -> None:
 
 
 class _Product(torch.autograd.Function):  # type: ignore[misc]
-    """x W^T + bias, or with offsets x W[g]^T for the rows of each group."""
+    """x W^T + bias, or with offsets x W[g]^T for the rows of each group.
+
+    weight_codes : codes and scales of the weight, and of its transpose if x needs a gradient
+    """
 
     @staticmethod
     def forward(
@@ -162,9 +204,11 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         offsets: torch.Tensor | None,
+        wants_dw: bool,
+        *weight_codes: torch.Tensor,
     ) -> torch.Tensor:
-        codes, scales, *weight_t = _quantize(weight, (BLOCK, BLOCK), ctx.needs_input_grad[0])
-        x_codes, x_scales, *x_t = _quantize(x, (1, BLOCK), ctx.needs_input_grad[1])
+        codes, scales, *weight_t = weight_codes
+        x_codes, x_scales, *x_t = _quantize(x, (1, BLOCK), wants_dw)
         y = _multiply_rows((x_codes, x_scales), (codes, scales), x.dtype, offsets, bias)
         ctx.save_for_backward(*(weight_t or (None, None)), *(x_t or (None, None)), offsets)
         ctx.weight_dtype = weight.dtype
@@ -174,7 +218,7 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight_codes, weight_scales, x_codes, x_scales, offsets = ctx.saved_tensors
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        of_x, of_weight, of_bias, *others = ctx.needs_input_grad
         dx = dw = db = None
         if of_x or of_weight:
             codes, scales, *dy_t = _quantize(dy, (1, 1), of_weight)
@@ -185,7 +229,7 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
             dw = _multiply_columns(dy_t, (x_codes, x_scales), ctx.weight_dtype, offsets)
         if of_bias:
             db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dw, db, None
+        return dx, dw, db, *(None for _ in others)
 
 
 def _quantize(

@@ -132,6 +132,84 @@ def test_fp8_linear_of_no_tokens_and_of_frozen_weights() -> None:
     assert layer.weight.grad is None
 
 
+def count_quantized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what is quantized from now on, in 128 x 128 blocks."""
+    from jitgen.nn import linear
+
+    found, quantize = [], linear._quantize
+
+    def counted(x: torch.Tensor, blocks: tuple[int, int], transposed: bool) -> Any:
+        if blocks == (128, 128):
+            found.append(tuple(x.shape))
+        return quantize(x, blocks, transposed)
+
+    monkeypatch.setattr(linear, "_quantize", counted)
+    return found
+
+
+def test_kept_codes_are_those_of_the_weight_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, usual = Fp8Linear(64, 32, keep_codes=True), Fp8Linear(64, 32)
+    x = make(1, 16, 64, dtype=torch.bfloat16).requires_grad_()
+    quantized = count_quantized(monkeypatch)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+
+    def check(count: int) -> None:
+        usual.load_state_dict(layer.state_dict())
+        before = len(quantized)
+        y = layer(x)
+        assert len(quantized) == before + count
+        want = usual(x)
+        assert torch.equal(y, want)
+        got_dx, want_dx = (torch.autograd.grad(z.sum(), x)[0] for z in (y, want))
+        assert torch.equal(got_dx, want_dx)
+
+    check(1)
+    check(0)
+    layer(x).sum().backward()
+    optimizer.step()
+    check(1)
+    check(0)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    check(1)
+    layer.weight.data = layer.weight.data * 2  # other memory
+    check(1)
+    layer.load_state_dict(Fp8Linear(64, 32).state_dict())
+    check(1)
+    layer.weight.data.mul_(2)  # moves no counter
+    layer.forget_codes()
+    check(1)
+
+
+def test_kept_codes_without_gradients_lack_the_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Fp8Linear(64, 32, keep_codes=True)
+    x = make(1, 16, 64, dtype=torch.bfloat16).requires_grad_()
+    quantized = count_quantized(monkeypatch)
+    with torch.no_grad():
+        y = layer(x)
+        assert len(layer._weight_codes(False)) == 2
+    assert torch.equal(y, layer(x))
+    assert len(layer._weight_codes(True)) == 4
+    with torch.no_grad():
+        assert torch.equal(y, layer(x))
+    assert len(quantized) == 2
+
+
+def test_a_compiled_step_is_one_graph_and_equals_eager() -> None:
+    layer = Fp8Linear(64, 32, keep_codes=True)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (20, 40):
+        x = make(1, tokens, 64, dtype=torch.bfloat16).requires_grad_()
+        inputs = [x, *layer.parameters()]
+        y, want = compiled(x), layer(x)
+        assert torch.equal(y, want)
+        grads = (torch.autograd.grad(z.sum(), inputs) for z in (y, want))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with torch.no_grad():
+        layer.weight.mul_(-1)
+    assert torch.equal(compiled(x), layer(x))
+
+
 @pytest.mark.parametrize(
     ("make_layer", "match"),
     [
