@@ -123,7 +123,10 @@ def quantize_both(
     if x.is_cuda:
         q, scale, q_t, scale_t = launch(x, block[0], transposed_block[0])
         return (q, scale), (q_t, scale_t.mT if transposed_block[0] == 1 else scale_t)
-    return _by_torch(x, block), _by_torch(_transposed(x), transposed_block)
+    q_t, scale_t = _by_torch(_transposed(x), transposed_block)
+    if transposed_block[0] == 1:  # column by column in memory, as of the kernel
+        scale_t = scale_t.mT.contiguous().mT
+    return _by_torch(x, block), (q_t, scale_t)
 
 
 def _check_dtype(x: Any) -> None:

@@ -75,7 +75,7 @@ def interpret(
         raise ProblemError(f'numerics must be "hopper" or "exact", got {numerics!r}')
     rows = tensors["a"].shape[:-1]
     if out is None:
-        outer = (problem.num_groups,) if is_k_grouped(problem) else ()
+        outer = (len(tensors["groups"]) - 1,) if is_k_grouped(problem) else ()
         value = 0 if adds_to_d(problem) else np.nan
         out = np.full((*outer, *rows, problem.columns), value, problem.d_dtype.numpy)
         if problem.is_quantized:

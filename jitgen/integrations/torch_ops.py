@@ -4,6 +4,8 @@
          batch_invariant=False) -> Tensor
     grouped_gemm(a, b, sfa, sfb, groups, *, layout, alignment=128, expected_rows=None, bias=None,
                  residual=None, activation="none", out_dtype=None, batch_invariant=False) -> Tensor
+    grouped_swiglu(a, b, sfa, sfb, groups, *, layout, alignment=128,
+                   expected_rows=None) -> (Tensor, Tensor)
     mla_decode(q, kv_cache, block_table, seqlens_k, *, head_dim_v=512, softmax_scale=None,
                causal=True) -> (Tensor, Tensor)
     mla_decode_sparse(q, kv_cache, indices, *, topk_length=None, attention_sink=None,
@@ -20,15 +22,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from .. import api_quantize
 from ..errors import ProblemError
-from ..expr import Bound, Expr, acc, gelu, matrix, relu, silu, vector
+from ..expr import Bound, Expr, acc, gate, gelu, matrix, relu, silu, up, vector
 from ..layouts import Contiguous, GroupLayout, KGrouped, Masked, Ragged
-from .tensors import attend, attend_sparse, multiply
+from . import torch_fakes
+from .tensors import attend, attend_sparse, multiply, multiply_quantized
 
 ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
     "none": lambda x: x,
@@ -187,6 +189,42 @@ def grouped_gemm_out(
     )
 
 
+def grouped_swiglu(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    sfa: torch.Tensor,
+    sfb: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    layout: str,
+    alignment: int = 128,
+    expected_rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up for the rows of each group, quantized: an operand of `grouped_gemm`.
+
+    Parameters
+    ----------
+    a, sfa, sfb, groups, layout, alignment, expected_rows : as for `grouped_gemm`
+    b : float8_e4m3fn [num_groups, n, k], in each the rows of gate, then those of up; n % 256 == 0
+
+    Returns
+    -------
+    (float8_e4m3fn [.., m, n / 2], float32 [.., m, n / 256]); rows of no group hold anything
+
+    Raises
+    ------
+    As `grouped_gemm`
+    """
+    return multiply_quantized(
+        *(a, b, (sfa, sfb)),
+        epilogue=_SWIGLU,
+        layout=_layout(layout, groups, alignment, expected_rows),
+    )
+
+
+_SWIGLU = Bound(silu(gate) * up, {})
+
+
 def mla_decode(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -299,115 +337,44 @@ def _layout(
     )
 
 
-# --- what tracing sees ----------------------------------------------------------------------------
-
-
-def _gemm_fake(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    sfa: torch.Tensor,
-    sfb: torch.Tensor,
-    *,
-    out_dtype: torch.dtype | None = None,
-    **_: Any,
-) -> torch.Tensor:
-    torch._check(a.shape[1] == b.shape[1], lambda: "a and b must agree in k")
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype or torch.bfloat16)
-
-
-def _grouped_gemm_fake(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    _sfa: torch.Tensor,
-    _sfb: torch.Tensor,
-    groups: torch.Tensor,
-    *,
-    layout: str,
-    out_dtype: torch.dtype | None = None,
-    **_: Any,
-) -> torch.Tensor:
-    torch._check(a.shape[-1] == b.shape[-1], lambda: "a and b must agree in k")
-    if layout == "k_grouped":
-        shape = groups.shape[0] - 1, a.shape[0], b.shape[0]
-        return a.new_empty(shape, dtype=out_dtype or torch.float32)
-    return a.new_empty((*a.shape[:-1], b.shape[1]), dtype=out_dtype or torch.bfloat16)
-
-
-def _mla_decode_fake(
-    q: torch.Tensor, *_: torch.Tensor, head_dim_v: int = 512, **__: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, num_queries, num_heads, _head_dim = q.shape
-    o = q.new_empty((batch, num_queries, num_heads, head_dim_v))
-    return o, q.new_empty((batch, num_heads, num_queries), dtype=torch.float32)
-
-
-def _mla_decode_out_fake(
-    q: torch.Tensor, *_: torch.Tensor, out: torch.Tensor, **__: Any
-) -> torch.Tensor:
-    return _mla_decode_fake(q)[1]
-
-
-def _nothing_fake(*_: torch.Tensor, **__: Any) -> None:
-    return None
-
-
-def _quantize_fake(x: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    grid = (x.shape[0] + rows - 1) // rows, (x.shape[1] + 127) // 128
-    quantized = torch.empty_like(
-        x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format
-    )
-    return quantized, x.new_empty(grid, dtype=torch.float32)
-
-
-def _quantize_both_fake(
-    x: torch.Tensor, rows: int = 1, columns: int = 1
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    *outer, m, n = x.shape
-    blocks_m, blocks_n = (m + 127) // 128, (n + 127) // 128
-
-    def scales(*shape: int) -> torch.Tensor:
-        return x.new_empty((*outer, *shape), dtype=torch.float32)
-
-    codes = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    transposed = x.new_empty((*outer, n, 128 * blocks_m), dtype=torch.float8_e4m3fn)
-    of_columns = scales(blocks_m, n).mT if columns == 1 else scales(blocks_n, blocks_m)
-    return codes, scales(m if rows == 1 else blocks_m, blocks_n), transposed, of_columns
-
-
 _RESULT = "ScalarType? out_dtype=None, bool batch_invariant=False) -> Tensor"
 
 for _schema, _function, _fake in (
-    (f"gemm({_OPERANDS}, *, {_EPILOGUE}, {_RESULT}", gemm, _gemm_fake),
+    (f"gemm({_OPERANDS}, *, {_EPILOGUE}, {_RESULT}", gemm, torch_fakes.gemm),
     (
         f"gemm_out({_OPERANDS}, *, Tensor(a!) out, {_EPILOGUE}, bool batch_invariant=False) -> ()",
-        *(gemm_out, _nothing_fake),
+        *(gemm_out, torch_fakes.nothing),
     ),
     (
         f"grouped_gemm({_OPERANDS}, {_GROUPS}, {_EPILOGUE}, {_RESULT}",
-        *(grouped_gemm, _grouped_gemm_fake),
+        *(grouped_gemm, torch_fakes.grouped_gemm),
     ),
     (
         f"grouped_gemm_out({_OPERANDS}, {_GROUPS}, Tensor(a!) out, {_EPILOGUE},"
         " bool batch_invariant=False) -> ()",
-        *(grouped_gemm_out, _nothing_fake),
+        *(grouped_gemm_out, torch_fakes.nothing),
+    ),
+    (
+        f"grouped_swiglu({_OPERANDS}, {_GROUPS}) -> (Tensor, Tensor)",
+        *(grouped_swiglu, torch_fakes.grouped_swiglu),
     ),
     (
         f"mla_decode({_CACHE}, *, {_ATTENTION}) -> (Tensor, Tensor)",
-        *(mla_decode, _mla_decode_fake),
+        *(mla_decode, torch_fakes.mla_decode),
     ),
     (
         f"mla_decode_out({_CACHE}, *, Tensor(a!) out, {_ATTENTION}) -> Tensor",
-        *(mla_decode_out, _mla_decode_out_fake),
+        *(mla_decode_out, torch_fakes.mla_decode_out),
     ),
     (
         "mla_decode_sparse(Tensor q, Tensor kv_cache, Tensor indices, *, Tensor? topk_length=None,"
         " Tensor? attention_sink=None, float? softmax_scale=None) -> (Tensor, Tensor)",
-        *(mla_decode_sparse, _mla_decode_fake),
+        *(mla_decode_sparse, torch_fakes.mla_decode),
     ),
-    ("quantize(Tensor x, int rows=1) -> (Tensor, Tensor)", quantize, _quantize_fake),
+    ("quantize(Tensor x, int rows=1) -> (Tensor, Tensor)", quantize, torch_fakes.quantize),
     (
         "quantize_both(Tensor x, int rows=1, int columns=1) -> (Tensor, Tensor, Tensor, Tensor)",
-        *(quantize_both, _quantize_both_fake),
+        *(quantize_both, torch_fakes.quantize_both),
     ),
 ):
     _LIBRARY.define(_schema)
