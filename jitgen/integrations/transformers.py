@@ -80,7 +80,7 @@ class Linear(nn.Module):  # type: ignore[misc]
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a, sfa = _quantize(x.reshape(-1, self.in_features))
+        a, sfa = _inputs.quantize(x)
         bias = self.bias.float() if self.bias is not None else None
         d = torch.ops.jitgen.gemm(
             a, self.weight, sfa, self.weight_scale_inv, bias=bias, out_dtype=_result(x)
@@ -148,6 +148,31 @@ class Experts(nn.Module):  # type: ignore[misc]
         return torch.ops.jitgen.grouped_gemm(
             a, weight, sfa, scales, offsets, layout="ragged", out_dtype=_result(like)
         )
+
+
+class _Inputs:
+    """Codes of the last small input: projections of a layer, such as gate and up, share theirs."""
+
+    MAX_ELEMENTS = 2**20  # kept alive until the next one; where there are more, kernels take long
+
+    def __init__(self) -> None:
+        self.last: tuple[torch.Tensor, int, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of the rows of x."""
+        rows = x.reshape(-1, x.shape[-1])
+        is_recorded = torch.compiler.is_compiling() or (
+            x.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        if is_recorded or x.is_inference() or x.numel() > self.MAX_ELEMENTS:
+            return _quantize(rows)
+        last = self.last  # read once: other threads may replace it
+        if last is None or last[0] is not x or last[1] != x._version:
+            self.last = last = x, x._version, _quantize(rows)
+        return last[2]
+
+
+_inputs = _Inputs()
 
 
 def _takes_linear(module: FP8Linear) -> bool:

@@ -275,12 +275,29 @@ def _multiply_columns(
     if tokens == 0:
         groups = () if offsets is None else (len(offsets) - 1,)
         return torch.zeros(*groups, *shape, device=dy[0].device, dtype=dtype)
-    if offsets is None:  # one group has all: made on the device, without waiting for it
-        offsets = torch.arange(0, tokens + 1, tokens, device=dy[0].device, dtype=torch.int32)
+    if offsets is None:
         made: torch.Tensor = torch.ops.jitgen.grouped_gemm(
-            *operands, offsets, layout="k_grouped", out_dtype=dtype
+            *operands, _whole(tokens, dy[0].device), layout="k_grouped", out_dtype=dtype
         )
         return made[0]
     dw = torch.zeros(len(offsets) - 1, *shape, device=dy[0].device, dtype=dtype)
     torch.ops.jitgen.grouped_gemm_out(*operands, offsets, layout="k_grouped", out=dw)
     return dw
+
+
+_wholes: dict[tuple[int, torch.device], torch.Tensor] = {}
+_MAX_WHOLES = 256
+
+
+def _whole(tokens: int, device: torch.device) -> torch.Tensor:
+    """Offsets of one group that has all tokens; made on the device, without waiting for it."""
+    if torch.compiler.is_compiling():
+        return torch.arange(0, tokens + 1, tokens, device=device, dtype=torch.int32)
+    whole = _wholes.get((tokens, device))
+    if whole is None:
+        whole = torch.arange(0, tokens + 1, tokens, device=device, dtype=torch.int32)
+        # Kept for good, as graphs may read it; what a graph makes exists when it is replayed only.
+        is_captured = whole.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not is_captured and len(_wholes) < _MAX_WHOLES:
+            _wholes[tokens, device] = whole
+    return whole

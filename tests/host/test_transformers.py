@@ -161,6 +161,31 @@ def test_latent_layer_keeps_what_was_cropped_selected_and_grown() -> None:
         assert torch.equal(seen, latents[sequence, 0, first:])
 
 
+def test_projections_share_the_codes_of_one_input(
+    in_fp8: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jitgen.integrations import transformers as integration
+
+    mlp, counted, quantize = in_fp8[1].model.layers[0].mlp, [], integration._quantize
+
+    def count(x: torch.Tensor) -> Any:
+        counted.append(x.shape)
+        return quantize(x)
+
+    monkeypatch.setattr(integration, "_quantize", count)
+    with torch.no_grad():
+        x = torch.randn(5, 256).bfloat16()
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        assert len(counted) == 1
+        assert torch.equal(up, mlp.up_proj(x.clone()))
+        assert torch.equal(gate, mlp.gate_proj(x))
+        x.neg_()
+        assert torch.equal(mlp.gate_proj(x), -gate)
+        assert len(counted) == 4
+    with torch.inference_mode():
+        assert torch.equal(mlp.gate_proj(x.clone()), -gate)
+
+
 def test_layers_share_the_answer_for_one_mask() -> None:
     shared = SharedWindows()
     layers = [LatentLayer(shared), LatentLayer(shared)]
