@@ -18,13 +18,12 @@ def on_cpu_and_gpu(layer: torch.nn.Module, *inputs: torch.Tensor, dy: torch.Tens
     results = []
     for device in ("cpu", "cuda"):
         layer = layer.to(device)
-        layer.zero_grad(set_to_none=True)
-        given = [t.to(device) for t in inputs]
-        x = given[0].requires_grad_()
-        y = layer(x, *given[1:])
-        y.backward(dy.to(device))
-        grads = [p.grad for name, p in layer.named_parameters() if name != "bias"]
-        results.append([t.detach().cpu() for t in (y, x.grad, *grads) if t is not None])
+        first, *others = (t.to(device) for t in inputs)
+        x = first.clone().requires_grad_()
+        y = layer(x, *others)
+        parameters = [p for name, p in layer.named_parameters() if name != "bias"]
+        grads = torch.autograd.grad(y, [x, *parameters], dy.to(device))
+        results.append([t.detach().cpu() for t in (y, *grads)])
     for on_cpu, on_gpu in zip(*results, strict=True):
         assert torch.equal(on_cpu, on_gpu)
 
