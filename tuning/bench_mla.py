@@ -56,6 +56,11 @@ class MlaShape:
         )
 
     @property
+    def form(self) -> str:
+        """One of FORMS."""
+        return "sparse" if self.topk else "fp8" if self.cache == "fp8" else "bf16"
+
+    @property
     def num_keys(self) -> int:
         """That a query token looks at."""
         return self.topk or self.s_k
@@ -97,6 +102,11 @@ class MlaRow:
         """All fields, and figures derived of them, as JSON values."""
         derived = {"ratio": self.ratio, "tflops": self.tflops, "gb_per_s": self.gb_per_s}
         return asdict(self) | {"derived": derived}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> MlaRow:
+        """The row that `to_json` wrote; KeyError or TypeError if it did not."""
+        return cls(MlaShape(**data["shape"]), data["us"], data["flashmla_us"])
 
 
 def mla_baseline_meta() -> Mapping[str, Any]:

@@ -57,20 +57,14 @@ ALLOWED |= {
     "tuning.bench_grouped": _before | {"runtime", "tuning", "tuning.bench", "api", "api_quantize"},
     "tuning.bench_fused": _before | {"runtime", "tuning", "tuning.bench_grouped", "api"},
     "tuning.report_grouped": {"tuning.bench", "tuning.bench_grouped", "tuning.report"},
+    "tuning.report_mla": {"errors", "tuning.bench_mla", "tuning.report"},
     "tuning.operands": {"api_quantize"},  # that are timed and checked
     "tuning.measure": _before | {"api", "api_quantize"},  # checks, and times, what may be recorded
     "tuning.timing": {"errors"},  # of any call
     "tuning.peers": _before | {"tuning", "api_quantize"},  # what it is timed beside
     "tuning.cutlass": {"errors", "runtime"},  # a peer that nvcc builds
     "tuning.host": _before  # times what they wait for
-    | {
-        "runtime",
-        "tuning.bench",
-        "tuning.peers",
-        "calls",
-        "api",
-        "api_quantize",
-    },
+    | {"runtime", "tuning.bench", "tuning.peers", "calls", "api", "api_quantize"},
     "tuning.load": _before | {"runtime", "build"},  # of kernels that are compiled
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
     "tuning.plot": {"problem", "tuning.bench", "tuning.report"},  # and in a picture
@@ -109,8 +103,8 @@ ALLOWED |= {
     "schedule_text": _before | {"tuning"},  # schedules as users spell them
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"}
-    | {"tuning.bench_fused"}
-    | {"tuning.load", "tuning.bench_mla", "build", "plans", "problem", "runtime"},
+    | {"tuning.bench_fused", "tuning.bench_mla", "tuning.report_mla"}
+    | {"tuning.load", "build", "plans", "problem", "runtime"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
     "cli_explain": _before
     | {"runtime", "build", "control", "epilogues", "schedule_text", "tuning"},
