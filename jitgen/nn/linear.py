@@ -41,23 +41,14 @@ class _Layer(torch.nn.Module):  # type: ignore[misc]
         """Quantize the weight anew at the next call, whatever its version counter says."""
         self._kept = None
 
-    def _multiply(
-        self, x: torch.Tensor, bias: torch.Tensor | None, offsets: torch.Tensor | None
-    ) -> torch.Tensor:
-        trains = torch.is_grad_enabled()
-        wants_dx, wants_dw = trains and x.requires_grad, trains and self.weight.requires_grad
-        codes = self._weight_codes(wants_dx)
-        y: torch.Tensor = _Product.apply(x, self.weight, bias, offsets, wants_dw, *codes)
-        return y
-
-    def _weight_codes(self, transposed: bool) -> tuple[torch.Tensor, ...]:
+    def weight_codes(self, transposed: bool) -> tuple[torch.Tensor, ...]:
         """Codes and scales of the weight, and of its transpose if that is wanted."""
         weight = self.weight.detach()
         # What a graph replays, or a compiler traces, quantizes the weight that is there then.
         is_recorded = torch.compiler.is_compiling() or (
             weight.is_cuda and torch.cuda.is_current_stream_capturing()
         )
-        if not self.keep_codes or is_recorded:
+        if not self.keep_codes or is_recorded or weight.is_inference():
             return _quantize(weight, (BLOCK, BLOCK), transposed)
         key = weight.data_ptr(), weight._version, weight.shape, weight.dtype, weight.device
         if self._kept is None or self._kept[0] != key or (transposed and len(self._kept[1]) < 4):
@@ -113,7 +104,9 @@ class Fp8Linear(_Layer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_input(x, self.in_features)
-        y = self._multiply(x.reshape(-1, self.in_features), self.bias, None)
+        rows = x.reshape(-1, self.in_features)
+        codes = self.weight_codes(torch.is_grad_enabled() and x.requires_grad)
+        y = multiply(rows, self.weight, codes, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -169,7 +162,8 @@ class Fp8GroupedLinear(_Layer):
             problem = of_k_groups(self.in_features, self.num_groups)
             if fault := find_fault(problem, to_numpy(offsets.cpu()), len(x)):
                 raise ProblemError(fault)
-        return self._multiply(x, None, offsets)
+        codes = self.weight_codes(torch.is_grad_enabled() and x.requires_grad)
+        return multiply(x, self.weight, codes, offsets=offsets)
 
     def extra_repr(self) -> str:
         features = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -191,11 +185,24 @@ def _check_input(x: torch.Tensor, in_features: int) -> None:
         )
 
 
-class _Product(torch.autograd.Function):  # type: ignore[misc]
-    """x W^T + bias, or with offsets x W[g]^T for the rows of each group.
+def multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    codes: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x W^T + bias, or with offsets x W[g]^T for the rows of each group, of the weight's `codes`.
 
-    weight_codes : codes and scales of the weight, and of its transpose if x needs a gradient
+    codes : those of `weight_codes`, with the transpose's if x needs a gradient
     """
+    wants_dw = torch.is_grad_enabled() and weight.requires_grad
+    y: torch.Tensor = _Product.apply(x, weight, bias, offsets, wants_dw, *codes)
+    return y
+
+
+class _Product(torch.autograd.Function):  # type: ignore[misc]
+    """`multiply`."""
 
     @staticmethod
     def forward(

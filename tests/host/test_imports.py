@@ -58,6 +58,7 @@ ALLOWED |= {
     "tuning.bench_fused": _before | {"runtime", "tuning", "tuning.bench_grouped", "api"},
     "tuning.report_grouped": {"tuning.bench", "tuning.bench_grouped", "tuning.report"},
     "tuning.report_mla": {"errors", "tuning.bench_mla", "tuning.report"},
+    "tuning.bench_linear": {"nn"},
     "tuning.operands": {"api_quantize"},  # that are timed and checked
     "tuning.measure": _before | {"api", "api_quantize"},  # checks, and times, what may be recorded
     "tuning.timing": {"errors"},  # of any call
@@ -104,7 +105,7 @@ ALLOWED |= {
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"}
     | {"tuning.bench_fused", "tuning.bench_mla", "tuning.report_mla"}
-    | {"tuning.load", "build", "plans", "problem", "runtime"},
+    | {"tuning.bench_linear", "tuning.load", "build", "plans", "problem", "runtime"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
     "cli_explain": _before
     | {"runtime", "build", "control", "epilogues", "schedule_text", "tuning"},
@@ -135,6 +136,7 @@ LAZY: dict[str, set[str]] = {
         "tuning.bench",
         "tuning.bench_fused",
         "tuning.bench_grouped",
+        "tuning.bench_linear",
         "tuning.bench_mla",
         "tuning.host",
         "tuning.peers",
