@@ -85,6 +85,8 @@ def select_kernels(
 ) -> list[tuple[AnyProblem, AnySchedule]]:
     """Each kernel that calls launch for the problems once, as `jitgen.build.prebuild` takes it.
 
+    With GEMMs comes the kernel of `jitgen.quantize` for their activations, in bfloat16.
+
     Parameters
     ----------
     pairs : problems with every m to choose for
@@ -101,7 +103,10 @@ def select_kernels(
             return [QuantizationSchedule()]
         return [select(problem, m, gpu, batch_invariant=batch_invariant)]
 
-    kernels = ((problem, found) for problem, m in pairs for found in schedules(problem, m))
+    problems = list(pairs)
+    if any(isinstance(problem, Gemm) for problem, _ in problems):
+        problems.append((Quantization(), 1))
+    kernels = ((problem, found) for problem, m in problems for found in schedules(problem, m))
     return list(dict.fromkeys(kernels))
 
 
