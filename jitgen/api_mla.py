@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .api import quantize
+from .api_quantize import quantize
 from .arrays import numpy_view
 from .arrays_mla import NAMES, check_mla_call, check_mla_out
 from .calls_mla import mla_on_device

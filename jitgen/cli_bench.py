@@ -225,6 +225,30 @@ def bench_mla(
     report_mla.print_result(make_console(), result)
 
 
+@bench_app.command("linear")
+def bench_linear(
+    tokens: Annotated[int, typer.Option(min=1, help="Rows of x.")] = 4096,
+    in_features: Annotated[int, typer.Option(min=16, help="Columns of x.")] = 7168,
+    out_features: Annotated[
+        list[int] | None, typer.Option(min=16, help="Columns of y; repeatable.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """A training step of jitgen.nn.Fp8Linear beside torch's linear in bfloat16."""
+    from . import __version__
+    from .tuning import bench, report
+    from .tuning import bench_linear as linear
+
+    device = bench.check_machine()
+    shapes = [linear.LinearShape(tokens, in_features, n) for n in out_features or (2112, 4096)]
+    rows = list(linear.bench_linear(shapes))
+    if json_file:
+        meta = {"gpu": device.name, "jitgen": __version__, "method": linear.METHOD}
+        meta["command"] = report.command_line(sys.argv[1:])
+        write_json(json_file, {"meta": meta, "rows": [row.to_json() for row in rows]})
+    linear.print_rows(make_console(), rows)
+
+
 @bench_app.command("load")
 def bench_load(
     n: Annotated[int, typer.Option(min=8, help="Columns of D.")] = 2112,

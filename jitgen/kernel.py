@@ -120,7 +120,8 @@ class Kernel:
                     ]
             elif isinstance(stmt, Store):
                 span = stmt.src.swizzle_bytes
-                maps.append(TensorMapParameter(stmt.dst, stmt.box, span, stmt.adds))
+                is_apart = is_k_grouped(self.problem)
+                maps.append(TensorMapParameter(stmt.dst, stmt.box, span, is_apart))
                 if stmt.by_row:
                     groups.append(PointerParameter(stmt.dst, "d", is_output=True))
                     groups.append(StrideParameter(stmt.dst, len(stmt.dst.dims) - 2, "d_stride"))

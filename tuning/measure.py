@@ -14,7 +14,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..api import gemm, grouped_gemm, quantize
+from ..api import gemm, grouped_gemm
+from ..api_quantize import quantize
 from ..dtypes import E4M3, F32
 from ..errors import (
     CandidateError,

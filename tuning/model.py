@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 
 from ..groups import planned_rows, spread_rows
-from ..problem import MAX_EXTENT, Gemm, GroupedGemm, as_tuned, is_k_grouped
+from ..problem import MAX_EXTENT, Gemm, GroupedGemm, adds_to_d, as_tuned, is_k_grouped
 from ..problem_mla import MlaDecode
 from ..schedule import (
     BLOCK_K,
@@ -95,8 +95,8 @@ def _predict_us(problem: Gemm, s: Schedule, m: int, num_sms: int, clocks_per_blo
     compute_us = _compute_us(problem, s, min(m, s.block_m), clocks_per_block, end, rounds)
     d_bytes = m * problem.n * problem.d_dtype.size_bytes
     bytes_moved = (m + problem.n) * problem.k + d_bytes
-    if is_k_grouped(problem):  # D is read and written
-        bytes_moved = matrices * ((m + problem.n) * TYPICAL_K + 2 * d_bytes)
+    if is_k_grouped(problem):  # what D is added to is read too
+        bytes_moved = matrices * ((m + problem.n) * TYPICAL_K + (1 + adds_to_d(problem)) * d_bytes)
     return FIXED_US + _soft_max(compute_us, bytes_moved / HBM_BYTES_PER_US)
 
 
