@@ -219,7 +219,7 @@ def _interpret(
         kernel,
         arrays,
         softmax_scale=about.scale_log2 / LOG2_E,
-        num_parts=num_parts(kernel.body.tiles, H100.num_sms),
+        num_parts=num_parts(kernel.body.tiles, H100.num_sms, kernel.schedule.meet),
     )
     if out is None:
         return o, lse

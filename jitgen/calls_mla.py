@@ -174,7 +174,7 @@ def _prepare(
     launches = LaunchPool(
         loaded,
         _arguments(kernel, about),
-        grid=num_parts(kernel.body.tiles, gpu.num_sms) * kernel.body.tiles,
+        grid=num_parts(kernel.body.tiles, gpu.num_sms, schedule.meet) * kernel.body.tiles,
         num_threads=kernel.num_threads,
         is_cooperative=True,
     )

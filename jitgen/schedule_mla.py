@@ -15,12 +15,12 @@ BLOCK_KEYS = 64  # keys that a math warpgroup scores at a time
 CHUNK_COLUMNS = 64  # of 16 bits: 128 bytes, the swizzle span
 CHUNK_BYTES = 64 * 128
 GROUP_CHUNKS = 2  # chunks of a block of keys that arrive together, of a plain cache
-NUM_WARPS = 12  # of a block: two math warpgroups and the producer's
 LOADER_WARPS = 4  # of the producer that decode an FP8 cache, each its share of every block of keys
 FP8_REGISTERS = (88, 208)  # a thread of the producer, and of the math warpgroups: as REGISTER_SPLIT
 REGISTER_CHUNKS = 1
 ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
-EVICT_FIRST_BLOCKS = 32  # of 132 parts 300 MB: beyond, keys lose 2%, below they gain up to 9%
+EVICT_FIRST_BLOCKS = 16  # a tile; of 132 parts 150 MB: beyond, keys lose 2%, below they gain 10%
+H100_SMS = 132
 WALKER_BYTES = 56  # of a plan on its way: ibid.
 
 
@@ -31,6 +31,8 @@ class MlaSchedule:
         merging a sequence's parts, and read the same keys
     cluster : thread blocks that work on neighbouring tiles of a sequence and share its keys, 1 or 2
     num_stages : blocks of 64 keys in shared memory, 2 or 4
+    meet : 2 if the thread blocks of parts 2 i and 2 i + 1 of a tile form a cluster: what they have
+        of one sequence meets in shared memory, where each sequence has parts of its own; else 1
     prefetch : blocks of keys by which loads into L2 run ahead of those into shared memory, 0 for
         none
     overhead : what a sequence costs beside its keys, in blocks of keys, when parts of equal cost
@@ -47,6 +49,7 @@ class MlaSchedule:
 
     tile_rows: int = TILE_ROWS
     cluster: int = 1
+    meet: int = 1
     num_stages: int = 2
     prefetch: int = 0
     overhead: int = 3
@@ -57,8 +60,8 @@ class MlaSchedule:
 
     def __str__(self) -> str:
         return (
-            f"tile_rows={self.tile_rows} cluster={self.cluster} num_stages={self.num_stages}"
-            f" prefetch={self.prefetch} overhead={self.overhead} slack={self.slack}"
+            f"tile_rows={self.tile_rows} cluster={self.cluster} meet={self.meet}"
+            f" num_stages={self.num_stages} prefetch={self.prefetch} overhead={self.overhead} slack={self.slack}"
             f" evict_first={self.evict_first} score_ahead={self.score_ahead} whole={self.whole}"
         )
 
@@ -77,9 +80,9 @@ class MlaSmemPlan:
     p: int  # of the first math warpgroup; that of the second lies over the last chunk of queries
     states: int  # maxima and sums that the math warpgroups exchange
     barriers: int
+    maxima: int  # of the cluster's other part
     announcement: int
     walkers: int  # of the producer's warps, which decode an FP8 cache
-    scratch: int  # of the plan
     total_bytes: int
 
 
@@ -115,7 +118,12 @@ def num_barriers(problem: MlaDecode, schedule: MlaSchedule) -> int:
     In sparse decode a stage has 8 bytes more, which say what keys there are.
     """
     groups = -(-num_chunks(problem) // group_chunks(problem))
-    return schedule.num_stages * (groups + 2 + problem.sparse) + 2
+    return schedule.num_stages * (groups + 2 + problem.sparse) + 2 + num_meet_barriers(schedule)
+
+
+def num_meet_barriers(schedule: MlaSchedule) -> int:
+    """For maxima, and for sums and outputs, of the other part of a cluster."""
+    return 2 if schedule.meet > 1 else 0
 
 
 def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
@@ -126,9 +134,9 @@ def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
         "p": CHUNK_BYTES,
         "states": 4 * TILE_ROWS * 4,
         "barriers": 8 * num_barriers(problem, schedule),
+        "maxima": (schedule.meet - 1) * schedule.tile_rows * 4,
         "announcement": ANNOUNCEMENT_BYTES,
         "walkers": LOADER_WARPS * WALKER_BYTES if problem.is_fp8 else 0,
-        "scratch": 4 * (NUM_WARPS + 2 + schedule.slack),
     }
     offset, offsets = 0, {}
     for name, size in sizes.items():
@@ -137,10 +145,10 @@ def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
     return MlaSmemPlan(**offsets, total_bytes=offset)
 
 
-def num_parts(tiles: int, num_sms: int) -> int:
+def num_parts(tiles: int, num_sms: int, meet: int = 1) -> int:
     """Parts that the keys of all sequences are cut into for each of `tiles` tiles: as many as run
-    at once, at least one."""
-    return max(num_sms // tiles, 1)
+    at once in clusters of `meet`, at least one cluster."""
+    return max(num_sms // (tiles * meet), 1) * meet
 
 
 def select_mla(
@@ -157,7 +165,8 @@ def select_mla(
     is_single = batch == 1 and not batch_invariant
     if problem.is_fp8:
         return MlaSchedule(num_stages=stages, score_ahead=True, whole=batch_invariant)
-    ahead = num_tiles(problem) >= 4
+    tiles = num_tiles(problem)
+    ahead = tiles >= 4
     if is_single:
         # Its parts have few keys: what they leave for the merge counts, and that they need not wait
         # for each other.
@@ -165,14 +174,17 @@ def select_mla(
         return MlaSchedule(
             tile_rows=32 if is_split else TILE_ROWS,
             num_stages=stages,
-            evict_first=EVICT_FIRST_BLOCKS,
+            evict_first=2 * EVICT_FIRST_BLOCKS,
             score_ahead=ahead,
         )
-    if num_tiles(problem) % 2 == 0:
-        return MlaSchedule(
-            cluster=2, num_stages=stages, prefetch=1, score_ahead=ahead, whole=batch_invariant
-        )
-    return MlaSchedule(num_stages=stages, evict_first=EVICT_FIRST_BLOCKS, whole=batch_invariant)
+    has_pairs = not batch_invariant and num_parts(tiles, H100_SMS, 2) * tiles > 0.95 * H100_SMS
+    return MlaSchedule(
+        meet=2 if has_pairs else 1,
+        num_stages=stages,
+        evict_first=EVICT_FIRST_BLOCKS * min(tiles, 4),
+        score_ahead=ahead,
+        whole=batch_invariant,
+    )
 
 
 def mla_schedules(problem: MlaDecode, *, batch_invariant: bool = False) -> tuple[MlaSchedule, ...]:
@@ -188,6 +200,7 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
     for name, legal in (
         ("tile_rows", (32, 64)),
         ("cluster", (1, 2)),
+        ("meet", (1, 2)),
         ("num_stages", (2, 4)),
         ("prefetch", range(9)),
         ("overhead", range(1, 65)),
@@ -204,6 +217,11 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
         raise ScheduleError(
             f"cluster = {schedule.cluster} does not divide the {tiles} tiles of"
             f" {problem.num_rows} query rows: choose 1"
+        )
+    if schedule.meet > 1 and (schedule.cluster > 1 or schedule.whole or problem.is_fp8):
+        raise ScheduleError(
+            f"meet = {schedule.meet}: of tiles that share keys, of sequences that are whole, and of"
+            " those over an FP8 cache, no parts meet: choose 1"
         )
     if problem.is_fp8 and (
         schedule.cluster > 1 or schedule.prefetch > 1 or schedule.evict_first > 0

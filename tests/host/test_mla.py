@@ -22,7 +22,13 @@ from jitgen.lower import lower_any
 from jitgen.lower_mla import lower_mla
 from jitgen.numerics_16 import wgmma_16
 from jitgen.problem_mla import HEAD_DIMS, PAGES, check_mla
-from jitgen.schedule_mla import check_mla_schedule, mla_schedules, num_parts, num_tiles, select_mla
+from jitgen.schedule_mla import (
+    check_mla_schedule,
+    mla_schedules,
+    num_parts,
+    num_tiles,
+    select_mla,
+)
 
 from .conftest import SameBits
 
@@ -118,6 +124,10 @@ def test_check_mla_rejects(change: dict[str, Any], message: str) -> None:
         (MlaDecode(16), MlaSchedule(cluster=2), "cluster = 2 does not divide the 1 tiles of 16"),
         (MlaDecode(16), MlaSchedule(num_stages=3), "num_stages = 3 must be one of 2, 4"),
         (MlaDecode(16), MlaSchedule(num_stages=4), "lower num_stages"),
+        (MlaDecode(16), MlaSchedule(meet=3), "meet = 3 must be one of 1, 2"),
+        (MlaDecode(128), MlaSchedule(cluster=2, meet=2), "no parts meet: choose 1"),
+        (MlaDecode(16), MlaSchedule(meet=2, whole=True), "no parts meet: choose 1"),
+        (MlaDecode(16, cache="fp8"), MlaSchedule(meet=2), "no parts meet: choose 1"),
         (MlaDecode(16), MlaSchedule(overhead=0), "overhead = 0"),
         (MlaDecode(16), MlaSchedule(prefetch=-1), "prefetch = -1"),
         (MlaDecode(16), MlaSchedule(score_ahead=1), "score_ahead = 1"),  # type: ignore[arg-type]
@@ -178,6 +188,16 @@ def test_split_covers_every_block_once_in_parts_of_equal_cost(
     assert seen == [(sequence, block) for sequence, n in enumerate(blocks) for block in range(n)]
     empty = [segment.sequence for segments in parts for segment in segments if not segment.end]
     assert empty == [sequence for sequence, n in enumerate(blocks) if n == 0]
+
+
+@given(st.lists(st.integers(-1, 5000), min_size=1, max_size=40), st.integers(1, 132))
+def test_split_apart_gives_each_part_one_segment(lengths: list[int], count: int) -> None:
+    split = Split(64, 3, 8)
+    if split.is_apart(lengths, count):
+        assert all(len(segments) <= 1 for segments in split.parts(lengths, count))
+    assert split.is_apart([5000], count)
+    assert split.is_apart([640] * 4, 8)
+    assert not split.is_apart([640] * 9, 8)
 
 
 @given(
@@ -385,6 +405,8 @@ def test_num_parts_is_what_runs_at_once() -> None:
     assert num_parts(1, 132) == 132
     assert num_parts(4, 132) == 33
     assert num_parts(16, 4) == 1
+    assert [num_parts(tiles, 132, 2) for tiles in (1, 2, 3, 4, 16)] == [132, 66, 44, 32, 8]
+    assert num_parts(16, 4, 2) == 2
     assert num_tiles(MlaDecode(100)) == 2
     assert num_tiles(MlaDecode(100), 32) == 4
     assert MlaDecode(1).dtype == BF16
