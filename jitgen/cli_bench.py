@@ -120,17 +120,18 @@ def bench_grouped(
 @bench_app.command("report")
 def bench_report(
     json_files: Annotated[
-        list[Path], typer.Argument(help="What `bench gemm --json` or `bench mla --json` wrote.")
+        list[Path],
+        typer.Argument(help="What `bench gemm`, `bench grouped` or `bench mla` wrote as JSON."),
     ],
     markdown: Annotated[
-        Path | None, typer.Option(help="Write a report here, and a GEMM's plot beside it.")
+        Path | None, typer.Option(help="Write a report here, and a plot of `bench gemm` beside it.")
     ] = None,
 ) -> None:
     """The report of an earlier benchmark again, of MLA decode from one file or several.
 
     Needs no GPU.
     """
-    from .tuning import report, report_mla
+    from .tuning import report, report_grouped, report_mla
 
     found = [read_json(path) for path in json_files]
     if all(isinstance(data, dict) and data.get("family") == report_mla.FAMILY for data in found):
@@ -140,6 +141,11 @@ def bench_report(
         return report_mla.print_result(make_console(), decode)
     if len(found) > 1:
         raise typer.BadParameter("only results of `bench mla` are reported together")
+    if isinstance(found[0], dict) and "fused" in found[0]:
+        grouped = report_grouped.GroupedResult.from_json(found[0])
+        if markdown:
+            write_text(markdown, report_grouped.render_markdown(grouped))
+        return report_grouped.print_result(make_console(), grouped)
     result = report.Result.from_json(found[0])
     if markdown:
         _write_report(markdown, result)
