@@ -61,8 +61,9 @@ class MlaSchedule:
     def __str__(self) -> str:
         return (
             f"tile_rows={self.tile_rows} cluster={self.cluster} meet={self.meet}"
-            f" num_stages={self.num_stages} prefetch={self.prefetch} overhead={self.overhead} slack={self.slack}"
-            f" evict_first={self.evict_first} score_ahead={self.score_ahead} whole={self.whole}"
+            f" num_stages={self.num_stages} prefetch={self.prefetch} overhead={self.overhead}"
+            f" slack={self.slack} evict_first={self.evict_first} score_ahead={self.score_ahead}"
+            f" whole={self.whole}"
         )
 
     @property
