@@ -210,7 +210,10 @@ def _interpret(
     if out is not None:
         check_mla_out(numpy_view("out", out), about.problem, about.batch)
     chosen = schedule or select_mla(
-        about.problem, batch=about.batch, batch_invariant=batch_invariant
+        about.problem,
+        batch=about.batch,
+        max_keys=about.max_keys,
+        batch_invariant=batch_invariant,
     )
     kernel = lower_mla(about.problem, chosen)
     if about.problem.sparse and "topk_length" not in arrays:

@@ -169,7 +169,9 @@ def _prepare(
     outputs.append(ArrayView("lse", F32, (shape[0], shape[2], shape[1]), ()))
     if about.batch == 0:
         return Call(device, outputs, None), about
-    schedule = schedule or select_mla(problem, batch=about.batch, batch_invariant=batch_invariant)
+    schedule = schedule or select_mla(
+        problem, batch=about.batch, max_keys=about.max_keys, batch_invariant=batch_invariant
+    )
     kernel, loaded = load(problem, schedule, device.index)
     launches = LaunchPool(
         loaded,

@@ -21,6 +21,7 @@ REGISTER_CHUNKS = 1
 ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
 EVICT_FIRST_BLOCKS = 16  # a tile; of 132 parts 150 MB: beyond, keys lose 2%, below they gain 10%
 H100_SMS = 132
+SHORT_KEYS = 12288  # of one sequence: up to there more blocks of fewer rows win
 WALKER_BYTES = 56  # of a plan on its way: ibid.
 
 
@@ -153,14 +154,19 @@ def num_parts(tiles: int, num_sms: int, meet: int = 1) -> int:
 
 
 def select_mla(
-    problem: MlaDecode, *, batch: int | None = None, batch_invariant: bool = False
+    problem: MlaDecode,
+    *,
+    batch: int | None = None,
+    max_keys: int | None = None,
+    batch_invariant: bool = False,
 ) -> MlaSchedule:
     """The schedule that measured best on an H100 for problems of this kind.
 
     Parameters
     ----------
     batch : sequences of the call; None for many
-    batch_invariant : as for `mla_decode`; `batch` does not matter then
+    max_keys : that a sequence may have; None for many
+    batch_invariant : as for `mla_decode`; the others do not matter then
     """
     stages = 2 if problem.head_dim_qk > 320 else 4
     is_single = batch == 1 and not batch_invariant
@@ -171,7 +177,8 @@ def select_mla(
     if is_single:
         # Its parts have few keys: what they leave for the merge counts, and that they need not wait
         # for each other.
-        is_split = problem.num_queries == 1 and problem.num_rows > 32
+        is_short = max_keys is not None and max_keys <= SHORT_KEYS
+        is_split = problem.num_queries == 1 and 32 < problem.num_rows <= (128 if is_short else 64)
         return MlaSchedule(
             tile_rows=32 if is_split else TILE_ROWS,
             num_stages=stages,
@@ -190,7 +197,11 @@ def select_mla(
 
 def mla_schedules(problem: MlaDecode, *, batch_invariant: bool = False) -> tuple[MlaSchedule, ...]:
     """Every schedule that `select_mla` chooses for `problem`: of many sequences first."""
-    found = (select_mla(problem, batch=n, batch_invariant=batch_invariant) for n in (None, 1))
+    calls = ((None, None), (1, None), (1, SHORT_KEYS))
+    found = (
+        select_mla(problem, batch=n, max_keys=keys, batch_invariant=batch_invariant)
+        for n, keys in calls
+    )
     return tuple(dict.fromkeys(found))
 
 

@@ -397,6 +397,12 @@ def test_small_tiles_take_one_query_token() -> None:
 def test_select_mla_knows_a_single_sequence() -> None:
     assert select_mla(MlaDecode(64), batch=1).tile_rows == 32
     assert select_mla(MlaDecode(64), batch=2) == select_mla(MlaDecode(64))
+    rows = [select_mla(MlaDecode(128), batch=1, max_keys=n).tile_rows for n in (8192, 16384)]
+    assert rows == [32, 64]
+    assert len(mla_schedules(MlaDecode(128))) == 3
+    assert select_mla(MlaDecode(64)).meet == 2
+    assert select_mla(MlaDecode(64), batch_invariant=True).meet == 1
+    assert select_mla(MlaDecode(128, 6)).meet == 1  # 12 tiles: 120 blocks of 132 would run
     whole = select_mla(MlaDecode(64), batch=1, batch_invariant=True)
     assert whole == select_mla(MlaDecode(64), batch_invariant=True)
 
