@@ -185,9 +185,11 @@ def select_mla(
             evict_first=2 * EVICT_FIRST_BLOCKS,
             score_ahead=ahead,
         )
-    has_pairs = not batch_invariant and num_parts(tiles, H100_SMS, 2) * tiles > 0.95 * H100_SMS
+    # Two parts or more a sequence, if that leaves hardly a multiprocessor idle.
+    parts = num_parts(tiles, H100_SMS, 2)
+    is_shared = batch is not None and 2 * batch <= parts and parts * tiles > 0.95 * H100_SMS
     return MlaSchedule(
-        meet=2 if has_pairs else 1,
+        meet=2 if is_shared and not batch_invariant else 1,
         num_stages=stages,
         evict_first=EVICT_FIRST_BLOCKS * min(tiles, 4),
         score_ahead=ahead,
@@ -196,8 +198,9 @@ def select_mla(
 
 
 def mla_schedules(problem: MlaDecode, *, batch_invariant: bool = False) -> tuple[MlaSchedule, ...]:
-    """Every schedule that `select_mla` chooses for `problem`: of many sequences first."""
-    calls = ((None, None), (1, None), (1, SHORT_KEYS))
+    """Every schedule that `select_mla` chooses for `problem`: of many sequences first, then of a
+    few, and of one."""
+    calls = ((None, None), (2, None), (1, None), (1, SHORT_KEYS))
     found = (
         select_mla(problem, batch=n, max_keys=keys, batch_invariant=batch_invariant)
         for n, keys in calls
