@@ -172,27 +172,21 @@ def select_mla(
     is_single = batch == 1 and not batch_invariant
     if problem.is_fp8:
         return MlaSchedule(num_stages=stages, score_ahead=True, whole=batch_invariant)
-    tiles = num_tiles(problem)
-    ahead = tiles >= 4
-    if is_single:
-        # Its parts have few keys: what they leave for the merge counts, and that they need not wait
-        # for each other.
-        is_short = max_keys is not None and max_keys <= SHORT_KEYS
-        is_split = problem.num_queries == 1 and 32 < problem.num_rows <= (128 if is_short else 64)
-        return MlaSchedule(
-            tile_rows=32 if is_split else TILE_ROWS,
-            num_stages=stages,
-            evict_first=2 * EVICT_FIRST_BLOCKS,
-            score_ahead=ahead,
-        )
-    # Two parts or more a sequence, if that leaves hardly a multiprocessor idle.
+    # Parts of one sequence have few keys: with tiles of fewer rows they leave less for the merge.
+    is_short = max_keys is not None and max_keys <= SHORT_KEYS
+    is_split = problem.num_queries == 1 and 32 < problem.num_rows <= (128 if is_short else 64)
+    tile_rows = 32 if is_single and is_split else TILE_ROWS
+    tiles = num_tiles(problem, tile_rows)
+    # Two parts or more of each of a few sequences, if that leaves hardly a multiprocessor idle.
     parts = num_parts(tiles, H100_SMS, 2)
-    is_shared = batch is not None and 2 * batch <= parts and parts * tiles > 0.95 * H100_SMS
+    is_few = batch is not None and not is_single and 2 * batch <= parts
+    has_pairs = is_few and not batch_invariant and parts * tiles > 0.95 * H100_SMS
     return MlaSchedule(
-        meet=2 if is_shared and not batch_invariant else 1,
+        tile_rows=tile_rows,
+        meet=2 if has_pairs else 1,
         num_stages=stages,
         evict_first=EVICT_FIRST_BLOCKS * min(tiles, 4),
-        score_ahead=ahead,
+        score_ahead=num_tiles(problem) >= 4,
         whole=batch_invariant,
     )
 
