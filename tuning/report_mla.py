@@ -7,16 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .bench_mla import (
-    ABSOLUTE_ERROR,
-    COSINE_ERROR,
     FORMS,
-    LSE_ERROR,
-    RELATIVE_ERROR,
     SPARSE_KEYS,
     MlaRow,
     known_geomean,
     mla_baseline_meta,
 )
+from .operands_mla import ABSOLUTE_ERROR, COSINE_ERROR, LSE_ERROR, RELATIVE_ERROR
 from .report import Cell, Meta, common_meta, figure_cell, reading, section, table
 
 if TYPE_CHECKING:
