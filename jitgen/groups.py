@@ -19,7 +19,7 @@ from .problem import Gemm, GroupedGemm, is_k_grouped, is_masked
 
 Values = NDArray[Any]
 ROW_PADDING = 128  # rows of which groups that are named row by row are often made a multiple
-MAX_RESERVE = 64  # rows: half of the tiles' that large groups take
+MAX_RESERVE = 64  # rows: half a tile of those that large groups take
 GOLDEN_RATIO = 0.6180339887  # multiples of which spread evenly over 0..1, whole parts left out
 
 
