@@ -20,6 +20,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from ..problem_mla import HEAD_DIMS, MAX_HEADS, MAX_QUERIES
+from .torch_ops import operators
 
 PAGE = 64  # latents that a block of the kernel reads
 FIRST_CAPACITY = 256
@@ -168,7 +169,7 @@ class AbsorbedAttention(DeepseekV3Attention):  # type: ignore[misc]
         nope, rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q = torch.cat((torch.matmul(nope, self.w_uk), rope), dim=-1).transpose(1, 2).contiguous()
         table, lengths = latents.shared.windows(latents, mask)
-        o, _ = torch.ops.jitgen.mla_decode(
+        o, _ = operators().mla_decode(
             *(q, latents.blocks(), table, lengths),
             head_dim_v=self.kv_lora_rank,
             softmax_scale=scaling,

@@ -18,8 +18,8 @@ from transformers.integrations.finegrained_fp8 import FP8Experts, FP8GroupedLine
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from ..problem import Gemm, supports
-from . import torch_ops  # noqa: F401, registers torch.ops.jitgen
 from .latent_attention import AbsorbedAttention, can_absorb
+from .torch_ops import operators
 
 BLOCK = (128, 128)  # of the weights' scales
 
@@ -82,7 +82,7 @@ class Linear(nn.Module):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a, sfa = _inputs.quantize(x)
         bias = self.bias.float() if self.bias is not None else None
-        d = torch.ops.jitgen.gemm(
+        d = operators().gemm(
             a, self.weight, sfa, self.weight_scale_inv, bias=bias, out_dtype=_result(x)
         )
         return d.view(*x.shape[:-1], self.out_features).to(x.dtype)
@@ -123,7 +123,7 @@ class Experts(nn.Module):  # type: ignore[misc]
         a, sfa = _quantize(hidden_states[order // num_chosen])
         of_gate_up = self.gate_up_proj, self.gate_up_proj_scale_inv
         if self.is_swiglu:
-            a, sfa = torch.ops.jitgen.grouped_swiglu(
+            a, sfa = operators().grouped_swiglu(
                 a, of_gate_up[0], sfa, of_gate_up[1], offsets, layout="ragged"
             )
         else:
@@ -145,7 +145,7 @@ class Experts(nn.Module):  # type: ignore[misc]
         offsets: torch.Tensor,
         like: torch.Tensor,
     ) -> torch.Tensor:
-        return torch.ops.jitgen.grouped_gemm(
+        return operators().grouped_gemm(
             a, weight, sfa, scales, offsets, layout="ragged", out_dtype=_result(like)
         )
 
@@ -213,7 +213,7 @@ def _float_scales(scales: nn.Parameter) -> nn.Parameter:
 
 def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of each row's blocks; FP16 goes by float32."""
-    codes, scales = torch.ops.jitgen.quantize(x.float() if x.dtype == torch.float16 else x)
+    codes, scales = operators().quantize(x.float() if x.dtype == torch.float16 else x)
     return codes, scales
 
 

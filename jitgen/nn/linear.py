@@ -20,8 +20,8 @@ import torch
 
 from ..errors import ProblemError
 from ..groups import find_fault
-from ..integrations import torch_ops  # noqa: F401, registers torch.ops.jitgen
 from ..integrations.tensors import to_numpy
+from ..integrations.torch_ops import operators
 from ..problem import K_UNIT, of_k_groups
 
 BLOCK = 128  # rows and columns of a weight that share a scale
@@ -245,10 +245,10 @@ def _quantize(
     """Codes and scales of each matrix of x in blocks[0] x 128, then those of its transpose in
     blocks[1] x 128 if they are wanted."""
     if transposed:
-        made: tuple[torch.Tensor, ...] = torch.ops.jitgen.quantize_both(x, *blocks)
+        made: tuple[torch.Tensor, ...] = operators().quantize_both(x, *blocks)
         return made
     rows = x.reshape(-1, x.shape[-1])  # of a group's matrix they are whole blocks
-    codes, scales = torch.ops.jitgen.quantize(rows, blocks[0])
+    codes, scales = operators().quantize(rows, blocks[0])
     return codes.view_as(x), scales.view(*x.shape[:-2], -1, scales.shape[-1])
 
 
@@ -266,10 +266,10 @@ def _multiply_rows(
     operands = x[0], weight[0], x[1], weight[1]
     y: torch.Tensor
     if offsets is None:
-        y = torch.ops.jitgen.gemm(*operands, bias=bias, out_dtype=dtype)
+        y = operators().gemm(*operands, bias=bias, out_dtype=dtype)
         return y
     y = torch.zeros(len(x[0]), weight[0].shape[1], device=x[0].device, dtype=dtype)
-    torch.ops.jitgen.grouped_gemm_out(*operands, offsets, layout="ragged", out=y)
+    operators().grouped_gemm_out(*operands, offsets, layout="ragged", out=y)
     return y
 
 
@@ -283,12 +283,12 @@ def _multiply_columns(
         groups = () if offsets is None else (len(offsets) - 1,)
         return torch.zeros(*groups, *shape, device=dy[0].device, dtype=dtype)
     if offsets is None:
-        made: torch.Tensor = torch.ops.jitgen.grouped_gemm(
+        made: torch.Tensor = operators().grouped_gemm(
             *operands, _whole(tokens, dy[0].device), layout="k_grouped", out_dtype=dtype
         )
         return made[0]
     dw = torch.zeros(len(offsets) - 1, *shape, device=dy[0].device, dtype=dtype)
-    torch.ops.jitgen.grouped_gemm_out(*operands, offsets, layout="k_grouped", out=dw)
+    operators().grouped_gemm_out(*operands, offsets, layout="k_grouped", out=dw)
     return dw
 
 
