@@ -21,7 +21,6 @@ REGISTER_CHUNKS = 1
 ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
 EVICT_FIRST_BLOCKS = 16  # a tile; of 132 parts 150 MB: beyond, keys lose 2%, below they gain 10%
 H100_SMS = 132
-SHORT_KEYS = 12288  # of one sequence: up to there more blocks of fewer rows win
 WALKER_BYTES = 56  # of a plan on its way: ibid.
 
 
@@ -157,7 +156,6 @@ def select_mla(
     problem: MlaDecode,
     *,
     batch: int | None = None,
-    max_keys: int | None = None,
     batch_invariant: bool = False,
 ) -> MlaSchedule:
     """The schedule that measured best on an H100 for problems of this kind.
@@ -165,16 +163,14 @@ def select_mla(
     Parameters
     ----------
     batch : sequences of the call; None for many
-    max_keys : that a sequence may have; None for many
-    batch_invariant : as for `mla_decode`; the others do not matter then
+    batch_invariant : as for `mla_decode`; `batch` does not matter then
     """
     stages = 2 if problem.head_dim_qk > 320 else 4
     is_single = batch == 1 and not batch_invariant
     if problem.is_fp8:
         return MlaSchedule(num_stages=stages, score_ahead=True, whole=batch_invariant)
     # Parts of one sequence have few keys: with tiles of fewer rows they leave less for the merge.
-    is_short = max_keys is not None and max_keys <= SHORT_KEYS
-    is_split = problem.num_queries == 1 and 32 < problem.num_rows <= (128 if is_short else 64)
+    is_split = problem.num_queries == 1 and problem.num_rows > 32
     tile_rows = 32 if is_single and is_split else TILE_ROWS
     tiles = num_tiles(problem, tile_rows)
     # Two parts or more of each of a few sequences, if that leaves hardly a multiprocessor idle.
@@ -189,17 +185,6 @@ def select_mla(
         score_ahead=num_tiles(problem) >= 4,
         whole=batch_invariant,
     )
-
-
-def mla_schedules(problem: MlaDecode, *, batch_invariant: bool = False) -> tuple[MlaSchedule, ...]:
-    """Every schedule that `select_mla` chooses for `problem`: of many sequences first, then of a
-    few, and of one."""
-    calls = ((None, None), (2, None), (1, None), (1, SHORT_KEYS))
-    found = (
-        select_mla(problem, batch=n, max_keys=keys, batch_invariant=batch_invariant)
-        for n, keys in calls
-    )
-    return tuple(dict.fromkeys(found))
 
 
 def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A) -> None:
