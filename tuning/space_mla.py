@@ -20,7 +20,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "cluster": (1, 2),
     "meet": (1, 2),
     "prefetch": (0, 1),
-    "evict_first": (0, EVICT_FIRST_BLOCKS, 4 * EVICT_FIRST_BLOCKS),
+    "evict_first": tuple(EVICT_FIRST_BLOCKS * tiles for tiles in range(5)),
     "score_ahead": (False, True),
 }
 

@@ -5,8 +5,8 @@
 
 namespace jitgen {
 
-// Barriers at kBarriers count bytes that the other part sends: the first those of its maxima, [row], the second those of
-// outputs, [half of the columns][warp][group of 8 columns][lane], four each, and of its rows' sums, [row].
+// Barriers at kBarriers count bytes that the other part sends: the first those of its maxima, [row], the second those
+// of outputs, [half of the columns][warp][group of 8 columns][lane], four each, and of its rows' sums, [row].
 template <class Outcome, u32 kBarriers, u32 kMaxima, u32 kSums, u32 kOutputs> struct Meeting {
     static constexpr u32 kGroups = Outcome::kHalfV / 8, kOwnGroups = kGroups / 2;  // of a half's columns
     u32 smem, rank;

@@ -1,6 +1,7 @@
-// The split-KV plan, made by the producer's warps of every thread block from the lengths of the sequences (jitgen/ir_mla.py, Split):
-// a part owns the blocks of keys in a range of costs, and so at most two sequences that it shares with other parts: its
-// first and its last. With kWhole it owns the sequences whose cost begins in the range, and shares none.
+// The split-KV plan, made by the producer's warps of every thread block, each for itself, from the lengths of the
+// sequences (jitgen/ir_mla.py, Split): a part owns the blocks of keys in a range of costs, and so at most two sequences
+// that it shares with other parts: its first and its last. With kWhole it owns the sequences whose cost begins in the
+// range, and shares none.
 #pragma once
 #include "jitgen/attention.cuh"
 
@@ -70,8 +71,8 @@ template <class Lengths, u32 kBlockKeys, u32 kOverhead, u32 kSlack, bool kWhole>
         return sum;
     }
 
-    // Whether the sequences fit into parts of that span: each into parts of its own or, if there are more sequences than
-    // parts, side by side with none cut at a part's bounds but one that begins there.
+    // Whether the sequences fit into parts of that span: each into parts of its own or, if there are more sequences
+    // than parts, side by side with none cut at a part's bounds but one that begins there.
     __device__ __forceinline__ bool fits(u32 first_blocks, u32 num_parts, u32 span) const {
         u32 before = 0;
         if (num_sequences <= num_parts) {

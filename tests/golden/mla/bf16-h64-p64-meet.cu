@@ -239,7 +239,7 @@ template <u32 kHalf> struct Math {
     __device__ __forceinline__ void run(u32 num_keys, u32 first_block, u32 count, u32 index, u32 tile) {
         length = num_keys;
 #pragma unroll
-        for (u32 row = 0; row < 2; ++row) limits[row] = limit(tile * kTileRows + warp_row + lane / 4 + row * 8);
+        for (u32 row = 0; row < 2; ++row) limits[row] = limit(tile * kTileRows + warp_row + opaque(lane) / 4 + row * 8);
         first_limit = limit(tile * kTileRows);
         state = {};
 #pragma unroll
@@ -485,7 +485,8 @@ __device__ __forceinline__ void merge(u32 smem_base, const Announcement& announc
 
 // The producer's leader tells of a segment, of the end if there is none, and has the queries loaded.
 __device__ __forceinline__ void announce(Announcement& announced, Segment& segment, bool is_some, bool is_apart,
-                                         u32& num_shared, u32 smem_base, u32 q_phase, const TensorMap& map_q, u32 tile) {
+                                         u32& num_shared, u32 smem_base, u32 q_phase, const TensorMap& map_q,
+                                         u32 tile) {
     const u32 q_full = smem_base + kSmemQueryBarriers, q_empty = q_full + 8;
     if (!is_some) segment.sequence = kNoSequence;
     mbarrier_wait(q_empty, q_phase);
@@ -569,7 +570,9 @@ void flash_fwd_splitkv_mla_kernel_bf16_h64_q1_d576x512_p64_r64_c1_m2_s2_f0_o3_t8
             for (u32 q_phase = 1;; q_phase ^= 1) {
                 const bool is_some = walker.next(segment);
                 auto tell = [&] {
-                    if (is_leader) announce(announced, segment, is_some, walker.is_apart(), num_shared, smem_base, q_phase, map_q, tile);
+                    if (is_leader)
+                        announce(announced, segment, is_some, walker.is_apart(), num_shared, smem_base, q_phase, map_q,
+                                 tile);
                     __syncwarp();
                 };
                 // The first queries go ahead of the keys, later ones behind as many keys as there is room for.

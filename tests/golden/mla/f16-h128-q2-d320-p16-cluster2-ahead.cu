@@ -236,7 +236,7 @@ template <u32 kHalf> struct Math {
     __device__ __forceinline__ void run(u32 num_keys, u32 first_block, u32 count, u32 index, u32 tile) {
         length = num_keys;
 #pragma unroll
-        for (u32 row = 0; row < 2; ++row) limits[row] = limit(tile * kTileRows + warp_row + lane / 4 + row * 8);
+        for (u32 row = 0; row < 2; ++row) limits[row] = limit(tile * kTileRows + warp_row + opaque(lane) / 4 + row * 8);
         first_limit = limit(tile * kTileRows);
         state = {};
 #pragma unroll
@@ -411,7 +411,8 @@ __device__ __forceinline__ void merge(u32 smem_base, const Announcement& announc
 
 // The producer's leader tells of a segment, of the end if there is none, and has the queries loaded.
 __device__ __forceinline__ void announce(Announcement& announced, Segment& segment, bool is_some, bool is_apart,
-                                         u32& num_shared, u32 smem_base, u32 q_phase, const TensorMap& map_q, u32 tile) {
+                                         u32& num_shared, u32 smem_base, u32 q_phase, const TensorMap& map_q,
+                                         u32 tile) {
     const u32 q_full = smem_base + kSmemQueryBarriers, q_empty = q_full + 8;
     if (!is_some) segment.sequence = kNoSequence;
     mbarrier_wait(q_empty, q_phase);
@@ -494,7 +495,9 @@ void flash_fwd_splitkv_mla_kernel_f16_h128_q2_d320x256_p16_causal_r64_c2_s4_f1_o
             for (u32 q_phase = 1;; q_phase ^= 1) {
                 const bool is_some = walker.next(segment);
                 auto tell = [&] {
-                    if (is_leader) announce(announced, segment, is_some, walker.is_apart(), num_shared, smem_base, q_phase, map_q, tile);
+                    if (is_leader)
+                        announce(announced, segment, is_some, walker.is_apart(), num_shared, smem_base, q_phase, map_q,
+                                 tile);
                     __syncwarp();
                 };
                 // The first queries go ahead of the keys, later ones behind as many keys as there is room for.
