@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ProblemError
 from .bench_mla import (
-    ABSOLUTE_ERROR,
-    COSINE_ERROR,
     FORMS,
-    LSE_ERROR,
-    RELATIVE_ERROR,
     SPARSE_KEYS,
     MlaRow,
     known_geomean,
     mla_baseline_meta,
 )
+from .operands_mla import ABSOLUTE_ERROR, COSINE_ERROR, LSE_ERROR, RELATIVE_ERROR
 from .report import Cell, Meta, figure_cell, section, table
 
 if TYPE_CHECKING:
