@@ -7,7 +7,8 @@ model picks is 3.1% slower than the fastest (geometric mean), 13% at worst; on a
 the fitting 3.7%, 19% at worst.
 
 What grouped GEMMs add was fitted to 664 timings of 40 shapes (2026-11-22): 1 to 64 groups of 8 to
-8192 rows. There the pick is 1.5% slower than the fastest of some ten to twenty, 9% at worst.
+8192 rows. There the pick is 1.5% slower than the fastest of some ten to twenty, 9% at worst. Of 822
+timings of 65 shapes with the kernels that followed it is 1.0% slower, 11% at worst.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ MEMORY_ROW_SHARE = 0.00011
 SKIPPED_SHARE = 0.416
 FIRST_BYTES = 45e6
 LATER_HBM_BYTES_PER_US = 2.92e6
+TWO_WAVES_SHARE = 0.04  # more clocks with 128 rows of groups a math warpgroup
 
 # Two steps an octave from the least row tile on; below it, extents that a schedule may exploit.
 M_BUCKETS = (16, 32, *sorted(base << i for i in range(11) for base in (64, 96))[:-1])
@@ -113,6 +115,7 @@ def _predict_grouped_us(
     idle = 1 - _tile_rows(groups, m, part) * part / (rows * height)
     end = s.mma_tile[0] * slice_columns(s) * EPILOGUE_CLOCKS_PER_ELEMENT + GROUPED_TILE_CLOCKS
     clocks = clocks_per_block * (1 - SKIPPED_SHARE * idle)
+    clocks *= 1 + TWO_WAVES_SHARE * (s.num_waves - 1)
     rounded = rounds + ROUNDING_SHARE * uneven
     compute_us = _compute_us(problem, s, s.block_m, clocks, end, rounded)
     read = (m + min(groups, m) * problem.n) * problem.k
