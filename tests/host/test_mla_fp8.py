@@ -121,9 +121,17 @@ def test_check_mla_rejects(problem: MlaDecode, message: str) -> None:
 
 
 def test_check_mla_schedule_rejects_what_an_fp8_cache_cannot() -> None:
-    for schedule in (MlaSchedule(cluster=2), MlaSchedule(prefetch=2)):
-        with pytest.raises(ScheduleError, match="blocks do not share the keys of an FP8 cache"):
-            check_mla_schedule(replace(DENSE, num_heads=128), schedule)
+    for schedule in (
+        MlaSchedule(evict_first=1),
+        MlaSchedule(prefetch=2),
+        MlaSchedule(tile_rows=32, prefetch=1),
+    ):
+        with pytest.raises(ScheduleError, match="of an FP8 cache, loads into L2 run"):
+            check_mla_schedule(replace(DENSE, num_heads=128, num_queries=1), schedule)
+    with pytest.raises(ScheduleError, match="score_ahead = True"):
+        check_mla_schedule(DENSE, MlaSchedule(score_ahead=True))
+    for schedule in (MlaSchedule(cluster=2, prefetch=1), MlaSchedule(tile_rows=32, cluster=2)):
+        check_mla_schedule(replace(DENSE, num_heads=128, num_queries=1), schedule)
 
 
 def test_problem_says_what_it_is() -> None:
@@ -294,7 +302,7 @@ def test_verify_rejects(problem: MlaDecode, kind: type, change: Change, message:
 
 def test_verify_rejects_tokens_of_a_plain_cache() -> None:
     kernel = kernel_of(MlaDecode(4))
-    made = changed(kernel, LoadKeys, lambda op: LoadTokens(op.dst, op.src, op.table, 4))
+    made = changed(kernel, LoadKeys, lambda op: LoadTokens(op.dst, op.src, op.table, 4, 1, 0))
     with pytest.raises(VerifyError, match="decodes a cache that is not FP8"):
         verify(made)
 

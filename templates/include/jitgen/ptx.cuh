@@ -14,6 +14,13 @@ __device__ __forceinline__ u32 lane_index() {
     return lane;
 }
 
+// Volatile, as below.
+__device__ __forceinline__ u32 block_index() {
+    u32 index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+}
+
 // `value`, of which the compiler then knows nothing.
 __device__ __forceinline__ u32 opaque(u32 value) {
     asm volatile("" : "+r"(value));
