@@ -13,9 +13,10 @@ from .arrays_mla import NAMES, check_mla_call, check_mla_out
 from .calls_mla import mla_on_device
 from .errors import ProblemError, ScheduleError
 from .problem_mla import FP8_HEAD_DIMS, SCALE_COLUMNS, TOKEN_BYTES
-from .schedule_mla import MlaSchedule, num_parts, select_mla
+from .schedule_mla import MlaSchedule, num_parts
 from .target import H100
 from .tokens_mla import CODES, COLUMNS, quantize_tokens
+from .tuning.select import select
 
 if TYPE_CHECKING:
     from .calls_mla import MlaPlan
@@ -209,9 +210,7 @@ def _interpret(
     )
     if out is not None:
         check_mla_out(numpy_view("out", out), about.problem, about.batch)
-    chosen = schedule or select_mla(
-        about.problem, batch=about.batch, batch_invariant=batch_invariant
-    )
+    chosen = schedule or select(about.problem, about.batch, batch_invariant=batch_invariant)
     kernel = lower_mla(about.problem, chosen)
     if about.problem.sparse and "topk_length" not in arrays:
         arrays = {**arrays, "topk_length": np.full(about.batch, about.topk, np.int32)}

@@ -17,7 +17,8 @@ from .problem_mla import HEAD_DIMS
 from .runtime import driver
 from .runtime.launch import Argument, LaunchPool, Pointer, TensorMap, UInt32
 from .runtime.tensor_map import TensorMapSpec
-from .schedule_mla import TILE_ROWS, MlaSchedule, num_parts, select_mla
+from .schedule_mla import TILE_ROWS, MlaSchedule, num_parts
+from .tuning.select import select
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +170,8 @@ def _prepare(
     outputs.append(ArrayView("lse", F32, (shape[0], shape[2], shape[1]), ()))
     if about.batch == 0:
         return Call(device, outputs, None), about
-    schedule = schedule or select_mla(problem, batch=about.batch, batch_invariant=batch_invariant)
+    if schedule is None:
+        schedule = select(problem, about.batch, gpu.gpu, batch_invariant=batch_invariant)
     kernel, loaded = load(problem, schedule, device.index)
     launches = LaunchPool(
         loaded,

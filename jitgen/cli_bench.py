@@ -18,7 +18,6 @@ from .problem_list import Grid
 
 if TYPE_CHECKING:
     from .tuning.bench import Shape
-    from .tuning.bench_mla import MlaRow
     from .tuning.report import Result
 
 
@@ -120,15 +119,34 @@ def bench_grouped(
 
 @bench_app.command("report")
 def bench_report(
-    json_file: Annotated[Path, typer.Argument(help="What `bench gemm --json` wrote.")],
+    json_files: Annotated[
+        list[Path],
+        typer.Argument(help="What `bench gemm`, `bench grouped` or `bench mla` wrote as JSON."),
+    ],
     markdown: Annotated[
-        Path | None, typer.Option(help="Write a report here, and its plot beside it.")
+        Path | None, typer.Option(help="Write a report here, and a plot of `bench gemm` beside it.")
     ] = None,
 ) -> None:
-    """The report of an earlier `bench gemm` again; needs no GPU."""
-    from .tuning import report
+    """The report of an earlier benchmark again, of MLA decode from one file or several.
 
-    result = report.Result.from_json(read_json(json_file))
+    Needs no GPU.
+    """
+    from .tuning import report, report_grouped, report_mla
+
+    found = [read_json(path) for path in json_files]
+    if all(isinstance(data, dict) and data.get("family") == report_mla.FAMILY for data in found):
+        decode = report_mla.MlaResult.from_json(*found)
+        if markdown:
+            write_text(markdown, report_mla.render_markdown(decode))
+        return report_mla.print_result(make_console(), decode)
+    if len(found) > 1:
+        raise typer.BadParameter("only results of `bench mla` are reported together")
+    if isinstance(found[0], dict) and "fused" in found[0]:
+        grouped = report_grouped.GroupedResult.from_json(found[0])
+        if markdown:
+            write_text(markdown, report_grouped.render_markdown(grouped))
+        return report_grouped.print_result(make_console(), grouped)
+    result = report.Result.from_json(found[0])
     if markdown:
         _write_report(markdown, result)
     report.print_result(make_console(), result)
@@ -168,52 +186,41 @@ def bench_mla(
     b: Annotated[list[int] | None, typer.Option(min=1, help="Only these b; repeatable.")] = None,
     s_k: Annotated[list[int] | None, typer.Option(min=1, help="Only these s_k.")] = None,
     form: Annotated[
-        MlaForm, typer.Option("--format", help="Of the cache; sparse: FP8, lists of tokens.")
-    ] = MlaForm.bf16,
+        list[MlaForm] | None,
+        typer.Option("--format", help="Of the cache; sparse: FP8, lists of tokens. Repeatable."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the result here, after each shape.")
     ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write a report here, after each shape.")
+    ] = None,
 ) -> None:
     """Times of MLA decode beside FlashMLA's (from a file; for fp8, those over BF16)."""
-    from rich.table import Table
-
-    from .tuning import bench
+    from . import __version__
+    from .tuning import bench, report, report_mla
     from .tuning import bench_mla as mla
 
     shapes = [
         shape
-        for shape in mla.mla_baselines(form.value)
+        for chosen in form or [MlaForm.bf16]
+        for shape in mla.mla_baselines(chosen.value)
         if (not b or shape.b in b) and (not s_k or shape.s_k in s_k)
     ]
     if not shapes:
         raise typer.BadParameter("no shape of the grid has such b and s_k")
     device = bench.check_machine()
-    rows: list[mla.MlaRow] = []
-    table = Table("shape", "us", "FlashMLA us", "ratio", "TFLOPS", "GB/s")
+    meta = report.collect_meta(device, version=__version__, arguments=sys.argv[1:])
+    result = report_mla.MlaResult(replace(meta, method=report_mla.METHOD, peers={}), ())
+    console = make_console(stderr=True)
     for row in mla.bench_mla(shapes, device):
-        rows.append(row)
-        cells = [row.us, row.flashmla_us, row.ratio, row.tflops, row.gb_per_s]
-        table.add_row(str(row.shape), *("-" if x is None else f"{x:.2f}" for x in cells))
+        result = replace(result, rows=(*result.rows, row))
         if json_file:
-            result = {
-                "gpu": device.name,
-                "baseline": mla.mla_baseline_meta(),
-                "rows": [row.to_json() for row in rows],
-            }
-            write_json(json_file, result)
-    console = make_console()
-    console.print(table)
-    for name, some in (
-        ("all", rows),
-        *((f"b = {n}", _with_b(rows, n)) for n in (1, 16, 32, 64, 128)),
-    ):
-        mean = mla.known_geomean(row.ratio for row in some)
-        if mean is not None:
-            console.print(f"geomean of ratios, {name}: {mean:.3f}", highlight=False)
-
-
-def _with_b(rows: Sequence[MlaRow], b: int) -> list[MlaRow]:
-    return [row for row in rows if row.shape.b == b]
+            write_json(json_file, result.to_json())
+        if markdown:
+            write_text(markdown, report_mla.render_markdown(result))
+        console.print(f"{row.shape}: {row.us:.2f} us", highlight=False)
+    report_mla.print_result(make_console(), result)
 
 
 @bench_app.command("load")
@@ -227,14 +234,17 @@ def bench_load(
     Compiles the kernels of every m into the store first.
     """
     from . import build
-    from .plans import plan
     from .problem import Gemm
     from .runtime import driver
     from .tuning import bench, load
+    from .tuning.model import m_buckets
+    from .tuning.select import select
 
     device = bench.check_machine()
     driver.make_current(device.ordinal)
-    kernels = plan(Gemm(n, k), range(1, 8193)).kernels
+    problem = Gemm(n, k)
+    buckets = m_buckets(range(1, 8193))
+    kernels = [*dict.fromkeys((problem, select(problem, m, device.gpu)) for m in buckets)]
     build.prebuild(kernels)
     times = load.measure_loads(
         kernels,

@@ -24,6 +24,7 @@ from .problem_list import (
 )
 from .schedule_text import SCHEDULE_HELP, parse_schedule
 from .tuning.model import m_buckets
+from .tuning.space_mla import BATCHES
 
 
 def prebuild(
@@ -67,7 +68,7 @@ def prebuild(
     if model:
         pairs = _problems_of_model(model, tp or 1, ep or 1, m_max or DEFAULT_M_MAX)
     else:
-        pairs = read_problems(problems) if problems else list(Grid.dense.problems())
+        pairs = read_problems(problems) if problems else [*(grid or Grid.dense).problems()]
     chosen = named_gpu(gpu, num_sms)
     if schedule is None:
         kernels = select_kernels(pairs, chosen, batch_invariant=batch_invariant)
@@ -94,7 +95,8 @@ def _problems_of_model(config: Path, tp: int, ep: int, m_max: int) -> list[tuple
     ):
         for problem in problems:
             pairs += [(problem, m) for m in m_buckets(range(1, most + 1), problem)]
-    return [*pairs, *((attention, 1) for attention in model.attention)]
+    pairs += [(attention, batch) for attention in model.attention for batch in BATCHES]
+    return pairs
 
 
 def _pinned(

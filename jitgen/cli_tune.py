@@ -26,10 +26,12 @@ from .problem_list import (
     parse_extents,
     read_problems,
 )
+from .problem_mla import MlaDecode
 
 if TYPE_CHECKING:
     from .lower import AnyProblem, AnySchedule
     from .runtime.driver import Device
+    from .tuning.keys import TunedProblem
     from .tuning.session import Session
     from .tuning.tune import Job, Outcome
 
@@ -70,8 +72,8 @@ def tune(
 ) -> None:
     """Measure which schedule is fastest for each M bucket of a problem, and record it.
 
-    A schedule wins only with the interpreter's result, bit for bit. Shapes whose times are not
-    stable are not recorded.
+    A schedule wins only with the interpreter's result, bit for bit, or one of MLA decode with that
+    of float64 within its bounds. Shapes whose times are not stable are not recorded.
     """
     from .tuning.records import user_folder
     from .tuning.select import named_gpu
@@ -125,7 +127,7 @@ def _read_pairs(
     out_dtype: str,
     num_groups: int | None,
     gated: bool,
-) -> list[tuple[Gemm, int]]:
+) -> list[tuple[TunedProblem, int]]:
     """Each problem with each m, from the one of three sources that was given."""
     if ((grid is None) + (problems is None) + (n is None)) != 2 or (n is None) != (k is None):
         raise typer.BadParameter("give one of --grid, --problems, or --n with --k")
@@ -135,11 +137,13 @@ def _read_pairs(
         return grid.problems()
     if problems:
         listed = read_problems(problems)
-        pairs = [(p, m) for p, m in listed if isinstance(p, Gemm) and not is_k_grouped(p)]
+        pairs: list[tuple[TunedProblem, int]] = [
+            (p, m)
+            for p, m in listed
+            if isinstance(p, MlaDecode) or (isinstance(p, Gemm) and not is_k_grouped(p))
+        ]
         if left_out := len(listed) - len(pairs):
-            typer.echo(
-                f"left out: {left_out} kinds of MLA decode or k_grouped, not tuned", err=True
-            )
+            typer.echo(f"left out: {left_out} shapes of k_grouped, not tuned", err=True)
         return pairs
     problem = Gemm(n or 0, k or 0, dtype_of(out_dtype), gate * up if gated else acc)
     if num_groups is not None:

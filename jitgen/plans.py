@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from .errors import ProblemError
 from .groups import planned_rows
 from .problem import Gemm, check_problem, check_rows
-from .schedule import Schedule
+from .problem_mla import MlaDecode, check_mla
 from .target import Gpu
+from .tuning.keys import TunedProblem, TunedSchedule
 from .tuning.model import m_bucket, m_buckets
 from .tuning.select import named_gpu, select
 
@@ -20,25 +21,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `gemm` launches for one problem, at every m of `extents`, on one GPU.
+    """What `gemm` or `mla_decode` launches for one problem, at every m of `extents`, on one GPU.
 
     Of a grouped problem, m counts the rows of all groups: those of A or, with Masked, num_groups
-    times its expected_rows.
+    times its expected_rows; of MLA decode sequences.
 
     schedules : by M bucket, see `jitgen.tuning.model.m_bucket`
     """
 
-    problem: Gemm
+    problem: TunedProblem
     extents: range | tuple[int, ...]
     gpu: Gpu
-    schedules: tuple[tuple[int, Schedule], ...]
+    schedules: tuple[tuple[int, TunedSchedule], ...]
 
     @property
-    def kernels(self) -> tuple[tuple[Gemm, Schedule], ...]:
+    def kernels(self) -> tuple[tuple[TunedProblem, TunedSchedule], ...]:
         """Each kernel once, as `prebuild` takes them."""
         return tuple(dict.fromkeys((self.problem, schedule) for _, schedule in self.schedules))
 
-    def schedule(self, m: int) -> Schedule:
+    def schedule(self, m: int) -> TunedSchedule:
         """The schedule of a call with `m` rows.
 
         Raises
@@ -47,7 +48,8 @@ class Plan:
         """
         if m not in self.extents:
             raise ProblemError(f"m = {m} is not in the plan, which is for {self.extents}")
-        return dict(self.schedules)[m_bucket(planned_rows(self.problem, m), self.problem)]
+        rows = planned_rows(self.problem, m) if isinstance(self.problem, Gemm) else m
+        return dict(self.schedules)[m_bucket(rows, self.problem)]
 
     def prebuild(self, *, num_processes: int | None = None) -> list[Prebuilt]:
         """Compile what is not in the store yet; needs no GPU. Errors as `jitgen.build.prebuild`.
@@ -60,31 +62,34 @@ class Plan:
 
 
 def plan(
-    problem: Gemm,
+    problem: TunedProblem,
     m_range: Sequence[int],
     *,
     gpu: str | None = None,
     num_sms: int | None = None,
     batch_invariant: bool = False,
 ) -> Plan:
-    """The kernels that `gemm` launches for `problem` at every m of `m_range`: all of them, no more.
+    """The kernels that calls launch for `problem` at every m of `m_range`: all of them, no more.
 
     Parameters
     ----------
     problem : with the epilogue of the calls
-    m_range : such as range(1, 4097), or [1, 2, 4, 8]
+    m_range : such as range(1, 4097), or [1, 2, 4, 8]: rows or, for MLA decode, sequences
     gpu, num_sms : its name as the driver gives it, and its multiprocessors; default as for
         `jitgen.tuning.select.named_gpu`
     batch_invariant : as for `gemm`
 
-    A plan follows the tuning records of the machine and moment that it is made at; `gemm` follows
+    A plan follows the tuning records of the machine and moment that it is made at; a call follows
     those of its own.
 
     Raises
     ------
     ProblemError : the problem breaks a rule, or m_range is empty or has an m that is no extent
     """
-    check_problem(problem)
+    if isinstance(problem, MlaDecode):
+        check_mla(problem)
+    else:
+        check_problem(problem)
     extents = m_range if isinstance(m_range, range) else tuple(m_range)
     ascending = _ascending(extents)
     chosen = named_gpu(gpu, num_sms)

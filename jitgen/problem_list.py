@@ -18,20 +18,22 @@ from .lower import AnyProblem, AnySchedule
 from .merge import MergeSchedule, MergeStates
 from .problem import MAX_EXTENT, Gemm, GroupedGemm, check_problem, of_k_groups
 from .problem_mla import MlaDecode, check_mla
-from .schedule_mla import mla_schedules
 from .target import Gpu
+from .tuning.keys import TunedProblem
 from .tuning.model import m_buckets
 from .tuning.select import select
+from .tuning.space_mla import BATCHES
 
 PROBLEMS_HELP = (
     'JSON: a list of {"n": 7168, "k": 2048, "m": [1, 64]}; instead of m, "m_max": 4096 stands for'
     ' every m up to it; "out_dtype" is bfloat16 by default, "name" a remark. With "num_groups" a'
     ' grouped GEMM, m rows in all; "layout" is ragged by default; k_grouped has no k, no choice of'
     ' out_dtype. "swiglu": true for silu(gate) * up of its rows. {"num_heads": 16, "num_queries":'
-    " 1, ...}, the fields of jitgen.MlaDecode, is MLA decode."
+    " 1, ...}, the fields of jitgen.MlaDecode, is MLA decode, for any number of sequences or, with"
+    ' "b": [1, 16], for these.'
 )
 GEMM_FIELDS = ("name", "n", "k", "m", "m_max", "out_dtype", "swiglu", "num_groups", "layout")
-MLA_FIELDS = ("name", *(field.name for field in fields(MlaDecode)))
+MLA_FIELDS = ("name", "b", *(field.name for field in fields(MlaDecode)))
 
 
 GPU_HELP = 'Its name as the driver gives it; default: this machine\'s, or "NVIDIA H100 80GB HBM3".'
@@ -43,13 +45,18 @@ class Grid(str, Enum):
 
     dense = "dense"
     grouped = "grouped"
+    mla = "mla"
 
-    def problems(self) -> list[tuple[Gemm, int]]:
-        """The shapes that `jitgen bench gemm` measures, or `jitgen bench grouped`."""
+    def problems(self) -> list[tuple[TunedProblem, int]]:
+        """The shapes that `jitgen bench gemm` measures, or `bench grouped`, or `bench mla`."""
         from .tuning.bench import GRID_DENSE
         from .tuning.bench_fused import FUSED_SHAPES, fused_problem
         from .tuning.bench_grouped import grid_grouped
+        from .tuning.bench_mla import FORMS, mla_baselines
 
+        if self is Grid.mla:
+            decoded = [shape for form in FORMS for shape in mla_baselines(form)]
+            return list(dict.fromkeys((shape.problem, shape.b) for shape in decoded))
         if self is Grid.grouped:
             pairs = [(shape.problem, shape) for shape in (*grid_grouped(), *FUSED_SHAPES)]
             pairs += [(fused_problem(shape), shape) for shape in FUSED_SHAPES]
@@ -60,7 +67,7 @@ class Grid(str, Enum):
 def read_problems(path: Path) -> list[tuple[AnyProblem, int]]:
     """The problems of a file as PROBLEMS_HELP describes it, each with every m to choose for.
 
-    MLA decode has one kernel for every m: it comes with 1.
+    Of MLA decode m counts sequences.
 
     Raises
     ------
@@ -91,15 +98,12 @@ def select_kernels(
     batch_invariant : as for `gemm`
     """
 
-    def schedules(problem: AnyProblem, m: int) -> list[AnySchedule]:
-        if isinstance(problem, MlaDecode):
-            return list(mla_schedules(problem, batch_invariant=batch_invariant))
+    def schedule(problem: AnyProblem, m: int) -> AnySchedule:
         if isinstance(problem, MergeStates):
-            return [MergeSchedule()]
-        return [select(problem, m, gpu, batch_invariant=batch_invariant)]
+            return MergeSchedule()
+        return select(problem, m, gpu, batch_invariant=batch_invariant)
 
-    kernels = ((problem, found) for problem, m in pairs for found in schedules(problem, m))
-    return list(dict.fromkeys(kernels))
+    return list(dict.fromkeys((problem, schedule(problem, m)) for problem, m in pairs))
 
 
 def parse_extents(text: str, problem: Gemm | None = None) -> list[int]:
@@ -132,22 +136,18 @@ def _read_problem(entry: object) -> tuple[AnyProblem, list[int]]:
     if not isinstance(name := entry.get("name", ""), str):
         raise ProblemError(f"name must be a string, got {name!r:.80}")
     if "num_heads" in entry:
-        given = {field: value for field, value in entry.items() if field != "name"}
+        given = {field: value for field, value in entry.items() if field not in ("name", "b")}
         dtype = _read_dtype("dtype", given.pop("dtype", BF16.name))
         attention = MlaDecode(**given, dtype=dtype)
         check_mla(attention)
-        return attention, [1]
+        return attention, _read_list("b", entry["b"]) if "b" in entry else list(BATCHES)
     problem = _read_gemm(entry)
     check_problem(problem)
     if ("m" in entry) == ("m_max" in entry):
         raise ProblemError("give either m, a list, or m_max")
     if "m_max" in entry:
         return problem, m_buckets(range(1, _read_extent("m_max", entry["m_max"]) + 1), problem)
-    extents = entry["m"]
-    if not isinstance(extents, list) or not extents:
-        raise ProblemError(f"m must be a list of extents, not empty, got {extents!r:.80}")
-    read = (_read_extent(f"m[{i}]", m) for i, m in enumerate(extents))
-    return problem, [planned_rows(problem, m) for m in read]
+    return problem, [planned_rows(problem, m) for m in _read_list("m", entry["m"])]
 
 
 def _read_gemm(entry: dict[str, Any]) -> Gemm:
@@ -174,6 +174,12 @@ def _read_dtype(field: str, name: object) -> DType:
     if not isinstance(name, str):
         raise ProblemError(f"{field} must be a name, got {name!r:.80}")
     return dtype_of(name)
+
+
+def _read_list(field: str, value: object) -> list[int]:
+    if not isinstance(value, list) or not value:
+        raise ProblemError(f"{field} must be a list of extents, not empty, got {value!r:.80}")
+    return [_read_extent(f"{field}[{i}]", extent) for i, extent in enumerate(value)]
 
 
 def _read_extent(field: str, value: object) -> int:

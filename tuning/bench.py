@@ -170,21 +170,22 @@ class Row:
     def from_json(cls, data: dict[str, Any]) -> Row:
         """The row that `to_json` wrote; KeyError or TypeError if it did not."""
         peers = {
-            name: PeerTime(peer["config"], _measurement(peer["measurement"]))
+            name: PeerTime(peer["config"], read_measurement(peer["measurement"]))
             for name, peer in data["peers"].items()
         }
         return cls(
             Shape(**data["shape"]),
             Schedule(**data["schedule"]),
-            _measurement(data["jitgen"]),
+            read_measurement(data["jitgen"]),
             peers,
             data["missing"],
             Baseline(**data["baseline"]) if data["baseline"] else None,
         )
 
 
-def _measurement(data: dict[str, Any]) -> Measurement:
-    return Measurement(**(data | {"kernels": tuple(data["kernels"])}))
+def read_measurement(data: Mapping[str, Any]) -> Measurement:
+    """The measurement whose fields `data` holds; KeyError or TypeError if it does not."""
+    return Measurement(**{**data, "kernels": tuple(data["kernels"])})
 
 
 # --- baselines ------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from ..numerics import AMAX_FLOOR, E4M3_MAX
 from ..problem import D_SCALE, GroupedGemm
 from ..runtime import driver
 from ..schedule import Schedule
+from .bench import read_measurement
 from .bench_grouped import GroupedShape, deal, layout_of, make_tensors
 from .select import select
 from .timing import Measurement, measure_kernel_us
@@ -68,6 +69,19 @@ class FusedRow:
         """All fields, and figures derived of them, as JSON values."""
         ratios = {name: self.ratio(name) for name in self.unfused}
         return asdict(self) | {"derived": {"over_plain": self.over_plain, "ratios": ratios}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FusedRow:
+        """The row that `to_json` wrote; KeyError or TypeError if it did not."""
+        plain, fused = data["schedules"]
+        return cls(
+            GroupedShape.from_json(data["shape"]),
+            (Schedule(**plain), Schedule(**fused)),
+            read_measurement(data["plain"]),
+            read_measurement(data["fused"]),
+            {name: read_measurement(times) for name, times in data["unfused"].items()},
+            data["missing"],
+        )
 
 
 def fused_problem(shape: GroupedShape) -> GroupedGemm:

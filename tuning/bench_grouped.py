@@ -31,6 +31,7 @@ from .bench import (
     baseline_meta,
     bench_gemm,
     check_tiles,
+    read_measurement,
     to_numpy,
 )
 from .operands import make_weights
@@ -41,6 +42,7 @@ GROUPED_FILE = "h100_gemm_grouped.json"
 PADDING = 128  # rows of which DeepGEMM wants a multiple in every contiguous group
 CONTIGUOUS: tuple[Layout, ...] = ("group_of_row", "ragged")
 NUM_TILES = 3  # that are compared with the interpreter
+CHECK = Schedule(64, 64, 2, 1)  # of which size they are: no schedule of groups changes a bit
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class GroupedShape:
     k: int
     max_m: int
     expected: int
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GroupedShape:
+        """The shape whose fields `data` holds; KeyError or TypeError if it does not."""
+        return cls(**{**data, "counts": tuple(data["counts"])})
 
     def __str__(self) -> str:
         return f"{self.layout} g{len(self.counts)}-m{self.expected}-n{self.n}-k{self.k}"
@@ -128,6 +135,16 @@ class GroupedRow:
             "ratio": self.ratio,
         }
         return asdict(self) | {"derived": derived}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GroupedRow:
+        """The row that `to_json` wrote; KeyError or TypeError if it did not."""
+        return cls(
+            GroupedShape.from_json(data["shape"]),
+            Schedule(**data["schedule"]),
+            read_measurement(data["jitgen"]),
+            data["deepgemm_us"],
+        )
 
 
 def padded(count: int) -> int:
@@ -215,7 +232,7 @@ def measure(shape: GroupedShape, schedule: Schedule, device: str = "cuda") -> Me
         schedule=schedule,
     )
     call()
-    check(shape, schedule, tensors, d)
+    check(shape, tensors, d)
     return measure_kernel_us(call)
 
 
@@ -268,9 +285,9 @@ def layout_of(shape: GroupedShape, groups: Any) -> GroupLayout:
     return Ragged(groups) if shape.layout == "ragged" else Contiguous(group_of_row=groups)
 
 
-def check(shape: GroupedShape, schedule: Schedule, tensors: Mapping[str, Any], d: Any) -> None:
-    """Raise VerifyError unless the groups' rows of D, and no others, are written, and some of their
-    tiles are those that the interpreter computes of the group's rows alone."""
+def check(shape: GroupedShape, tensors: Mapping[str, Any], d: Any) -> None:
+    """Raise VerifyError unless the groups' rows of D, and no others, are written, and some tiles of
+    them are those that the interpreter computes of the group's rows alone."""
     import torch
 
     rows = d.view(-1, shape.n)
@@ -279,16 +296,16 @@ def check(shape: GroupedShape, schedule: Schedule, tensors: Mapping[str, Any], d
     for begin, count in _begins(shape):
         expected[begin : begin + count] = True
     if not torch.equal(written, expected):
-        raise VerifyError(f"{shape}, {schedule}: other rows than those of groups are written")
+        raise VerifyError(f"{shape}: other rows than those of groups are written")
     a, sfa = tensors["a"].view(-1, shape.k), tensors["sfa"].flatten(0, -2)
-    kernel = lower(shape.problem.of_one_group, schedule)
+    kernel = lower(shape.problem.of_one_group, CHECK)
     rng = random.Random(0)
     for _ in range(NUM_TILES):
         group = rng.choice([i for i, count in enumerate(shape.counts) if count])
         begin, count = _begins(shape)[group]
-        row = begin + rng.randrange(0, count, schedule.block_m)
-        tile = slice(row, min(row + schedule.block_m, begin + count))
-        column = rng.randrange(0, shape.n, schedule.block_n)
+        row = begin + rng.randrange(count)
+        tile = slice(row, min(row + CHECK.block_m, begin + count))
+        column = rng.randrange(0, shape.n, CHECK.block_n)
         host = {"a": to_numpy(a[tile], E4M3), "sfa": to_numpy(sfa[tile], F32)}
         host |= {
             "b": to_numpy(tensors["b"][group], E4M3),

@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,8 +29,11 @@ from ..kernel import Kernel
 from ..layouts import Ragged
 from ..lower import lower
 from ..problem import D_SCALE, Gemm, GroupedGemm
+from ..problem_mla import MlaDecode
 from ..schedule import BLOCK_K, Schedule
 from .bench import check_machine, check_tiles, sample_tiles, to_numpy
+from .keys import TunedProblem
+from .measure_mla import MlaCase
 from .operands import make_weights
 from .space import numerics_class
 from .timing import NUM_PROFILES, profile_calls, summarize_calls
@@ -43,7 +47,7 @@ class GpuMeasurer:
 
     The first schedule of a numerics class is compared with the interpreter in a sample of tiles,
     and roughly with the whole result of another class; all others of its class are compared with
-    the whole of its result, bit for bit.
+    the whole of its result, bit for bit. MLA decode is compared with float64.
 
     Raises
     ------
@@ -53,10 +57,11 @@ class GpuMeasurer:
     def __init__(self, device: str = "cuda") -> None:
         check_machine()
         self._device = device
-        self._case: _Case | None = None
+        self._case: _Case | MlaCase | None = None
 
-    def check(self, problem: Gemm, m: int, schedule: Schedule) -> None:
-        """Raise CandidateError unless D is the interpreter's, bit for bit."""
+    def check(self, problem: TunedProblem, m: int, schedule: Any) -> None:
+        """Raise CandidateError unless the result of the schedule, one of the problem's family, is
+        right."""
         import torch
 
         try:
@@ -69,19 +74,30 @@ class GpuMeasurer:
             ) from None
 
     def time(
-        self, problem: Gemm, m: int, schedules: Sequence[Schedule], num_calls: int
+        self, problem: TunedProblem, m: int, schedules: Sequence[Any], num_calls: int
     ) -> list[list[float]]:
-        """Device times of each schedule in microseconds, L2 cold; the schedules take turns."""
+        """Device times of each schedule in microseconds, L2 cold; the schedules take turns.
+
+        Where one takes several calls, of several lengths, their geometric mean.
+        """
         case = self._case_of(problem, m)
-        calls = [functools.partial(case.run, schedule) for schedule in schedules]
+        calls = [call for schedule in schedules for call in case.calls(schedule)]
         for call in calls:
             call()  # all kernels are loaded before the first is timed
-        return time_in_turns(calls, num_calls)
+        times = time_in_turns(calls, num_calls)
+        each = len(calls) // len(schedules)
+        return [
+            [statistics.geometric_mean(run) for run in zip(*times[i : i + each], strict=True)]
+            for i in range(0, len(calls), each)
+        ]
 
-    def _case_of(self, problem: Gemm, m: int) -> _Case:
+    def _case_of(self, problem: TunedProblem, m: int) -> _Case | MlaCase:
         if self._case is None or (self._case.problem, self._case.m) != (problem, m):
             self._case = None  # frees its memory first
-            self._case = _Case(problem, m, self._device)
+            if isinstance(problem, MlaDecode):
+                self._case = MlaCase(problem, m)
+            else:
+                self._case = _Case(problem, m, self._device)
         return self._case
 
 
@@ -143,6 +159,10 @@ class _Case:
             grouped_gemm(
                 *operands, layout=self._layout, out=out, epilogue=epilogue, schedule=schedule
             )
+
+    def calls(self, schedule: Schedule) -> list[Callable[[], None]]:
+        """The one that `run` makes."""
+        return [functools.partial(self.run, schedule)]
 
     def check(self, schedule: Schedule) -> None:
         """Run on a poisoned D, and compare with what is proven or else with the interpreter."""

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from ..groups import planned_rows, spread_rows
 from ..problem import MAX_EXTENT, Gemm, GroupedGemm, as_tuned, is_k_grouped
+from ..problem_mla import MlaDecode
 from ..schedule import (
     BLOCK_K,
     WGMMA_M,
@@ -33,6 +34,7 @@ from ..schedule import (
 from ..target import SM90A, Target
 from ..traversal import Traversal
 from .space import candidates
+from .space_mla import BATCHES
 
 GPC_SMS = 16  # 33 clusters of 4 or 18 of 6 blocks did not fit into the 132 SMs of an H100
 CLOCKS_PER_US = 1416.0
@@ -201,26 +203,27 @@ def choose_for_all(problem: Gemm, num_sms: int = SM90A.num_sms) -> Schedule:
     return _choose_for_all(as_tuned(problem), num_sms)
 
 
-def m_bucket(m: int, problem: Gemm | None = None) -> int:
+def m_bucket(m: int, problem: Gemm | MlaDecode | None = None) -> int:
     """The extent that a schedule is chosen for: the least of M_BUCKETS at or above m, or the last.
 
     So every problem has a finite number of kernels, whatever m comes. Of groups, whose rows in all
-    vary around what is expected, it is the nearest (by ratio).
+    vary around what is expected, it is the nearest (by ratio); of MLA decode m counts sequences,
+    and it is one of BATCHES.
     """
-    return M_BUCKETS[bisect.bisect_left(_bucket_ends(problem)[:-1], m)]
+    buckets, ends = _buckets(problem)
+    return buckets[bisect.bisect_left(ends[:-1], m)]
 
 
-def m_buckets(extents: Sequence[int], problem: Gemm | None = None) -> list[int]:
+def m_buckets(extents: Sequence[int], problem: Gemm | MlaDecode | None = None) -> list[int]:
     """Every bucket that a value of `extents`, in ascending order, falls into.
 
     problem : whose `planned_rows` the values are of
     """
-    rows = functools.partial(planned_rows, problem) if problem else None
-    ends = [bisect.bisect_right(extents, end, key=rows) for end in _bucket_ends(problem)]
+    rows = functools.partial(planned_rows, problem) if isinstance(problem, Gemm) else None
+    buckets, bucket_ends = _buckets(problem)
+    ends = [bisect.bisect_right(extents, end, key=rows) for end in bucket_ends]
     starts = (0, *ends[:-1])
-    return [
-        bucket for bucket, start, end in zip(M_BUCKETS, starts, ends, strict=True) if end > start
-    ]
+    return [bucket for bucket, start, end in zip(buckets, starts, ends, strict=True) if end > start]
 
 
 @functools.cache
@@ -229,11 +232,13 @@ def _nearest_ends() -> tuple[int, ...]:
     return *means, MAX_EXTENT
 
 
-def _bucket_ends(problem: Gemm | None) -> tuple[int, ...]:
-    """The largest m of each bucket."""
+def _buckets(problem: Gemm | MlaDecode | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The buckets of a problem, and the largest m of each."""
+    if isinstance(problem, MlaDecode):
+        return BATCHES, (*BATCHES[:-1], MAX_EXTENT)
     if isinstance(problem, GroupedGemm) and not is_k_grouped(problem):
-        return _nearest_ends()
-    return *M_BUCKETS[:-1], MAX_EXTENT
+        return M_BUCKETS, _nearest_ends()
+    return M_BUCKETS, (*M_BUCKETS[:-1], MAX_EXTENT)
 
 
 def _soft_max(a: float, b: float) -> float:

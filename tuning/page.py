@@ -140,8 +140,8 @@ def _over_floor_cell(ratio: float | None) -> Cell:
 
 def records_section(gpu: Gpu, records: Sequence[Record]) -> Section:
     """The tuning records of one GPU: time over floor, every schedule."""
-    plain = (r for r in records if r.problem == Gemm(r.problem.n, r.problem.k))
-    floors = {Shape(r.m, r.problem.n, r.problem.k): r for r in plain}
+    shapes = {r: Shape(r.m, r.problem.n, r.problem.k) for r in records if type(r.problem) is Gemm}
+    floors = {shape: r for r, shape in shapes.items() if r.problem == shape.problem}
     columns = ("problem", "schedule", "M", "us", "spread us", "measured", "date", "driver", "NVRTC")
     rows = [
         [

@@ -2,6 +2,7 @@
 
     <folder>/<GPU's name in lower case, with dashes>/gemm-n7168-k2048.json
     <folder>/<...>/grouped-gemm-g32-n4096-k7168.json
+    <folder>/<...>/mla-h16-q1-d576x512-p64-fp8.json
 
 tuning/records/README.md describes the files. A user's folder goes before the one shipped here.
 """
@@ -22,16 +23,29 @@ from typing import Any
 
 import platformdirs
 
-from ..dtypes import dtype_of
 from ..errors import JitgenError, StoreError
-from ..expr import acc, gate, up
-from ..problem import Gemm, GroupedGemm, check_problem, tuned_name
 from ..schedule import Schedule
+from ..schedule_mla import MlaSchedule
 from ..target import Gpu
+from .keys import (
+    TunedProblem,
+    TunedSchedule,
+    entry_fields,
+    entry_json,
+    file_stem,
+    head_fields,
+    head_json,
+    place,
+    place_in_file,
+    read_problem,
+)
 
 FORMAT_VERSION = 1
 FOLDER_VARIABLE = "JITGEN_RECORDS_DIR"
 DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+
+
+Key = tuple[Gpu, TunedProblem, int]
 
 
 @dataclass(frozen=True)
@@ -56,9 +70,11 @@ class Provenance:
 class Record:
     """The fastest schedule that was found for one M bucket of a problem on one GPU.
 
-    problem : from `as_tuned`
-    m : the bucket, and the extent that was measured: rows of all groups, if there are groups
-    kernel_us : device time of a call, median of `num_calls`
+    problem : from `keys.tuned`
+    m : the bucket, and the extent that was measured: rows of all groups, if there are groups; of
+        MLA decode sequences
+    kernel_us : device time of a call, median of `num_calls`; of MLA decode its geometric mean over
+        the lengths that are measured
     spread_us : standard deviation over these calls
     num_candidates : schedules that were measured
     sm_clock_mhz : right after the measurement; None if it could not be read
@@ -66,9 +82,9 @@ class Record:
     """
 
     gpu: Gpu
-    problem: Gemm
+    problem: TunedProblem
     m: int
-    schedule: Schedule
+    schedule: TunedSchedule
     kernel_us: float
     spread_us: float
     num_calls: int
@@ -78,7 +94,7 @@ class Record:
     provenance: Provenance
 
     @property
-    def key(self) -> tuple[Gpu, Gemm, int]:
+    def key(self) -> Key:
         """What the record is the answer to."""
         return self.gpu, self.problem, self.m
 
@@ -97,11 +113,10 @@ def shipped_folder() -> Path:
     return Path(__file__).parent / "records"
 
 
-def file_of(folder: Path, gpu: Gpu, problem: Gemm) -> Path:
+def file_of(folder: Path, gpu: Gpu, problem: TunedProblem) -> Path:
     """Where the records of a problem are, for every type and epilogue of D and number of SMs."""
     name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
-    family = "grouped-gemm" if isinstance(problem, GroupedGemm) else "gemm"
-    return folder / name / f"{family}-{tuned_name(problem)}.json"
+    return folder / name / f"{file_stem(problem)}.json"
 
 
 def read_folder(folder: Path) -> list[Record]:
@@ -143,7 +158,7 @@ def merge(records: Iterable[Record]) -> list[Record]:
 
     The order of `records` does not matter.
     """
-    by_key: dict[tuple[Gpu, Gemm, int], list[Record]] = {}
+    by_key: dict[Key, list[Record]] = {}
     for record in records:
         by_key.setdefault(record.key, []).append(record)
     return sorted(map(_best, by_key.values()), key=_place)
@@ -157,24 +172,18 @@ def _best(records: list[Record]) -> Record:
 
 def _place(record: Record) -> tuple[object, ...]:
     gpu, problem = record.gpu, record.problem
-    groups = problem.num_groups if isinstance(problem, GroupedGemm) else 0
-    of_file = gpu.name, groups, problem.n, problem.k
-    return *of_file, gpu.num_sms, problem.d_dtype.name, problem.num_halves, record.m
+    return gpu.name, *place(problem), gpu.num_sms, *place_in_file(problem), record.m
 
 
 # --- to JSON --------------------------------------------------------------------------------------
 
 
 def _file_json(records: list[Record]) -> dict[str, Any]:
-    """The content of the file that holds `records`, of one GPU model, n, k and num_groups."""
-    gpu, problem = records[0].gpu, records[0].problem
-    groups = {"num_groups": problem.num_groups} if isinstance(problem, GroupedGemm) else {}
+    """The content of the file that holds `records`, of one GPU model and one head."""
     return {
         "format_version": FORMAT_VERSION,
-        "gpu": gpu.name,
-        "n": problem.n,
-        "k": problem.k,
-        **groups,
+        "gpu": records[0].gpu.name,
+        **head_json(records[0].problem),
         "records": [_record_json(record) for record in records],
     }
 
@@ -182,8 +191,7 @@ def _file_json(records: list[Record]) -> dict[str, Any]:
 def _record_json(record: Record) -> dict[str, Any]:
     return {
         "num_sms": record.gpu.num_sms,
-        "out_dtype": record.problem.d_dtype.name,
-        **({"gated": True} if record.problem.num_halves > 1 else {}),
+        **entry_json(record.problem),
         "m": record.m,
         "schedule": schedule_json(record.schedule),
         "kernel_us": record.kernel_us,
@@ -196,7 +204,7 @@ def _record_json(record: Record) -> dict[str, Any]:
     }
 
 
-def schedule_json(schedule: Schedule) -> dict[str, Any]:
+def schedule_json(schedule: TunedSchedule) -> dict[str, Any]:
     """The fields of a schedule that differ from their defaults."""
     return {
         field.name: getattr(schedule, field.name)
@@ -226,22 +234,22 @@ def read_file(path: Path) -> list[Record]:
     try:
         records = _read_records(data)
         if records and file_of(path.parents[1], records[0].gpu, records[0].problem) != path:
-            raise StoreError("is not named after its gpu, n, k and num_groups")
+            raise StoreError("is not named after its gpu and problem")
     except JitgenError as error:
         raise StoreError(f"{path}: {error}") from None
     return records
 
 
 def _read_records(data: object) -> list[Record]:
-    required = {"format_version", "gpu", "n", "k", "records"}
-    head = _check_fields(data, required, optional={"num_groups"})
+    of_problem, optional = head_fields(data)
+    head = _check_fields(data, {"format_version", "gpu", "records", *of_problem}, optional)
     if head["format_version"] != FORMAT_VERSION:
         raise StoreError(
             f"format_version is {head['format_version']!r}, this jitgen reads {FORMAT_VERSION}"
         )
     if not isinstance(head["gpu"], str) or not isinstance(head["records"], list):
         raise StoreError("gpu must be a text, and records a list")
-    found: dict[tuple[Gpu, Gemm, int], Record] = {}
+    found: dict[Key, Record] = {}
     for i, entry in enumerate(head["records"]):
         try:
             record = _read_record(head, entry)
@@ -253,40 +261,36 @@ def _read_records(data: object) -> list[Record]:
 
 
 def _read_record(head: dict[str, Any], entry: object) -> Record:
-    values = {"gated": False} | _check_fields(entry, {"schedule", *_RULES}, optional={"gated"})
+    of_problem, optional = entry_fields(head)
+    values = _check_fields(entry, {"schedule", *_RULES, *of_problem}, optional)
     for name, (is_legal, rule) in _RULES.items():
         if not is_legal(values[name]):
             raise StoreError(f"{name} must be {rule}, got {values[name]!r:.80}")
-    if type(values["gated"]) is not bool:
-        raise StoreError(f"gated must be a bool, got {values['gated']!r:.80}")
-    epilogue = gate * up if values["gated"] else acc
-    problem = Gemm(head["n"], head["k"], dtype_of(values["out_dtype"]), epilogue)
-    if "num_groups" in head:
-        problem = GroupedGemm(**vars(problem), num_groups=head["num_groups"])
-    check_problem(problem)
     return Record(
         gpu=Gpu(head["gpu"], values["num_sms"]),
-        problem=problem,
-        schedule=read_schedule(values["schedule"]),
+        problem=read_problem(head, values),
+        schedule=read_schedule(values["schedule"], MlaSchedule if "mla" in head else Schedule),
         provenance=Provenance(**{field.name: values[field.name] for field in fields(Provenance)}),
         **{name: values[name] for name in _MEASURED},
     )
 
 
-def read_schedule(data: object) -> Schedule:
+def read_schedule(
+    data: object, kind: type[Schedule] | type[MlaSchedule] = Schedule
+) -> TunedSchedule:
     """The schedule that `schedule_json` wrote; whether it can run a problem is not checked.
 
     Raises
     ------
     StoreError : a field is missing, unknown, or neither an int nor a bool nor a text
     """
-    known = {field.name: field.default is MISSING for field in fields(Schedule)}
+    known = {field.name: field.default is MISSING for field in fields(kind)}
     required = {name for name, is_required in known.items() if is_required}
     values = _check_fields(data, required, optional=set(known), what="schedule")
     for name, value in values.items():
         if type(value) not in (int, bool, str):
             raise StoreError(f"schedule: {name} must be an int, bool or text, got {value!r:.80}")
-    return Schedule(**values)
+    return kind(**values)
 
 
 def _check_fields(
@@ -328,7 +332,6 @@ _MEASURED: dict[str, Rule] = {
 }
 _RULES: dict[str, Rule] = {
     "num_sms": _COUNT,
-    "out_dtype": _TEXT,
     **_MEASURED,
     **{field.name: _TEXT for field in fields(Provenance)},
 }

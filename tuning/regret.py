@@ -10,6 +10,7 @@ from ..dtypes import dtype_of
 from ..errors import ProblemError
 from ..expr import acc, gate, up
 from ..problem import Gemm, GroupedGemm
+from ..schedule import Schedule
 from ..target import Gpu
 from .model import predict_us
 from .session import JournalLine
@@ -69,7 +70,7 @@ def _regret(line: JournalLine) -> Regret | None:
     predicted = {
         trial: predict_us(problem, trial.schedule, m, line.gpu.num_sms)
         for trial in line.trials
-        if is_legal(problem, trial.schedule)
+        if isinstance(trial.schedule, Schedule) and is_legal(problem, trial.schedule)
     }
     if not predicted:
         return None

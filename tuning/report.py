@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import statistics
 import warnings
@@ -89,13 +90,20 @@ class Result:
         ------
         ProblemError : a field is missing, or another than this version writes
         """
-        try:
+        with reading("bench gemm"):
             return cls(Meta(**data["meta"]), tuple(map(Row.from_json, data["rows"])))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ProblemError(
-                "not a result that this version's `jitgen bench gemm --json` wrote:"
-                f" {type(error).__name__} {error}"
-            ) from None
+
+
+@contextlib.contextmanager
+def reading(command: str) -> Iterator[None]:
+    """ProblemError for what is raised where a result is none of this version's `command`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ProblemError(
+            f"not a result that this version's `jitgen {command} --json` wrote:"
+            f" {type(error).__name__} {error}"
+        ) from None
 
 
 def collect_meta(device: driver.Device, *, version: str, arguments: Sequence[str]) -> Meta:

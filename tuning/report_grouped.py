@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .bench import baseline_meta
 from .bench_fused import FusedRow
-from .bench_grouped import GroupedRow
-from .report import Cell, Meta, figure_cell, geomean, section, table
+from .bench_grouped import GroupedRow, GroupedShape
+from .report import Cell, Meta, figure_cell, geomean, reading, section, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,10 @@ FUSED_COLUMNS = (
     *("groups", "rows/group", "N", "K", "GEMM us", "fused us", "fused / GEMM"),
     *("unfused, torch us", "/ fused", "unfused, torch.compile us", "/ fused", "schedules"),
 )
-SUMMARY_COLUMNS = ("layout", "groups", "rows/group", "DeepGEMM / jitgen", "slower", "time / floor")
+SUMMARY_COLUMNS = (
+    *("layout", "groups", "rows/group", "DeepGEMM / jitgen", "least", "slower", "time / floor"),
+    "group_of_row / ragged",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,22 @@ class GroupedResult:
             "rows": [row.to_json() for row in self.rows],
             "fused": [row.to_json() for row in self.fused],
         }
+
+    @classmethod
+    def from_json(cls, data: Any) -> GroupedResult:
+        """The result that `to_json` wrote.
+
+        Raises
+        ------
+        ProblemError : a field is missing, or another than this version writes
+        """
+        with reading("bench grouped"):
+            return cls(
+                Meta(**data["meta"]),
+                tuple(map(GroupedRow.from_json, data["rows"])),
+                data["live_over_baseline"],
+                tuple(map(FusedRow.from_json, data["fused"])),
+            )
 
 
 def row_cells(row: GroupedRow) -> list[Cell]:
@@ -85,18 +104,29 @@ def summary_cells(rows: Sequence[GroupedRow]) -> list[list[Cell]]:
         kinds.setdefault(kind, []).append(row)
     for row in rows:
         kinds.setdefault((row.shape.layout, "all", "all"), []).append(row)
-    return [_summary(kind, found) for kind, found in kinds.items()]
+    times = {row.shape: row.jitgen.kernel_us for row in rows}
+    return [_summary(kind, found, times) for kind, found in kinds.items()]
 
 
-def _summary(kind: tuple[str, ...], rows: Sequence[GroupedRow]) -> list[Cell]:
+def _summary(
+    kind: tuple[str, ...], rows: Sequence[GroupedRow], times: Mapping[GroupedShape, float]
+) -> list[Cell]:
     ratios = [row.ratio for row in rows if row.ratio is not None]
     losses = sum(ratio < 1 for ratio in ratios)
     complete = len(ratios) == len(rows)
+    padded = [
+        times[same] / row.jitgen.kernel_us
+        for row in rows
+        if (same := replace(row.shape, layout="group_of_row")) in times
+        and row.shape.layout == "ragged"
+    ]
     return [
         *map(Cell, kind),
         figure_cell(geomean(ratios) if complete else None),
+        figure_cell(min(ratios) if complete else None),
         Cell(f"{losses} of {len(rows)}" if complete else "-", losses > 0),
         Cell(f"{geomean(row.jitgen.kernel_us / row.shape.floor_us for row in rows):.2f}"),
+        figure_cell(geomean(padded) if padded else None),
     ]
 
 

@@ -1,7 +1,7 @@
-"""Selection: the schedule of a call, decided in one place for `gemm`, plans and the command line.
+"""Selection: the schedule of a call, decided in one place for calls, plans and the command line.
 
 A measured record of the user's goes before one that comes with jitgen, and that before the cost
-model.
+model or, for MLA decode, `select_mla`.
 """
 
 from __future__ import annotations
@@ -9,32 +9,50 @@ from __future__ import annotations
 import functools
 import warnings
 from pathlib import Path
+from typing import overload
 
 from ..errors import StoreError
-from ..problem import Gemm, as_tuned
+from ..problem import Gemm
+from ..problem_mla import MlaDecode
 from ..runtime import driver
 from ..schedule import Schedule
+from ..schedule_mla import MlaSchedule, select_mla
 from ..target import H100, SM90A, Gpu
+from .keys import TunedProblem, TunedSchedule, tuned
 from .model import choose, choose_for_all, m_bucket
-from .records import file_of, read_file, shipped_folder, user_folder
+from .records import Key, file_of, read_file, shipped_folder, user_folder
 from .space import is_legal
+from .space_mla import is_mla_legal
 
 
-def select(problem: Gemm, m: int, gpu: Gpu = H100, *, batch_invariant: bool = False) -> Schedule:
+@overload
+def select(
+    problem: Gemm, m: int, gpu: Gpu = H100, *, batch_invariant: bool = False
+) -> Schedule: ...
+@overload
+def select(
+    problem: MlaDecode, m: int, gpu: Gpu = H100, *, batch_invariant: bool = False
+) -> MlaSchedule: ...
+def select(
+    problem: TunedProblem, m: int, gpu: Gpu = H100, *, batch_invariant: bool = False
+) -> TunedSchedule:
     """The schedule for `m` rows on `gpu`: one for all m of a bucket, so that they are finite.
 
     Parameters
     ----------
     problem : its epilogue and layout do not matter, unless they rule a schedule out
-    m : rows of A; of a grouped problem those of all groups, see `jitgen.groups.expected_rows`
+    m : rows of A; of a grouped problem those of all groups, see `jitgen.groups.expected_rows`; of
+        MLA decode sequences
     batch_invariant : one schedule for every m, so that the bits of a row do not depend on m
 
     The records are read once in a process, see `reload_records`. A records file that is broken
     costs a warning and is ignored.
     """
-    if batch_invariant:
-        return choose_for_all(problem, gpu.num_sms)
-    return _select(problem, m_bucket(m, problem), gpu)
+    if not batch_invariant:
+        return _select(problem, m_bucket(m, problem), gpu)
+    if isinstance(problem, MlaDecode):
+        return select_mla(problem, batch_invariant=True)
+    return choose_for_all(problem, gpu.num_sms)
 
 
 def named_gpu(name: str | None = None, num_sms: int | None = None) -> Gpu:
@@ -65,18 +83,26 @@ def reload_records() -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _select(problem: Gemm, bucket: int, gpu: Gpu) -> Schedule:
-    plain = as_tuned(problem)
+def _select(problem: TunedProblem, bucket: int, gpu: Gpu) -> TunedSchedule:
+    plain = tuned(problem)
     for folder in (user_folder(), shipped_folder()):
         schedule = _schedules(file_of(folder, gpu, plain)).get((gpu, plain, bucket))
         # That of an old record may be legal no more.
-        if schedule is not None and is_legal(problem, schedule):
+        if schedule is not None and _can_run(schedule, problem):
             return schedule
+    if isinstance(problem, MlaDecode):
+        return select_mla(problem, batch=bucket)
     return choose(problem, bucket, gpu.num_sms)
 
 
+def _can_run(schedule: TunedSchedule, problem: TunedProblem) -> bool:
+    if isinstance(problem, MlaDecode):
+        return isinstance(schedule, MlaSchedule) and is_mla_legal(problem, schedule)
+    return isinstance(schedule, Schedule) and is_legal(problem, schedule)
+
+
 @functools.lru_cache(maxsize=4096)
-def _schedules(path: Path) -> dict[tuple[Gpu, Gemm, int], Schedule]:
+def _schedules(path: Path) -> dict[Key, TunedSchedule]:
     """The schedules of a records file, by what they are for; none if it is broken."""
     try:
         return {record.key: record.schedule for record in read_file(path)}

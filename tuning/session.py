@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
-from ..schedule import Schedule
 from ..target import Gpu
+from .keys import TunedSchedule, schedule_type
 from .records import (
     DATE_FORMAT,
     Provenance,
@@ -45,7 +45,7 @@ class JournalLine:
     job: str
     status: str
     trials: tuple[Trial, ...]
-    errors: dict[Schedule, str]
+    errors: dict[TunedSchedule, str]
 
 
 def read_journal(folder: Path) -> list[JournalLine]:
@@ -64,16 +64,17 @@ def read_journal(folder: Path) -> list[JournalLine]:
 
 def _read_line(line: dict[str, Any]) -> JournalLine:
     fingerprint, nvrtc = line["kernels"]
+    kind = schedule_type(line["job"])
     return JournalLine(
         Gpu(line["name"], line["num_sms"]),
         (fingerprint, nvrtc),
         line["job"],
         line["status"],
         tuple(
-            Trial(**(trial | {"schedule": read_schedule(trial["schedule"])}))
+            Trial(**(trial | {"schedule": read_schedule(trial["schedule"], kind)}))
             for trial in line["trials"]
         ),
-        {read_schedule(error["schedule"]): error["error"] for error in line["errors"]},
+        {read_schedule(error["schedule"], kind): error["error"] for error in line["errors"]},
     )
 
 
@@ -149,9 +150,9 @@ class Session:
             )
             save(self._folder, [record])
 
-    def _failed(self) -> dict[str, set[Schedule]]:
+    def _failed(self) -> dict[str, set[TunedSchedule]]:
         """The schedules that the journal says cannot be measured, by job."""
-        failed: dict[str, set[Schedule]] = {}
+        failed: dict[str, set[TunedSchedule]] = {}
         for line in read_journal(self._folder):
             if (line.gpu, line.kernels) == (self._gpu, self._provenance.kernels):
                 failed.setdefault(line.job, set()).update(line.errors)

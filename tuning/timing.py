@@ -15,6 +15,7 @@ NUM_CALLS = 12
 NUM_WARMUP_CALLS = 20
 NUM_PROFILES = 3  # attempts: CUPTI may lose a record
 FLUSH_BYTES = 256 * 2**20  # several times the L2 of any Hopper GPU
+HOST_CLOCKS = 500_000  # of the GPU, in which a busy host has enqueued a call too
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def measure_kernel_us(
 def measure_event_us(call: Callable[[], object], *, calls: int = 30) -> float:
     """The median of the times between two CUDA events around a `call()`, with a cold L2.
 
-    What `triton.testing.do_bench` measures: more than the kernels' own time by a launch.
+    What `triton.testing.do_bench` measures: more than the kernels' own time by a launch. The GPU
+    waits before the first of them until all are enqueued, or a busy host's pauses would count.
     """
     import torch
 
@@ -83,6 +85,7 @@ def measure_event_us(call: Callable[[], object], *, calls: int = 30) -> float:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     for _ in range(3):
         call()
+    torch.cuda._sleep(calls * HOST_CLOCKS)
     for begin, end in events:
         flush.fill_(1)
         begin.record()

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from ..errors import CandidateError, ProblemError, VerifyError, one_line
-from ..problem import Gemm, GroupedGemm, as_tuned, tuned_name
+from ..problem_mla import MlaDecode
 from ..schedule import Schedule
+from ..schedule_mla import select_mla
 from ..target import Gpu
+from .keys import TunedProblem, TunedSchedule, job_name, place, place_in_file, tuned
 from .model import m_bucket, rank
 from .select import select
 from .space import numerics_class
+from .space_mla import mla_candidates
 
 NUM_CANDIDATES = 32
 MAX_PREDICTED = 1.6  # of the least predicted time: what is worth a measurement
@@ -39,22 +42,25 @@ MAX_SPREAD = 0.1
 NUM_ATTEMPTS = 3
 
 Status = Literal["measured", "unstable", "failed"]
-Times = dict[Schedule, list[float]]  # microseconds of each call
+Times = dict[TunedSchedule, list[float]]  # microseconds of each call
 
 
 class Measurer(Protocol):
-    """Runs schedules of `problem`, from `as_tuned`, with `m` rows, of all groups, on one GPU.
+    """Runs schedules of `problem`, from `keys.tuned`, with `m` rows, of all groups, on one GPU.
+
+    Of MLA decode m counts sequences.
 
     Both methods raise CandidateError if it is a schedule's fault, ProblemError if nothing can be
     measured, VerifyError if a schedule that had been proven right is wrong. Other JitgenErrors end
     the search.
     """
 
-    def check(self, problem: Gemm, m: int, schedule: Schedule) -> None:
-        """Raise CandidateError unless D is the interpreter's, bit for bit."""
+    def check(self, problem: TunedProblem, m: int, schedule: TunedSchedule) -> None:
+        """Raise CandidateError unless D is the interpreter's, bit for bit, or o, within bounds,
+        that of float64."""
 
     def time(
-        self, problem: Gemm, m: int, schedules: Sequence[Schedule], num_calls: int
+        self, problem: TunedProblem, m: int, schedules: Sequence[TunedSchedule], num_calls: int
     ) -> list[list[float]]:
         """Device times of each schedule in microseconds, L2 cold; the schedules take turns."""
 
@@ -63,20 +69,19 @@ class Measurer(Protocol):
 class Job:
     """One M bucket of a problem, and what may win: first what is used without tuning."""
 
-    problem: Gemm
+    problem: TunedProblem
     m: int
-    schedules: tuple[Schedule, ...]
+    schedules: tuple[TunedSchedule, ...]
 
     def __str__(self) -> str:
-        gated = "-gated" * (self.problem.num_halves > 1)
-        return f"m{self.m}-{tuned_name(self.problem)}-{self.problem.d_dtype}{gated}"
+        return job_name(self.problem, self.m)
 
 
 @dataclass(frozen=True)
 class Trial:
     """A schedule's device time of a call: the median, and the standard deviation."""
 
-    schedule: Schedule
+    schedule: TunedSchedule
     kernel_us: float
     spread_us: float
     num_calls: int
@@ -98,7 +103,7 @@ class Outcome:
     reason: str = ""
     winner: Trial | None = None
     trials: tuple[Trial, ...] = ()
-    errors: Mapping[Schedule, str] = field(default_factory=dict)
+    errors: Mapping[TunedSchedule, str] = field(default_factory=dict)
 
     @property
     def speedup(self) -> float | None:
@@ -112,26 +117,26 @@ class Outcome:
 
 
 def make_jobs(
-    pairs: Iterable[tuple[Gemm, int]], gpu: Gpu, num_candidates: int = NUM_CANDIDATES
+    pairs: Iterable[tuple[TunedProblem, int]], gpu: Gpu, num_candidates: int = NUM_CANDIDATES
 ) -> list[Job]:
     """A job for each M bucket of each problem, those that share weights together."""
-    keys = dict.fromkeys((as_tuned(problem), m_bucket(m, problem)) for problem, m in pairs)
-
-    def place(key: tuple[Gemm, int]) -> tuple[object, ...]:
-        problem, m = key
-        groups = problem.num_groups if isinstance(problem, GroupedGemm) else 0
-        return groups, problem.n, problem.k, problem.d_dtype.name, problem.num_halves, m
-
-    order = sorted(keys, key=place)
+    keys = dict.fromkeys((tuned(problem), m_bucket(m, problem)) for problem, m in pairs)
+    order = sorted(keys, key=lambda key: (place(key[0]), place_in_file(key[0]), key[1]))
     return [Job(problem, m, shortlist(problem, m, gpu, num_candidates)) for problem, m in order]
 
 
-def shortlist(problem: Gemm, m: int, gpu: Gpu, count: int) -> tuple[Schedule, ...]:
+def shortlist(problem: TunedProblem, m: int, gpu: Gpu, count: int) -> tuple[TunedSchedule, ...]:
     """At most `count` schedules: what is used without tuning, then in order of predicted time.
 
     Half are the best predicted. Then comes the best of each kind, by row tile, cluster, split and
-    promotion, lest the model be wrong about all of one.
+    promotion, lest the model be wrong about all of one. MLA decode has no model: what is chosen
+    without a record, then what differs from it least.
     """
+    first: TunedSchedule
+    if isinstance(problem, MlaDecode):
+        first = select(problem, m, gpu)
+        found = mla_candidates(problem, select_mla(problem, batch=m))
+        return tuple(dict.fromkeys([first, *found]))[:count]
     predicted = rank(problem, m, gpu.num_sms)
     limit = MAX_PREDICTED * min(predicted.values())
     ranked = [schedule for schedule, us in predicted.items() if us <= limit]
@@ -195,12 +200,12 @@ class _Race:
         self._job = job
         self._measurer = measurer
         self._on_progress = on_progress
-        self._errors: dict[Schedule, str] = {}
+        self._errors: dict[TunedSchedule, str] = {}
 
     def run(self, is_late: Callable[[], bool]) -> Outcome | None:
         """The outcome; None if it got late before the times were taken."""
         # Small tiles first: what proves the others is quick to compare with the interpreter.
-        schedules = sorted(self._job.schedules, key=lambda s: s.block_m * s.block_n)
+        schedules = sorted(self._job.schedules, key=_tile_elements)
         for i, schedule in enumerate(schedules):
             if is_late():
                 return None
@@ -241,10 +246,10 @@ class _Race:
             "unstable" if reason else "measured", reason, winner, {**screened, **final}
         )
 
-    def _time(self, schedules: Sequence[Schedule], num_calls: int) -> Times:
+    def _time(self, schedules: Sequence[TunedSchedule], num_calls: int) -> Times:
         """The times of those that can be measured, in the same order."""
 
-        def time(some: Sequence[Schedule], num_calls: int) -> Times:
+        def time(some: Sequence[TunedSchedule], num_calls: int) -> Times:
             lists = self._measurer.time(self._job.problem, self._job.m, some, num_calls)
             return dict(zip(some, lists, strict=True))
 
@@ -264,12 +269,17 @@ class _Race:
         self,
         status: Status,
         reason: str,
-        winner: Schedule | None = None,
+        winner: TunedSchedule | None = None,
         times: Times | None = None,
     ) -> Outcome:
         trials = {schedule: _trial(schedule, lists) for schedule, lists in (times or {}).items()}
         won = trials[winner] if winner and status == "measured" else None
         return Outcome(self._job, status, reason, won, tuple(trials.values()), self._errors)
+
+
+def _tile_elements(schedule: TunedSchedule) -> int:
+    """Of D; MLA decode is not compared with the interpreter."""
+    return schedule.block_m * schedule.block_n if isinstance(schedule, Schedule) else 0
 
 
 def num_final_calls(kernel_us: float) -> int:
@@ -278,19 +288,19 @@ def num_final_calls(kernel_us: float) -> int:
     return min(max(int(FINAL_US / kernel_us), least), most)
 
 
-def pick_winner(times: Times) -> Schedule:
+def pick_winner(times: Times) -> TunedSchedule:
     """The first schedule that is as fast as the fastest, up to the noise of both."""
     fastest = min(times, key=lambda schedule: statistics.median(times[schedule]))
     limit = statistics.median(times[fastest])
 
-    def noise_us(schedule: Schedule) -> float:
+    def noise_us(schedule: TunedSchedule) -> float:
         errors = (statistics.pvariance(times[s]) / len(times[s]) for s in (schedule, fastest))
         return max(MIN_NOISE * limit, NOISE_ERRORS * math.sqrt(sum(errors)))
 
     return next(s for s in times if statistics.median(times[s]) <= limit + noise_us(s))
 
 
-def why_unstable(first: Times, final: Times, chosen: Sequence[Schedule]) -> str:
+def why_unstable(first: Times, final: Times, chosen: Sequence[TunedSchedule]) -> str:
     """What speaks against trusting the times of `chosen`; "" if nothing.
 
     first, final : of both rounds; what is in the final was in the first
@@ -315,6 +325,6 @@ def why_unstable(first: Times, final: Times, chosen: Sequence[Schedule]) -> str:
     return ""
 
 
-def _trial(schedule: Schedule, times: list[float]) -> Trial:
+def _trial(schedule: TunedSchedule, times: list[float]) -> Trial:
     median, spread = statistics.median(times), statistics.pstdev(times)
     return Trial(schedule, round(median, 3), round(spread, 3), len(times))

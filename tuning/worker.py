@@ -12,8 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import CandidateError, DeviceError, JitgenError
-from ..problem import Gemm
-from ..schedule import Schedule
+from .keys import TunedProblem, TunedSchedule
 from .tune import Measurer
 
 START_TIMEOUT_S = 180.0  # torch is imported, and a context made
@@ -43,12 +42,12 @@ class IsolatedMeasurer:
         self._process: SpawnProcess | None = None
         self._connection: Connection | None = None
 
-    def check(self, problem: Gemm, m: int, schedule: Schedule) -> None:
+    def check(self, problem: TunedProblem, m: int, schedule: TunedSchedule) -> None:
         """As the Measurer's; CandidateError too if its process dies or hangs."""
         self._call("check", problem, m, schedule)
 
     def time(
-        self, problem: Gemm, m: int, schedules: Sequence[Schedule], num_calls: int
+        self, problem: TunedProblem, m: int, schedules: Sequence[TunedSchedule], num_calls: int
     ) -> list[list[float]]:
         """As the Measurer's; CandidateError too if its process dies or hangs."""
         times: list[list[float]] = self._call("time", problem, m, schedules, num_calls)

@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jitgen.errors import CandidateError, DeviceError, VerifyError
-from jitgen.problem import Gemm
-from jitgen.schedule import Schedule
+from jitgen.tuning.keys import TunedProblem, TunedSchedule
 
-Faults = tuple[Schedule, ...]
+Faults = tuple[TunedSchedule, ...]
 
 
 def exit_now() -> None:
@@ -42,7 +41,7 @@ class FakeMeasurer:
     steady : schedules that it leaves alone
     """
 
-    times_us: Mapping[Schedule, float] = field(default_factory=dict)
+    times_us: Mapping[TunedSchedule, float] = field(default_factory=dict)
     noise: float = 0.01
     seed: int = 0
     wrong: Faults = ()
@@ -53,10 +52,10 @@ class FakeMeasurer:
     die: Callable[[], None] = exit_now
     slowdown: Callable[[int, int], float] = no_slowdown
     steady: Faults = ()
-    checked: list[tuple[int, Schedule]] = field(default_factory=list)
-    timed: list[tuple[tuple[Schedule, ...], int]] = field(default_factory=list)
+    checked: list[tuple[int, TunedSchedule]] = field(default_factory=list)
+    timed: list[tuple[tuple[TunedSchedule, ...], int]] = field(default_factory=list)
 
-    def check(self, problem: Gemm, m: int, schedule: Schedule) -> None:
+    def check(self, problem: TunedProblem, m: int, schedule: TunedSchedule) -> None:
         self.checked.append((m, schedule))
         if schedule in self.wrong:
             raise CandidateError(f"{schedule} is wrong")
@@ -68,7 +67,7 @@ class FakeMeasurer:
             time.sleep(600)
 
     def time(
-        self, problem: Gemm, m: int, schedules: Sequence[Schedule], num_calls: int
+        self, problem: TunedProblem, m: int, schedules: Sequence[TunedSchedule], num_calls: int
     ) -> list[list[float]]:
         self.timed.append((tuple(schedules), num_calls))
         if set(schedules) & set(self.deadly_later):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import jitgen
 from jitgen import Schedule
+from jitgen.cli import app
 from jitgen.dtypes import BF16, E4M3, F32
-from jitgen.errors import VerifyError
+from jitgen.errors import ProblemError, VerifyError
 from jitgen.tuning import bench_fused, report_grouped
 from jitgen.tuning.bench import to_numpy
 from jitgen.tuning.bench_grouped import (
@@ -81,15 +84,15 @@ def small(layout: Any) -> tuple[GroupedShape, dict[str, Any], Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_check_accepts_the_interpreter_and_rejects_other_rows_and_bits(layout: str) -> None:
     shape, tensors, d = small(layout)
-    check(shape, SCHEDULE, tensors, d)
+    check(shape, tensors, d)
     rows = d.view(-1, 136)
     written = ~torch.isnan(rows).any(1)
     wrong = rows.clone()
     wrong[int(written.nonzero()[-1])] = float("nan")
     with pytest.raises(VerifyError, match="other rows than those of groups"):
-        check(shape, SCHEDULE, tensors, wrong.view(d.shape))
+        check(shape, tensors, wrong.view(d.shape))
     with pytest.raises(VerifyError, match="differs from the interpreter's"):
-        check(shape, SCHEDULE, tensors, d * 2)
+        check(shape, tensors, d * 2)
 
 
 def rows_of(deepgemm_us: float | None) -> tuple[GroupedRow, ...]:
@@ -105,8 +108,8 @@ def test_report_marks_losses_and_gives_geometric_means() -> None:
     rows = (*rows_of(80.0)[:1], *rows_of(180.0)[1:])
     result = report_grouped.GroupedResult(META, rows, 1.01)
     text = report_grouped.render_markdown(result)
-    assert "| ragged | 2 | 7 | 1.20 | **1 of 2** |" in text
-    assert "| ragged | all | all | 1.20 | **1 of 2** |" in text
+    assert "| ragged | 2 | 7 | 1.20 | **0.80** | **1 of 2** |" in text
+    assert "| ragged | all | all | 1.20 | **0.80** | **1 of 2** |" in text
     assert "| **80.00** | **0.80** |" in text
     assert "| 180.00 | 1.80 |" in text
     assert "cuBLASLt takes 1.01" in text
@@ -114,7 +117,7 @@ def test_report_marks_losses_and_gives_geometric_means() -> None:
     assert [row["derived"]["ratio"] for row in data["rows"]] == [0.8, 1.8]
 
 
-def test_report_of_fused_rows_has_both_bars() -> None:
+def fused_result() -> report_grouped.GroupedResult:
     measured = Measurement(100.0, 1.0, 99.0, 101.0, 12, ("grouped",))
     plain, torch_us = replace(measured, kernel_us=95.0), replace(measured, kernel_us=150.0)
     fused = bench_fused.FusedRow(
@@ -125,12 +128,42 @@ def test_report_of_fused_rows_has_both_bars() -> None:
         {"torch": torch_us},
         {"torch.compile": "there is no Triton"},
     )
-    result = report_grouped.GroupedResult(META, rows_of(80.0), None, (fused,))
+    return report_grouped.GroupedResult(META, rows_of(80.0), None, (fused,))
+
+
+def test_report_of_fused_rows_has_both_bars() -> None:
+    result = fused_result()
     text = report_grouped.render_markdown(result)
     assert "| 32 | 192 | 4096 | 7168 | 95.00 | 100.00 | 1.053 | 150.00 | 1.50 | - | - |" in text
     derived = json.loads(json.dumps(result.to_json()))["fused"][0]["derived"]
     assert derived["ratios"] == {"torch": 1.5}
     assert derived["over_plain"] == pytest.approx(100 / 95)
+
+
+def test_report_compares_ragged_rows_with_the_padded_ones_of_the_same_counts() -> None:
+    (row, _) = rows_of(80.0)
+    slower = replace(row.jitgen, kernel_us=130.0)
+    padded_row = replace(row, shape=replace(row.shape, layout="group_of_row"), jitgen=slower)
+    text = report_grouped.render_markdown(report_grouped.GroupedResult(META, (row, padded_row), 1))
+    ragged, *_ = (line for line in text.splitlines() if line.startswith("| ragged | 2 | 7 |"))
+    assert ragged.endswith(" 1.30 |")
+
+
+def test_result_is_read_back_from_json_and_reported_without_a_gpu(tmp_path: Path) -> None:
+    result = fused_result()
+    path, page = tmp_path / "grouped.json", tmp_path / "grouped.md"
+    path.write_text(json.dumps(result.to_json()))
+    assert report_grouped.GroupedResult.from_json(json.loads(path.read_text())) == result
+    done = CliRunner().invoke(app, ["bench", "report", str(path), "--markdown", str(page)])
+    assert done.exit_code == 0, done.output
+    assert page.read_text() == report_grouped.render_markdown(result)
+
+
+def test_result_rejects_json_of_another_version() -> None:
+    data = json.loads(json.dumps(fused_result().to_json()))
+    del data["fused"][0]["plain"]
+    with pytest.raises(ProblemError, match="`jitgen bench grouped --json` wrote: KeyError 'plain'"):
+        report_grouped.GroupedResult.from_json(data)
 
 
 def test_swiglu_quantize_is_what_the_fused_epilogue_computes() -> None:
@@ -148,5 +181,5 @@ def test_swiglu_quantize_is_what_the_fused_epilogue_computes() -> None:
 def test_report_without_baselines_has_dashes() -> None:
     result = report_grouped.GroupedResult(META, rows_of(None), None)
     text = report_grouped.render_markdown(result)
-    assert "| ragged | 2 | 7 | - | - |" in text
+    assert "| ragged | 2 | 7 | - | - | - |" in text
     assert "cuBLASLt" not in text

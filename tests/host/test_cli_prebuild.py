@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from jitgen import Gemm, GroupedGemm, MlaDecode, build, cli
 from jitgen.models import read_model
 from jitgen.plans import plan
-from jitgen.schedule_mla import mla_schedules
 from jitgen.tuning.select import named_gpu
 
 CONFIG = Path(__file__).parent / "configs" / "deepseek-v3.json"
@@ -49,7 +48,8 @@ def test_prebuild_of_a_model_makes_what_its_plans_launch(
     plans = [plan(p, range(1, 301), gpu=gpu.name, num_sms=gpu.num_sms) for p in model.problems]
     plans += [plan(p, range(1, rows + 1), gpu=gpu.name, num_sms=132) for p in model.experts]
     expected: list[Any] = [kernel for made in plans for kernel in made.kernels]
-    expected += [(problem, made) for problem in model.attention for made in mla_schedules(problem)]
+    batches = [plan(p, range(1, 1025), gpu=gpu.name, num_sms=132) for p in model.attention]
+    expected += [kernel for made in batches for kernel in made.kernels]
     assert handed_over(*MODEL) == expected
     assert {type(problem) for problem, _ in expected} == {Gemm, GroupedGemm, MlaDecode}
 

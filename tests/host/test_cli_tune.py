@@ -19,6 +19,7 @@ from jitgen.dtypes import E4M3
 from jitgen.errors import CompileError
 from jitgen.expr import gate, silu, up
 from jitgen.problem import Gemm, GroupedGemm
+from jitgen.problem_mla import MlaDecode
 from jitgen.runtime import driver
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule
@@ -192,17 +193,22 @@ def test_tune_records_groups_for_every_layout(run: Run, fake: Fake, records: Pat
         assert select.select(problem, 90) == record.schedule
 
 
-def test_tune_takes_the_gemms_of_a_list(run: Run, fake: Fake, records: Path) -> None:
+def test_tune_takes_every_family_of_a_list_but_k_grouped(
+    run: Run, fake: Fake, records: Path
+) -> None:
     path = records.parent / "list.json"
     entries = [
         {"n": 256, "k": 512, "m": [16], "num_groups": 3, "layout": "masked"},
         {"n": 256, "k": 512, "m": [16]},
-        {"num_heads": 16},
+        {"n": 256, "m": [16], "num_groups": 3, "layout": "k_grouped"},
+        {"num_heads": 16, "b": [1, 5]},
     ]
     path.write_text(json.dumps(entries))
     result = run("tune", "--problems", path, "--candidates", 2)
-    assert "left out: 1 kinds of MLA decode or k_grouped, not tuned" in result.stderr
-    assert result.stdout.startswith("shapes: 2 measured")
+    assert "left out: 1 shapes of k_grouped, not tuned" in result.stderr
+    assert result.stdout.startswith("shapes: 4 measured")
+    attention = [r for r in read_folder(records) if isinstance(r.problem, MlaDecode)]
+    assert [(r.problem, r.m) for r in attention] == [(MlaDecode(16), 1), (MlaDecode(16), 8)]
 
 
 def test_tune_compile_only_needs_no_gpu(

@@ -52,10 +52,13 @@ ALLOWED |= {
     "runtime": set(FOUNDATION),  # NVRTC, kernel store, driver: knows no problem and no kernel
     "tuning": _before | {"runtime"},  # candidates, cost model, measured records
     "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
-    "tuning.bench_mla": _before | {"runtime", "tuning", "api_mla"},
+    "tuning.bench_mla": _before | {"runtime", "tuning", "tuning.operands_mla"},
+    "tuning.operands_mla": _before | {"api_mla"},  # that are timed and checked
+    "tuning.measure_mla": _before | {"tuning.operands_mla"},
     "tuning.bench_grouped": _before | {"runtime", "tuning", "tuning.bench", "api"},
     "tuning.bench_fused": _before | {"runtime", "tuning", "tuning.bench_grouped", "api"},
     "tuning.report_grouped": {"tuning.bench", "tuning.bench_grouped", "tuning.report"},
+    "tuning.report_mla": {"errors", "tuning.bench_mla", "tuning.report"},
     "tuning.operands": {"api"},  # that are timed and checked
     "tuning.measure": _before | {"api"},  # checks, and times, what may be recorded
     "tuning.timing": {"errors"},  # of any call
@@ -74,10 +77,10 @@ ALLOWED |= {
     "ray_prebuild": _before | {"runtime", "build"},  # the same on many machines
     "control": _before | {"runtime", "build"},  # what calls may compile, and counts
     "calls": _before | {"runtime", "tuning", "arrays", "control"},  # on torch, prepared once
-    "calls_mla": _before | {"runtime", "arrays", "arrays_mla", "calls"},
+    "calls_mla": _before | {"runtime", "tuning", "arrays", "arrays_mla", "calls"},
     "dlpack": set(_before),  # arrays of other libraries
     "api": _before | {"tuning", "arrays", "calls", "dlpack"},  # what users call
-    "api_mla": _before | {"api", "arrays", "arrays_mla", "calls_mla"},
+    "api_mla": _before | {"tuning", "api", "arrays", "arrays_mla", "calls_mla"},
     "api_merge": _before | {"runtime", "arrays", "calls"},
     "plans": _before | {"tuning", "build"},  # finite sets of kernels
     # __init__.py: the public names
@@ -94,13 +97,14 @@ ALLOWED |= {
     "epilogues": {"expr"},  # that the commands know by name
     "files": {"errors"},  # that users name
     "problem_list": _before  # what to compile or tune
-    | {"files", "tuning", "tuning.bench", "tuning.bench_fused", "tuning.bench_grouped"},
+    | {"files", "tuning", "tuning.bench", "tuning.bench_fused", "tuning.bench_grouped"}
+    | {"tuning.bench_mla"},
     "models": _before | {"files"},  # what a model computes
     "schedule_text": _before | {"tuning"},  # schedules as users spell them
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"}
-    | {"tuning.bench_fused"}
-    | {"tuning.load", "tuning.bench_mla", "build", "plans", "problem", "runtime"},
+    | {"tuning.bench_fused", "tuning.bench_mla", "tuning.report_mla"}
+    | {"tuning", "tuning.load", "build", "problem", "runtime"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
     "cli_explain": _before
     | {"runtime", "build", "control", "epilogues", "schedule_text", "tuning"},
@@ -130,7 +134,7 @@ LAZY: dict[str, set[str]] = {
         "tuning.bench",
         "tuning.bench_fused",
         "tuning.bench_grouped",
-        "tuning.bench_mla",
+        "tuning.operands_mla",
         "tuning.host",
         "tuning.peers",
         "tuning.report",

@@ -12,6 +12,7 @@ from jitgen import E4M3, F16, F32, Gemm, GroupedGemm, MlaDecode, gate, silu, up
 from jitgen.errors import ProblemError
 from jitgen.problem import of_k_groups
 from jitgen.problem_list import parse_extents, read_problems
+from jitgen.tuning.space_mla import BATCHES
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_read_problems_of_every_family(tmp_path: Path) -> None:
         {"n": 72, "m": [4096], "num_groups": 4, "layout": "k_grouped"},
         {"n": 512, "k": 7168, "m": [8], "num_groups": 4, "out_dtype": "e4m3", "swiglu": True},
         {"num_heads": 16, "name": "decode"},
-        {"num_heads": 8, "num_queries": 2, "dtype": "f16", "page": 128},
+        {"num_heads": 8, "num_queries": 2, "dtype": "f16", "page": 128, "b": [3, 16]},
     ]
     path.write_text(json.dumps(entries))
     assert read_problems(path) == [
@@ -65,8 +66,9 @@ def test_read_problems_of_every_family(tmp_path: Path) -> None:
         (GroupedGemm(576, 7168, num_groups=4, layout="masked"), 16),
         (of_k_groups(72, 4), 4096),
         (GroupedGemm(512, 7168, E4M3, silu(gate) * up, num_groups=4), 8),
-        (MlaDecode(16), 1),
-        (MlaDecode(8, 2, page=128, dtype=F16), 1),
+        *((MlaDecode(16), b) for b in BATCHES),
+        (MlaDecode(8, 2, page=128, dtype=F16), 3),
+        (MlaDecode(8, 2, page=128, dtype=F16), 16),
     ]
 
 
@@ -79,7 +81,8 @@ def test_read_problems_of_every_family(tmp_path: Path) -> None:
         ({"n": 8, "k": 16, "m": [1], "num_groups": 2, "layout": "round"}, "layout"),
         ({"n": 8, "k": 128, "m": [1], "num_groups": 2, "layout": "k_grouped"}, "k is no choice"),
         ({"n": 8, "m": [1], "layout": "k_grouped"}, "field num_groups is missing"),
-        ({"num_heads": 16, "m": [1]}, "unknown field m: use name, num_heads"),
+        ({"num_heads": 16, "m": [1]}, "unknown field m: use name, b, num_heads"),
+        ({"num_heads": 16, "b": []}, "b must be a list of extents"),
         ({"num_heads": 129}, "num_heads = 129 must be in 1..128"),
         ({"num_heads": 16, "dtype": 3}, "dtype must be a name, got 3"),
     ],

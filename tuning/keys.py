@@ -1,0 +1,119 @@
+"""What a tuning record is the answer to: a problem, of a GEMM or of MLA decode, as JSON and names.
+
+A file holds the records of one GPU model and of one head: a GEMM's n, k and num_groups, or the
+fields of an `MlaDecode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..dtypes import dtype_of
+from ..errors import StoreError
+from ..expr import acc, gate, up
+from ..problem import Gemm, GroupedGemm, as_tuned, check_problem, tuned_name
+from ..problem_mla import MlaDecode, check_mla
+from ..schedule import Schedule
+from ..schedule_mla import MlaSchedule
+from .space_mla import mla_as_tuned, mla_name
+
+TunedProblem = Gemm | MlaDecode
+TunedSchedule = Schedule | MlaSchedule
+MLA_HEAD = tuple(f.name for f in fields(MlaDecode) if f.name not in ("dtype", "causal", "sink"))
+
+
+def tuned(problem: TunedProblem) -> TunedProblem:
+    """What schedules are chosen and measured for in the problem's place."""
+    return mla_as_tuned(problem) if isinstance(problem, MlaDecode) else as_tuned(problem)
+
+
+def file_stem(problem: TunedProblem) -> str:
+    """The name of the file that holds the problem's records."""
+    if isinstance(problem, MlaDecode):
+        return f"mla-{mla_name(problem)}"
+    family = "grouped-gemm" if isinstance(problem, GroupedGemm) else "gemm"
+    return f"{family}-{tuned_name(problem)}"
+
+
+def job_name(problem: TunedProblem, m: int) -> str:
+    """The problem at one extent, in a word: m rows, or b sequences."""
+    if isinstance(problem, MlaDecode):
+        return f"b{m}-mla-{mla_name(problem)}"
+    gated = "-gated" * (problem.num_halves > 1)
+    return f"m{m}-{tuned_name(problem)}-{problem.d_dtype}{gated}"
+
+
+def schedule_type(job: str) -> type[Schedule] | type[MlaSchedule]:
+    """Of what class the schedules of a job are, by its name."""
+    return MlaSchedule if "-mla-" in job else Schedule
+
+
+def place(problem: TunedProblem) -> tuple[int | str, ...]:
+    """Where it stands in an order of all problems, those of one file side by side."""
+    if isinstance(problem, MlaDecode):
+        return 1, problem.num_heads, problem.num_queries, mla_name(problem)
+    groups = problem.num_groups if isinstance(problem, GroupedGemm) else 0
+    return 0, groups, problem.n, problem.k
+
+
+def place_in_file(problem: TunedProblem) -> tuple[int | str, ...]:
+    """Where it stands among those of its file."""
+    if isinstance(problem, MlaDecode):
+        return ()
+    return problem.d_dtype.name, problem.num_halves
+
+
+def head_json(problem: TunedProblem) -> dict[str, Any]:
+    """What a file says of all its problems."""
+    if isinstance(problem, MlaDecode):
+        return {"mla": {name: getattr(problem, name) for name in MLA_HEAD}}
+    groups = {"num_groups": problem.num_groups} if isinstance(problem, GroupedGemm) else {}
+    return {"n": problem.n, "k": problem.k, **groups}
+
+
+def entry_json(problem: TunedProblem) -> dict[str, Any]:
+    """What a record says of its problem."""
+    if isinstance(problem, MlaDecode):
+        return {}
+    gated = {"gated": True} if problem.num_halves > 1 else {}
+    return {"out_dtype": problem.d_dtype.name, **gated}
+
+
+def read_problem(head: Mapping[str, Any], entry: Mapping[str, Any]) -> TunedProblem:
+    """The problem that `head_json` and `entry_json` wrote.
+
+    Raises
+    ------
+    StoreError, ProblemError : a field is missing, unknown or not legal
+    """
+    if "mla" in head:
+        given = head["mla"]
+        if not isinstance(given, dict) or set(given) != set(MLA_HEAD):
+            raise StoreError(f"mla must have the fields {', '.join(MLA_HEAD)}, got {given!r:.80}")
+        attention = mla_as_tuned(MlaDecode(**given))
+        check_mla(attention)
+        return attention
+    gated, name = entry.get("gated", False), entry["out_dtype"]
+    if type(gated) is not bool:
+        raise StoreError(f"gated must be a bool, got {gated!r:.80}")
+    if not isinstance(name, str) or not name:
+        raise StoreError(f"out_dtype must be a text, not empty, got {name!r:.80}")
+    problem = Gemm(head["n"], head["k"], dtype_of(name), gate * up if gated else acc)
+    if "num_groups" in head:
+        problem = GroupedGemm(**vars(problem), num_groups=head["num_groups"])
+    check_problem(problem)
+    return problem
+
+
+def head_fields(data: object) -> tuple[set[str], set[str]]:
+    """The fields of a file's head that there must be, and that there may be."""
+    if isinstance(data, dict) and "mla" in data:
+        return {"mla"}, set()
+    return {"n", "k"}, {"num_groups"}
+
+
+def entry_fields(head: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """The fields of a record that say its problem: that there must be, and that there may be."""
+    return (set(), set()) if "mla" in head else ({"out_dtype"}, {"gated"})

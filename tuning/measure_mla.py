@@ -1,0 +1,42 @@
+"""MLA decode for the measurer: one batch, at several lengths."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import CandidateError, VerifyError
+from ..problem_mla import MlaDecode
+from ..schedule_mla import MlaSchedule
+from .operands_mla import MlaOperands, make_cache
+
+# A schedule is chosen by the batch alone, and measured at these lengths; sparse decode looks at so
+# many of so many tokens.
+LENGTHS = (1024, 4096, 16384)
+SPARSE_LENGTHS = (2048, 16384)
+TOPK = 2048
+
+
+class MlaCase:
+    """The operands of one problem with `batch` sequences, for each length."""
+
+    def __init__(self, problem: MlaDecode, batch: int) -> None:
+        self.problem, self.m = problem, batch
+        lengths, topk = (SPARSE_LENGTHS, TOPK) if problem.sparse else (LENGTHS, 0)
+        cache = make_cache(problem, batch * -(-max(lengths) // problem.page))
+        self._operands = [MlaOperands(problem, batch, length, cache, topk) for length in lengths]
+
+    def calls(self, schedule: Any) -> list[Callable[[], None]]:
+        """One of each length, launched as a user would."""
+        return [functools.partial(operands.run, schedule) for operands in self._operands]
+
+    def check(self, schedule: MlaSchedule) -> None:
+        """Run into NaN, and compare with float64."""
+        for operands in self._operands:
+            operands.o.fill_(float("nan"))
+            operands.run(schedule)
+            try:
+                operands.check()
+            except VerifyError as error:
+                raise CandidateError(f"{schedule}: {error}") from None
