@@ -29,11 +29,12 @@ PROGRESS_BYTES = 96  # of a warp of the producer: mla_decode.cu.j2
 @dataclass(frozen=True)
 class MlaSchedule:
     """
-    tile_rows : query rows of a thread block, 16, 32 or 64; with fewer, more blocks share the work
-        of merging a sequence's parts, and read the same keys; below 64, tokens of an FP8 cache wait
-        in shared memory to be decoded, as many as a block has, instead of half in registers
+    tile_rows : query rows of a thread block, 32 or 64, or 16 of an FP8 cache; with fewer, more
+        blocks share the work of merging a sequence's parts, and read the same keys. Below 64 there
+        is room in shared memory for tokens of an FP8 cache that wait to be decoded; with 64, half
+        as many wait in registers
     cluster : thread blocks that work on neighbouring tiles of a sequence and share its keys, 1 or
-        2; those of an FP8 cache each decodes a part, for all
+        2; tokens of an FP8 cache are decoded by one of them, and sent to the other
     num_stages : blocks of 64 keys in shared memory, 2 or 4
     prefetch : blocks of keys by which loads into L2 run ahead of those into shared memory, 0 for
         none
@@ -223,7 +224,7 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
     if not isinstance(schedule, MlaSchedule):
         raise ScheduleError(f"the schedule is a {type(schedule).__name__}, must be an MlaSchedule")
     for name, legal in (
-        ("tile_rows", (16, 32, 64)),
+        ("tile_rows", (16, 32, 64) if problem.is_fp8 else (32, 64)),
         ("cluster", (1, 2)),
         ("num_stages", (2, 4)),
         ("prefetch", range(9)),

@@ -76,8 +76,8 @@ __device__ __forceinline__ uint2 ld_shared_u2(u32 smem) {
 
 // To a place of another block of the cluster, whose barrier counts the bytes.
 __device__ __forceinline__ void st_async(u32 mapped, u32 mapped_barrier, uint4 v) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(mapped),
-                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(mapped_barrier)
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(mapped), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(mapped_barrier)
                  : "memory");
 }
 // The same of `kBytes` of shared memory, which must stay as they are until they are there.
@@ -95,8 +95,8 @@ struct TokenRows {
     __device__ __forceinline__ bool has(u32 token) const { return there >> token & 1; }
 };
 
-// The lines of `kCount` tokens from `first` on their way into L2. (Bulk prefetches are slower: 5 microseconds a block of
-// keys became 5.5.)
+// The lines of `kCount` tokens from `first` on their way into L2. (Bulk prefetches are slower: 5 microseconds a block
+// of keys became 5.5.)
 template <u32 kCount>
 __device__ __forceinline__ void prefetch_tokens(const u8* cache, const TokenRows& rows, u32 first) {
     constexpr u32 kLines = 6;
@@ -107,14 +107,14 @@ __device__ __forceinline__ void prefetch_tokens(const u8* cache, const TokenRows
     }
 }
 
-// Where decoded tokens go: the tiles of a block of keys, here and, `to_peer` from here, in the other block of a cluster,
-// and the barrier that says that they are there.
+// Where decoded tokens go: the tiles of a block of keys, here and, `to_peer` from here, in the other block of a
+// cluster, and the barrier that says that they are there.
 struct TokenTiles {
     u32 keys, full, to_peer;
 };
 
-// Four tokens in the registers of a warp: 16 columns of each a lane; of token lane / 4 % 4 the scale of the columns from
-// 128 (lane % 4) on; of token lane / 8 eight of the last columns. A token that there is not counts as zero.
+// Four tokens in the registers of a warp: 16 columns of each a lane; of token lane / 4 % 4 the scale of the columns
+// from 128 (lane % 4) on; of token lane / 8 eight of the last columns. A token that there is not counts as zero.
 struct TokenBatch {
     static constexpr u32 kTokens = 4, kBytes = kTokens * kTokenBytes;
     uint4 codes[kTokens], tail;
@@ -146,8 +146,9 @@ struct TokenBatch {
         tail = ld_shared_u4(smem + lane / 8 * kTokenBytes + kTailAt + lane % 8 * 16);
     }
 
-    // Those of which a bit in `there` is set, into rows `to_row` .. of the tiles, to_row % 4 == 0; with kShared the last
-    // columns to the peer, too: this block's math warpgroups write over theirs, perhaps before a copy would be done.
+    // Those of which a bit in `there` is set, into rows `to_row` .. of the tiles, to_row % 4 == 0. With kShared the
+    // last columns go to the peer at once: this block's math warpgroups write over its own, perhaps before a copy of
+    // them would be done.
     template <bool kInOrder, bool kShared>
     __device__ __forceinline__ void decode(const TokenTiles& tiles, u32 to_row, u32 there) const {
         const u32 lane = opaque(lane_index());
