@@ -53,7 +53,7 @@ constexpr u32 kSmemChunks = kChunks - kRegisterChunks;      // of Q that are rea
 constexpr u32 kStageBytes = kChunks * kChunkBytes;
 constexpr u32 kQueryChunkBytes = kIsFp8 ? kTileRows * 128 : kChunkBytes;  // wgmma reads 64 rows: others follow
 constexpr u32 kHalfV = kDimV / 2;
-constexpr bool kOutputsOverQueries = kSmemP < kSmemKeys;    // on their way out
+constexpr bool kOutputsOverQueries = kSmemP < kSmemKeys;  // on their way out
 constexpr u32 kPieces = kBlockKeys / kPieceRows, kOwnPieces = kPieces / kCluster;  // of a block of keys, TMA boxes
 constexpr u32 kGroups = ceil_div(kChunks, kGroupChunks);    // of chunks that arrive together
 constexpr u32 kStageBarriers = kGroups + 2 + kIsSparse;     // full, one a group; empty, one a half; which keys there are
