@@ -1,8 +1,9 @@
 """jitgen: a compiler-style JIT kernel generator for NVIDIA Hopper GPUs."""
 
-from .api import bind, gemm, grouped_gemm, quantize
+from .api import bind, gemm, grouped_gemm
 from .api_merge import merge_states
 from .api_mla import mla_decode, mla_decode_sparse, quantize_mla_cache
+from .api_quantize import quantize, quantize_both
 from .calls_mla import MlaPlan
 from .control import configure, stats
 from .dtypes import BF16, E4M3, F16, F32, DType
@@ -22,6 +23,7 @@ from .merge import MergeSchedule, MergeStates
 from .plans import Plan, plan
 from .problem import Gemm, GroupedGemm, ScaleBlock, supports
 from .problem_mla import MlaDecode
+from .quantization import Quantization, QuantizationSchedule
 from .runtime.stats import Stats
 from .schedule import Schedule
 from .schedule_mla import MlaSchedule
@@ -50,6 +52,8 @@ __all__ = [
     "MlaSchedule",
     "Plan",
     "ProblemError",
+    "Quantization",
+    "QuantizationSchedule",
     "Ragged",
     "ScaleBlock",
     "Schedule",
@@ -73,6 +77,7 @@ __all__ = [
     "per_row",
     "plan",
     "quantize",
+    "quantize_both",
     "quantize_mla_cache",
     "relu",
     "scalar",

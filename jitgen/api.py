@@ -6,7 +6,6 @@ What tensors need is in `calls`; arrays of other libraries become one or the oth
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from types import NoneType
 from typing import Any
@@ -15,12 +14,11 @@ import numpy as np
 
 from .arrays import check_gemm, name_arrays, numpy_view
 from .calls import find_call
-from .dlpack import borrow, borrow_call, hand_over, is_foreign, keep_until_done
+from .dlpack import borrow, borrow_call, is_foreign
 from .errors import ProblemError, ScheduleError
 from .expr import Bound, Expr, acc, as_expr
 from .groups import expected_rows, find_fault, num_values
 from .layouts import GroupLayout, check_layout
-from .numerics import AMAX_FLOOR, E4M3_MAX, check_block, quantize_blocks
 from .problem import GroupedGemm
 from .schedule import Schedule
 from .tuning.select import select
@@ -199,54 +197,6 @@ def bind(
         a, b, scales, bound, out, None, schedule, batch_invariant, layout, ue8m0
     )
     return call.bind(addresses, arrays)
-
-
-def quantize(x: Any, block: tuple[int, int] = (1, 128)) -> tuple[Any, Any]:
-    """x as float8_e4m3fn and one float32 scale a block: x ~= q * scale.
-
-    scale = max(amax(|block|), 448 * 2^-63) / 448 and q = round(x / scale), both in float32, to
-    nearest even: the same bits from NumPy and torch. NumPy input must be finite; on a GPU that
-    check would cost a synchronization, so there a block with a NaN or an infinity gets a scale that
-    is one too.
-
-    Parameters
-    ----------
-    x : float32 or bfloat16 [rows, k]: NumPy array, torch tensor on any device, or array of another
-        library that speaks DLPack
-    block : rows x k elements that share a scale: (1, 128) for activations, (128, 128) for weights
-
-    Returns
-    -------
-    (float8_e4m3fn [rows, k], float32 [ceil(rows / block[0]), ceil(k / block[1])]); the codes as
-    uint8 from a library that has no float8
-
-    Raises
-    ------
-    ProblemError : x is not such a matrix, or (NumPy) not finite
-    """
-    if isinstance(x, np.ndarray):
-        return quantize_blocks(x, block)
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(x, torch.Tensor):
-        if is_foreign(x):
-            native = borrow("x", x, x)
-            quantized, scale = quantize(native, block)
-            keep_until_done(native)
-            return hand_over(quantized, x), hand_over(scale, x)
-        raise ProblemError(f"x is a {type(x).__name__}, must be an array")
-    check_block(block)
-    if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16):
-        raise ProblemError(f"x is {x.dtype}{list(x.shape)}, must be float32 or bfloat16 [rows, k]")
-    rows, k = x.shape
-    grid = -(-rows // block[0]), -(-k // block[1])
-    padding = grid[1] * block[1] - k, grid[0] * block[0] - rows
-    padded = torch.nn.functional.pad(x, (0, padding[0], 0, padding[1])) if any(padding) else x
-    blocks = padded.reshape(grid[0], block[0], grid[1], block[1])
-    amax = torch.linalg.vector_norm(blocks, torch.inf, dim=(1, 3), dtype=torch.float32)
-    # The divisor is a tensor: torch multiplies by the reciprocal of a Python number.
-    scale = amax.clamp_min(AMAX_FLOOR) / amax.new_full((), E4M3_MAX)
-    quantized = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-    return quantized.view(padded.shape)[:rows, :k].contiguous(), scale
 
 
 def _check_options(scales: object, epilogue: Any, schedule: object) -> Bound:

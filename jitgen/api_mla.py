@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .api import quantize
+from .api_quantize import quantize
 from .arrays import numpy_view
 from .arrays_mla import NAMES, check_mla_call, check_mla_out
 from .calls_mla import mla_on_device
@@ -210,7 +210,9 @@ def _interpret(
     )
     if out is not None:
         check_mla_out(numpy_view("out", out), about.problem, about.batch)
-    chosen = schedule or select(about.problem, about.batch, batch_invariant=batch_invariant)
+    chosen = schedule or select(
+        about.problem, about.batch, max_keys=about.max_keys, batch_invariant=batch_invariant
+    )
     kernel = lower_mla(about.problem, chosen)
     if about.problem.sparse and "topk_length" not in arrays:
         arrays = {**arrays, "topk_length": np.full(about.batch, about.topk, np.int32)}
@@ -218,7 +220,7 @@ def _interpret(
         kernel,
         arrays,
         softmax_scale=about.scale_log2 / LOG2_E,
-        num_parts=num_parts(kernel.body.tiles, H100.num_sms),
+        num_parts=num_parts(kernel.body.tiles, H100.num_sms, kernel.schedule.meet),
     )
     if out is None:
         return o, lse

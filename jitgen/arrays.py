@@ -172,12 +172,13 @@ def gemm_problem(
         raise ProblemError(f"{a}; {b}: must agree in k, the last dimension of both")
     m, (n, k) = a.shape[-2], b.shape[-2:]
     problem = Gemm(n, k, d_dtype, epilogue, a.dtype, b.dtype, ue8m0=ue8m0)
+    by_row = ScaleBlock(1, problem.b_scale.k)
     if layout is None and sfb.shape[:1] == (n,):
-        problem = replace(problem, b_scale=ScaleBlock(1, problem.b_scale.k))
+        problem = replace(problem, b_scale=by_row)
     elif by_k:
+        b_scale = problem.b_scale if sfb.shape[:1] == (-(-n // problem.b_scale.rows),) else by_row
         problem = replace(
-            of_k_groups(n, math.prod(views["groups"].shape) - 1),
-            d_dtype=d_dtype,
+            of_k_groups(n, math.prod(views["groups"].shape) - 1, d_dtype, b_scale),
             epilogue=epilogue,
             a_dtype=a.dtype,
             b_dtype=b.dtype,

@@ -24,6 +24,7 @@ class MlaCall:
     page_rows : keys from one page to the next, in units of pitch_kv
     list_stride : elements from one row of the block table, or of indices, to the next
     topk : entries of a list of sparse decode, 0 if dense
+    max_keys : of a sequence, or that a query token looks at: for which there is room in the lists
     scale_log2 : softmax_scale * log2(e)
     """
 
@@ -35,6 +36,7 @@ class MlaCall:
     pitch_kv: int
     page_rows: int
     topk: int
+    max_keys: int
     scale_log2: float
 
 
@@ -112,6 +114,7 @@ def check_mla_call(
         pitch_kv,
         page_rows,
         topk,
+        topk if is_sparse else views["block_table"].shape[1] * problem.page,
         scale * math.log2(math.e),
     )
 

@@ -15,6 +15,7 @@ from .errors import CompileError, JitgenError, StoreError
 from .ir_mla import MlaKernel
 from .lower import AnyKernel, AnyProblem, AnySchedule, lower_any
 from .merge import MergeKernel, MergeSchedule
+from .quantization import QuantizationKernel, QuantizationSchedule
 from .runtime.entry import Entry
 from .runtime.key import KernelKey, make_key
 from .runtime.nvrtc import Compiled, compile_cubin, compile_options, compiler_version
@@ -144,8 +145,8 @@ def check_register_split(kernel: AnyKernel, compiled: Compiled) -> None:
 
     The kernel would hang: a warpgroup that raises its share waits until the pool has it.
     """
-    if isinstance(kernel, MergeKernel):
-        return  # has no setmaxnreg
+    if isinstance(kernel, (MergeKernel, QuantizationKernel)):
+        return  # they have no setmaxnreg
     warpgroups = kernel.schedule.num_math_warpgroups
     producer, math = (
         registers(kernel.problem) if isinstance(kernel, MlaKernel) else REGISTER_SPLIT[warpgroups]
@@ -276,7 +277,7 @@ def slowest_first(
     def size(schedule: AnySchedule) -> int:
         if isinstance(schedule, MlaSchedule):
             return 256 * 256  # as slow to compile as the largest GEMM
-        if isinstance(schedule, MergeSchedule):
+        if isinstance(schedule, (MergeSchedule, QuantizationSchedule)):
             return 0
         return schedule.block_m * schedule.block_n
 

@@ -10,6 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 from . import control
@@ -27,8 +28,9 @@ from .expr import Bound
 from .groups import expected_rows
 from .layouts import GroupLayout
 from .merge import MergeSchedule, MergeStates
-from .problem import Gemm, is_k_grouped
+from .problem import Gemm, adds_to_d
 from .problem_mla import MlaDecode
+from .quantization import Quantization, QuantizationSchedule
 from .runtime import driver
 from .runtime.launch import Argument, Launch, LaunchPool, Pointer, TensorMap, UInt32
 from .runtime.stats import log
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from .kernel import Kernel, Parameter
     from .lower import AnyKernel, AnyProblem, AnySchedule
     from .merge import MergeKernel
+    from .quantization import QuantizationKernel
 
 MAX_CALLS = 4096  # signatures that stay prepared
 
@@ -145,6 +148,7 @@ def find_call(
             batch_invariant,
             out_dtype,
             ue8m0,
+            control.num_sms_limit,
             (a.dtype, a.shape, a.is_contiguous() or a.stride(), a.get_device()),
             (b.dtype, b.shape, b.is_contiguous() or b.stride(), b.get_device()),
             (sfa.dtype, sfa.shape, sfa.is_contiguous() or sfa.stride(), sfa.get_device()),
@@ -220,16 +224,22 @@ def _prepare(
     outputs = _outputs(problem, m)
     for view in outputs:
         views.setdefault(view.name, view)
-    adds = is_k_grouped(problem)
+    adds = adds_to_d(problem)
     if m == 0 or views["a"].shape[-1] == 0:
         return Call(device, outputs, None, adds=adds)
     rows = expected_rows(problem, m, layout.expected_rows if layout else None)
-    schedule = schedule or select(problem, rows, found.gpu, batch_invariant=batch_invariant)
+    gpu = found.gpu
+    if is_limited := 0 < control.num_sms_limit < gpu.num_sms:
+        gpu = replace(gpu, num_sms=control.num_sms_limit)
+    if schedule is None:
+        schedule = select(problem, rows, gpu, batch_invariant=batch_invariant)
+        if is_limited:  # blocks that share the k of a tile would all be there at once
+            schedule = replace(schedule, split_k=1)
     kernel, loaded = load(problem, schedule, device.index)
     launches = LaunchPool(
         loaded,
         [_argument(parameter, views, m) for parameter in kernel.parameters],
-        grid=kernel.num_blocks(m, found.num_sms),
+        grid=kernel.num_blocks(m, gpu.num_sms),
         num_threads=kernel.num_threads,
     )
     return Call(device, outputs, launches, adds=adds)
@@ -271,6 +281,10 @@ def load(
 def load(
     problem: MergeStates, schedule: MergeSchedule, ordinal: int
 ) -> tuple[MergeKernel, driver.LoadedKernel]: ...
+@overload
+def load(
+    problem: Quantization, schedule: QuantizationSchedule, ordinal: int
+) -> tuple[QuantizationKernel, driver.LoadedKernel]: ...
 def load(
     problem: AnyProblem, schedule: AnySchedule, ordinal: int
 ) -> tuple[AnyKernel, driver.LoadedKernel]:

@@ -171,12 +171,13 @@ def _prepare(
     if about.batch == 0:
         return Call(device, outputs, None), about
     if schedule is None:
-        schedule = select(problem, about.batch, gpu.gpu, batch_invariant=batch_invariant)
+        options: dict[str, Any] = {"max_keys": about.max_keys, "batch_invariant": batch_invariant}
+        schedule = select(problem, about.batch, gpu.gpu, **options)
     kernel, loaded = load(problem, schedule, device.index)
     launches = LaunchPool(
         loaded,
         _arguments(kernel, about),
-        grid=num_parts(kernel.body.tiles, gpu.num_sms) * kernel.body.tiles,
+        grid=num_parts(kernel.body.tiles, gpu.num_sms, schedule.meet) * kernel.body.tiles,
         num_threads=kernel.num_threads,
         is_cooperative=True,
     )

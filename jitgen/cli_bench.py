@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 
 class Layout(str, Enum):
-    """How the rows of a grouped GEMM lie, of those that are measured."""
+    """How the rows of a grouped GEMM lie, of those that are measured; or that SwiGLU is fused."""
 
     group_of_row = "group_of_row"
     ragged = "ragged"
     masked = "masked"
+    swiglu = "swiglu"
 
 
 bench_app = typer.Typer(help="Measure on this machine's GPU.", no_args_is_help=True)
@@ -84,7 +85,7 @@ def bench_grouped(
 ) -> None:
     """Kernel times of the grouped FP8 GEMM beside DeepGEMM (from a file).
 
-    Without --layout also with SwiGLU and requantization fused, beside the unfused sequence.
+    Layout swiglu: ragged, with SwiGLU and requantization fused, beside the unfused sequence.
     """
     from . import __version__
     from .tuning import bench, bench_fused, bench_grouped, report, report_grouped
@@ -111,7 +112,8 @@ def bench_grouped(
     for row in bench_grouped.bench_grouped(shapes, device):
         result = replace(result, rows=(*result.rows, row))
         keep(f"{row.shape}: {row.jitgen.kernel_us:.2f} us")
-    for fused in bench_fused.bench_fused(() if layout else bench_fused.FUSED_SHAPES, device):
+    with_fused = not layout or Layout.swiglu in layout
+    for fused in bench_fused.bench_fused(bench_fused.FUSED_SHAPES if with_fused else (), device):
         result = replace(result, fused=(*result.fused, fused))
         keep(f"{fused.shape}, SwiGLU: {fused.fused.kernel_us:.2f} us")
     report_grouped.print_result(make_console(), result)
@@ -127,7 +129,7 @@ def bench_report(
         Path | None, typer.Option(help="Write a report here, and a plot of `bench gemm` beside it.")
     ] = None,
 ) -> None:
-    """The report of an earlier benchmark again, of MLA decode from one file or several.
+    """The report of an earlier benchmark again, of groups and MLA decode from several files too.
 
     Needs no GPU.
     """
@@ -139,13 +141,13 @@ def bench_report(
         if markdown:
             write_text(markdown, report_mla.render_markdown(decode))
         return report_mla.print_result(make_console(), decode)
-    if len(found) > 1:
-        raise typer.BadParameter("only results of `bench mla` are reported together")
-    if isinstance(found[0], dict) and "fused" in found[0]:
-        grouped = report_grouped.GroupedResult.from_json(found[0])
+    if all(isinstance(data, dict) and "fused" in data for data in found):
+        grouped = report_grouped.GroupedResult.from_json(*found)
         if markdown:
             write_text(markdown, report_grouped.render_markdown(grouped))
         return report_grouped.print_result(make_console(), grouped)
+    if len(found) > 1:
+        raise typer.BadParameter("only results of `bench grouped` or `bench mla` go together")
     result = report.Result.from_json(found[0])
     if markdown:
         _write_report(markdown, result)
@@ -221,6 +223,30 @@ def bench_mla(
             write_text(markdown, report_mla.render_markdown(result))
         console.print(f"{row.shape}: {row.us:.2f} us", highlight=False)
     report_mla.print_result(make_console(), result)
+
+
+@bench_app.command("linear")
+def bench_linear(
+    tokens: Annotated[int, typer.Option(min=1, help="Rows of x.")] = 4096,
+    in_features: Annotated[int, typer.Option(min=16, help="Columns of x.")] = 7168,
+    out_features: Annotated[
+        list[int] | None, typer.Option(min=16, help="Columns of y; repeatable.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """A training step of jitgen.nn.Fp8Linear beside torch's linear in bfloat16."""
+    from . import __version__
+    from .tuning import bench, report
+    from .tuning import bench_linear as linear
+
+    device = bench.check_machine()
+    shapes = [linear.LinearShape(tokens, in_features, n) for n in out_features or (2112, 4096)]
+    rows = list(linear.bench_linear(shapes))
+    if json_file:
+        meta = {"gpu": device.name, "jitgen": __version__, "method": linear.METHOD}
+        meta["command"] = report.command_line(sys.argv[1:])
+        write_json(json_file, {"meta": meta, "rows": [row.to_json() for row in rows]})
+    linear.print_rows(make_console(), rows)
 
 
 @bench_app.command("load")

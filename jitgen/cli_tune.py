@@ -17,7 +17,7 @@ from .console import make_console
 from .dtypes import BF16, dtype_of
 from .errors import DeviceError, JitgenError, one_line
 from .expr import acc, gate, up
-from .problem import Gemm, GroupedGemm, check_problem, is_k_grouped
+from .problem import Gemm, GroupedGemm, check_problem
 from .problem_list import (
     GPU_HELP,
     NUM_SMS_HELP,
@@ -26,12 +26,11 @@ from .problem_list import (
     parse_extents,
     read_problems,
 )
-from .problem_mla import MlaDecode
+from .tuning.keys import TunedProblem, is_tunable
 
 if TYPE_CHECKING:
     from .lower import AnyProblem, AnySchedule
     from .runtime.driver import Device
-    from .tuning.keys import TunedProblem
     from .tuning.session import Session
     from .tuning.tune import Job, Outcome
 
@@ -134,16 +133,14 @@ def _read_pairs(
     if n is None and (num_groups is not None or gated):
         raise typer.BadParameter("--num-groups and --gated go with --n")
     if grid:
-        return grid.problems()
+        return [(problem, m) for problem, m in grid.problems() if is_tunable(problem, m)]
     if problems:
         listed = read_problems(problems)
-        pairs: list[tuple[TunedProblem, int]] = [
-            (p, m)
-            for p, m in listed
-            if isinstance(p, MlaDecode) or (isinstance(p, Gemm) and not is_k_grouped(p))
-        ]
+        pairs = [(p, m) for p, m in listed if isinstance(p, TunedProblem) and is_tunable(p, m)]
         if left_out := len(listed) - len(pairs):
-            typer.echo(f"left out: {left_out} shapes of k_grouped, not tuned", err=True)
+            typer.echo(
+                f"left out: {left_out} shapes of k_grouped or of one sequence, not tuned", err=True
+            )
         return pairs
     problem = Gemm(n or 0, k or 0, dtype_of(out_dtype), gate * up if gated else acc)
     if num_groups is not None:

@@ -23,7 +23,8 @@ from .kernel import (
     operand_parameter,
 )
 from .merge import MergeKernel, merge_context
-from .problem import GroupedGemm, Layout, is_k_grouped, is_masked
+from .problem import GroupedGemm, Layout, adds_to_d, is_k_grouped, is_masked
+from .quantization import QuantizationKernel, quantization_context
 from .schedule import (
     REGISTER_SPLIT,
     UNROLL_K,
@@ -38,13 +39,15 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def render(kernel: Kernel | MlaKernel | MergeKernel) -> str:
+def render(kernel: Kernel | MlaKernel | MergeKernel | QuantizationKernel) -> str:
     """The CUDA source of `kernel`; it includes only headers of `headers()`."""
     template = _environment().get_template(f"{kernel.family}.cu.j2")
     if isinstance(kernel, MlaKernel):
         return template.render(kernel=kernel, **mla_context(kernel))
     if isinstance(kernel, MergeKernel):
         return template.render(kernel=kernel, **merge_context(kernel))
+    if isinstance(kernel, QuantizationKernel):
+        return template.render(kernel=kernel, **quantization_context(kernel))
     evaluate, is_grouped = _evaluate(kernel), kernel.body.groups is not None
     store = next(stmt for stmt in walk(kernel.body.body) if isinstance(stmt, Store))
     operand_parameters = [p for p in kernel.parameters if p.name.startswith("operand_")]
@@ -59,6 +62,7 @@ def render(kernel: Kernel | MlaKernel | MergeKernel) -> str:
         is_grouped=is_grouped,
         is_masked=is_masked(kernel.problem),
         is_k_grouped=is_k_grouped(kernel.problem),
+        adds=adds_to_d(kernel.problem),
         is_row_grouped=is_grouped and not is_k_grouped(kernel.problem),
         is_scaled_by_row=is_scaled_by_row(kernel.problem),
         is_stored_by_row=store.by_row,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .ir_mla import ForKeys, LoadKeys, LoadQueries, MlaKernel, walk_mla
+from .ir_mla import ForKeys, LoadKeys, LoadQueries, Merge, MlaKernel, walk_mla
 from .schedule_mla import (
     BATCH_TOKENS,
     LOADER_WARPS,
@@ -32,6 +32,7 @@ def mla_constants(kernel: MlaKernel) -> dict[str, int]:
     stmts = list(walk_mla(body.body))
     loop = next(stmt for stmt in stmts if isinstance(stmt, ForKeys))
     queries = next(stmt for stmt in stmts if isinstance(stmt, LoadQueries))
+    merge = next(stmt for stmt in stmts if isinstance(stmt, Merge))
     boxes = [stmt.box[0] for stmt in stmts if isinstance(stmt, LoadKeys)]
     producer_registers, math_registers = registers(problem)
     return {
@@ -50,6 +51,7 @@ def mla_constants(kernel: MlaKernel) -> dict[str, int]:
         "kSlack": body.split.slack,
         "kNumStages": schedule.num_stages,
         "kCluster": body.cluster,
+        "kMeet": merge.meet,
         "kIsFp8": int(problem.is_fp8),
         "kIsSparse": int(problem.sparse),
         "kHasSink": int(problem.sink),
@@ -67,10 +69,10 @@ def mla_constants(kernel: MlaKernel) -> dict[str, int]:
         "kSmemP": smem.p,
         "kSmemStates": smem.states,
         "kSmemBarriers": smem.barriers,
+        **({"kSmemMaxima": smem.maxima} if merge.meet > 1 else {}),
         "kSmemAnnouncement": smem.announcement,
         **({"kSmemWalkers": smem.walkers} if problem.is_fp8 else {}),
         **_token_constants(kernel),
-        "kSmemScratch": smem.scratch,
         "kSmemBytes": smem.total_bytes,
     }
 

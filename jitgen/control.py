@@ -18,6 +18,7 @@ from .expr import acc
 from .merge import MergeStates
 from .problem import Gemm
 from .problem_mla import MlaDecode
+from .quantization import Quantization
 from .runtime.entry import Entry
 from .runtime.key import KernelKey
 from .runtime.stats import PROCESS, Stats
@@ -31,12 +32,14 @@ JIT_MODES = ("allow", "warn", "forbid")
 _configured: str | None = None
 _places: dict[str, str] = {}  # of the store, that `configure` was given
 pdl_enabled = False  # whether kernels are launched under programmatic dependent launch
+num_sms_limit = 0  # SMs that a GEMM takes at most; 0: all
 
 
 def configure(
     *,
     jit: str | None = None,
     pdl: bool | None = None,
+    num_sms: int | None = None,
     cache_dir: str | None = None,
     cache_lower: str | None = None,
     cache_shared: str | None = None,
@@ -55,6 +58,10 @@ def configure(
         the one before it on the stream ends, and waits for its results. It pays where small kernels
         follow one another in a graph; a launch without a graph costs the host more. MLA decode is
         always launched when the kernel before it has ended. Default: False.
+    num_sms : how many SMs a GEMM takes at most, grouped or not: its grid is no larger, and others
+        are left to kernels that run beside it, such as those that communicate. Schedules are the
+        cost model's for that many, not those measured. A schedule that is pinned and splits k takes
+        what it needs. 0 stands for all, the default.
     cache_dir, cache_lower, cache_shared, cache_remote, cache_remote_write, cache_remote_timeout :
         where kernels are kept, each spelled as the environment variable of its name,
         $JITGEN_CACHE_DIR and so on, and in its place: see `jitgen.runtime.tiers.Tiers.of`
@@ -64,10 +71,12 @@ def configure(
 
     Raises
     ------
-    JitgenError : `jit` is none of these, or `pdl` is no bool
+    JitgenError : `jit` is none of these, `pdl` is no bool, or `num_sms` no count
     StoreError : a cache parameter is not understood
     """
-    global _configured, pdl_enabled
+    global _configured, pdl_enabled, num_sms_limit
+    if num_sms is not None and (type(num_sms) is not int or num_sms < 0):
+        raise JitgenError(f"num_sms is {num_sms!r:.80}, must be a count of SMs, or 0 for all")
     if pdl is not None and not isinstance(pdl, bool):
         raise JitgenError(f"pdl is {pdl!r:.80}, must be True or False")
     mode = _configured if jit is None else _check_mode(jit, "jit")
@@ -88,6 +97,8 @@ def configure(
     _configured = mode
     if pdl is not None:
         pdl_enabled = pdl
+    if num_sms is not None:
+        num_sms_limit = num_sms
 
 
 def jit_mode() -> str:
@@ -159,6 +170,10 @@ def remedy(problem: AnyProblem, schedule: AnySchedule) -> str:
         dtype = f"jitgen.{problem.dtype.short.upper()}"
         made = f"(jitgen.MergeStates({problem.head_dim_v}, {dtype}), jitgen.{schedule!r})"
         return f"this makes it: jitgen.build.prebuild([{made}])"
+    if isinstance(problem, Quantization):
+        dtype = f"jitgen.{problem.dtype.short.upper()}"
+        made = f"(jitgen.Quantization({dtype}, {problem.rows}, {problem.columns}, {problem.rule!r})"
+        return f"this makes it: jitgen.build.prebuild([{made}, jitgen.{schedule!r})])"
     if isinstance(problem, MlaDecode):
         p, dtype = problem, f"jitgen.{problem.dtype.short.upper()}"
         fields = (

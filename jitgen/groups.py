@@ -19,6 +19,7 @@ from .problem import Gemm, GroupedGemm, is_k_grouped, is_masked
 
 Values = NDArray[Any]
 ROW_PADDING = 128  # rows of which groups that are named row by row are often made a multiple
+MAX_RESERVE = 64  # rows: half a tile of those that large groups take
 GOLDEN_RATIO = 0.6180339887  # multiples of which spread evenly over 0..1, whole parts left out
 
 
@@ -109,13 +110,13 @@ def expected_rows(problem: Gemm, m: int, of_group: int | None = None) -> int:
     """Rows to choose a schedule for, of all groups: those of A, without the padding there may be.
 
     of_group : rows that a group is expected to have, if masked; a quarter more are reckoned with,
-        because a tile row too many costs more than rows of a tile that stay empty
+        at most MAX_RESERVE, because a tile row too many costs more than rows that stay empty
     """
     if not isinstance(problem, GroupedGemm) or is_k_grouped(problem):
         return m
     if is_masked(problem):
         rows = m if of_group is None else min(of_group, m)
-        return problem.num_groups * (rows + rows // 4)
+        return problem.num_groups * (rows + min(rows // 4, MAX_RESERVE))
     unit = ROW_PADDING if problem.layout == "group_of_row" else problem.alignment
     return max(m - problem.num_groups * (unit // 2), m // 2)
 

@@ -37,7 +37,7 @@ from .ir import (
 )
 from .kernel import Kernel
 from .numerics import NAN_F32, fma_f32, quantize_rows, round_to, sum_f32, wgmma_e4m3
-from .problem import D_SCALE, Gemm, GroupedGemm, is_k_grouped
+from .problem import D_SCALE, Gemm, GroupedGemm, adds_to_d, is_k_grouped
 from .schedule import BLOCK_K
 
 Array = NDArray[Any]
@@ -74,10 +74,10 @@ def interpret(
     if numerics not in ("hopper", "exact"):
         raise ProblemError(f'numerics must be "hopper" or "exact", got {numerics!r}')
     rows = tensors["a"].shape[:-1]
-    if out is None and is_k_grouped(problem):
-        out = np.zeros((len(tensors["groups"]) - 1, *rows, problem.columns), np.float32)
-    elif out is None:
-        out = np.full((*rows, problem.columns), np.nan, problem.d_dtype.numpy)
+    if out is None:
+        outer = (len(tensors["groups"]) - 1,) if is_k_grouped(problem) else ()
+        value = 0 if adds_to_d(problem) else np.nan
+        out = np.full((*outer, *rows, problem.columns), value, problem.d_dtype.numpy)
         if problem.is_quantized:
             out = out, np.full((*rows, problem.columns // D_SCALE.k), np.nan, np.float32)
     results = dict(zip(("d", "sfd"), out if problem.is_quantized else (out,), strict=False))

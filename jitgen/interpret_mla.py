@@ -12,6 +12,7 @@ numerics="exact" computes in float64, p too, and rounds o and lse once.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -78,6 +79,7 @@ def interpret_mla(
     lse = np.full((batch, problem.num_heads, problem.num_queries), np.nan, np.float32)
     lengths = _lengths(kernel, tensors)
     parts = kernel.body.split.parts(lengths, num_parts)
+    is_apart = kernel.body.split.is_apart(lengths, num_parts)
     for tile in range(kernel.body.tiles):
         shared: dict[int, list[_Machine]] = {}
         for segment in (segment for part in parts for segment in part):
@@ -85,6 +87,7 @@ def interpret_mla(
             machine = _Machine(
                 kernel, tensors, segment, length, tile, softmax_scale, numerics == "exact", o, lse
             )
+            machine.is_apart = is_apart
             machine.others = shared.setdefault(segment.sequence, [])
             machine.run(kernel.body.body)
     return o, lse
@@ -112,6 +115,7 @@ class _Machine:
     exact: bool
     o: Array
     lse: Array
+    is_apart: bool = False  # each part has one segment at most
     block: int = 0
     others: list[_Machine] = field(default_factory=list)  # the parts before, of this sequence
     buffers: dict[str, Array] = field(default_factory=dict)
@@ -239,16 +243,23 @@ class _Machine:
         if len(self.others) < self.segment.num_parts:
             return
         names = op.max.name, op.sum.name, op.out.name
-        top, total, out = (self.others[0].buffers[name] for name in names)
-        for other in self.others[1:]:
-            new = np.maximum(top, other.buffers[op.max.name])
-            base = np.where(new == -np.inf, 0, new).astype(np.float64)
-            mine, theirs = self.exp2(top - base), self.exp2(other.buffers[op.max.name] - base)
-            total = total * mine + other.buffers[op.sum.name] * theirs
-            out = out * mine[:, None] + other.buffers[op.out.name] * theirs[:, None]
-            top = new
-        for name, value in zip(names, (top, total, out), strict=True):
+        results = [tuple(other.buffers[name] for name in names) for other in self.others]
+        if op.meet > 1 and self.is_apart:
+            groups: dict[int, list[tuple[Array, ...]]] = {}
+            for part, result in enumerate(results, self.segment.first_part):
+                groups.setdefault(part // op.meet, []).append(result)
+            results = [functools.reduce(self.merge_two, group) for group in groups.values()]
+        merged = functools.reduce(self.merge_two, results)
+        for name, value in zip(names, merged, strict=True):
             self.buffers[name] = value
+
+    def merge_two(self, one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Maxima, sums and outputs of both."""
+        top = np.maximum(one[0], other[0])
+        base = np.where(top == -np.inf, 0, top).astype(np.float64)
+        mine, theirs = self.exp2(one[0] - base), self.exp2(other[0] - base)
+        out = one[2] * mine[:, None] + other[2] * theirs[:, None]
+        return top, one[1] * mine + other[1] * theirs, out
 
     def sinks(self, op: StoreOutput, top: Array) -> Array:
         """What the heads' sinks add to the rows' sums."""

@@ -284,7 +284,8 @@ class ForTiles:
 
     `num_turns` tiles of a block are at work at once: their K loops run one after the other, each
     under the end of the tile before, on math warpgroups and with a buffer for the result of their
-    own.
+    own. With groups the device walks tiles in another order, and may cut the last by rows: no row
+    depends on another.
     """
 
     traversal: Traversal

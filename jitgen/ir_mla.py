@@ -80,7 +80,8 @@ class Split:
     def parts(self, lengths: Sequence[int], num_parts: int) -> list[list[Segment]]:
         """The segments of every part."""
         blocks = [-(-max(length, 0) // self.block_keys) for length in lengths]
-        span, lead, unit = self._grid([max(count, 1) for count in blocks], num_parts)
+        counts = [max(count, 1) for count in blocks]
+        span, lead, unit = self._grid(counts, num_parts)
         parts: list[list[Segment]] = [[] for _ in range(num_parts)]
         position = 0
         for sequence, count in enumerate(blocks):
@@ -99,6 +100,12 @@ class Split:
                 )
             position = first + -(-max(count, 1) // unit) * unit
         return parts
+
+    def is_apart(self, lengths: Sequence[int], num_parts: int) -> bool:
+        """Whether each sequence has parts of its own, so that a part has one segment at most."""
+        blocks = [max(-(-length // self.block_keys), 1) for length in lengths]
+        span, _, unit = self._grid(blocks, num_parts)
+        return unit == span or len(blocks) == 1
 
     def _grid(self, blocks: list[int], num_parts: int) -> tuple[int, int, int]:
         """A part's span, what a sequence costs ahead of its blocks, and what these are rounded up
@@ -275,14 +282,20 @@ class Attend:
 
 @dataclass(frozen=True)
 class Merge:
-    """The parts that share the sequence give their results to each other."""
+    """The parts that share the sequence give their results to each other.
+
+    meet : 2 if parts 2 i and 2 i + 1 first merge theirs, in the shared memory of their cluster,
+        where each sequence has parts of its own
+    """
 
     out: Buffer
     max: Buffer
     sum: Buffer
+    meet: int
 
     def __str__(self) -> str:
-        return f"{self.out.name}, {self.max.name}, {self.sum.name} = merge over the parts"
+        note = ", pairs first" if self.meet > 1 else ""
+        return f"{self.out.name}, {self.max.name}, {self.sum.name} = merge over the parts{note}"
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ class Kernel:
     def parameters(self) -> tuple[Parameter, ...]:
         """The kernel's arguments, in order: TMA maps, scales with strides, extents, operands.
 
-        Behind the extents, if there are groups: their tensor, and D to write rows one by one.
+        Behind the extents, if there are groups: their tensor, B to ask L2 for what comes first, and
+        D to write rows one by one.
         """
         maps: list[Parameter] = []
         scales: list[Parameter] = []
@@ -105,6 +106,10 @@ class Kernel:
         for stmt in walk(self.body.body):
             if isinstance(stmt, Load) and stmt.via == "tma":
                 maps.append(TensorMapParameter(stmt.src, stmt.box, stmt.dst.swizzle_bytes))
+                if stmt.src.name == "b" and self.body.groups and not is_k_grouped(self.problem):
+                    row_dim = len(stmt.src.dims) - 2
+                    groups.append(PointerParameter(stmt.src, "b"))
+                    groups.append(StrideParameter(stmt.src, row_dim, "b_stride"))
             elif isinstance(stmt, Load):
                 name = stmt.src.name
                 scales.append(PointerParameter(stmt.src, name))
@@ -115,7 +120,8 @@ class Kernel:
                     ]
             elif isinstance(stmt, Store):
                 span = stmt.src.swizzle_bytes
-                maps.append(TensorMapParameter(stmt.dst, stmt.box, span, stmt.adds))
+                is_apart = is_k_grouped(self.problem)
+                maps.append(TensorMapParameter(stmt.dst, stmt.box, span, is_apart))
                 if stmt.by_row:
                     groups.append(PointerParameter(stmt.dst, "d", is_output=True))
                     groups.append(StrideParameter(stmt.dst, len(stmt.dst.dims) - 2, "d_stride"))

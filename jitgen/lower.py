@@ -30,8 +30,22 @@ from .ir_mla import MlaKernel
 from .kernel import Kernel
 from .lower_mla import lower_mla
 from .merge import MergeKernel, MergeSchedule, MergeStates, lower_merge
-from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_k_grouped, is_masked
+from .problem import (
+    D_SCALE,
+    Gemm,
+    GroupedGemm,
+    adds_to_d,
+    check_problem,
+    is_k_grouped,
+    is_masked,
+)
 from .problem_mla import MlaDecode
+from .quantization import (
+    Quantization,
+    QuantizationKernel,
+    QuantizationSchedule,
+    lower_quantization,
+)
 from .schedule import (
     BLOCK_K,
     SCALE_BLOCKS,
@@ -49,9 +63,9 @@ from .schedule_mla import MlaSchedule
 from .target import SM90A, Target
 from .traversal import Traversal
 
-AnyProblem = Gemm | MlaDecode | MergeStates
-AnySchedule = Schedule | MlaSchedule | MergeSchedule
-AnyKernel = Kernel | MlaKernel | MergeKernel
+AnyProblem = Gemm | MlaDecode | MergeStates | Quantization
+AnySchedule = Schedule | MlaSchedule | MergeSchedule | QuantizationSchedule
+AnyKernel = Kernel | MlaKernel | MergeKernel | QuantizationKernel
 
 
 def lower(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> Kernel:
@@ -82,12 +96,15 @@ def lower_any(problem: AnyProblem, schedule: AnySchedule) -> AnyKernel:
 
     Raises
     ------
-    ProblemError, ScheduleError : as `lower`, `lower_mla` and `lower_merge`
+    ProblemError, ScheduleError : as `lower`, `lower_mla`, `lower_merge` and
+        `lower_quantization`
     """
     if isinstance(problem, MlaDecode) and isinstance(schedule, MlaSchedule):
         return lower_mla(problem, schedule)
     if isinstance(problem, MergeStates) and isinstance(schedule, MergeSchedule):
         return lower_merge(problem, schedule)
+    if isinstance(problem, Quantization) and isinstance(schedule, QuantizationSchedule):
+        return lower_quantization(problem, schedule)
     if isinstance(problem, Gemm) and isinstance(schedule, Schedule):
         return lower(problem, schedule)
     kinds = type(problem).__name__, type(schedule).__name__
@@ -220,7 +237,7 @@ def _gemm_body(
                 (Window("m", rows), Window("n", columns)),
                 box,
                 by_row=groups is not None and not is_k_grouped(problem),
-                adds=is_k_grouped(problem),
+                adds=adds_to_d(problem),
             ),
         ),
         schedule.num_turns,

@@ -65,12 +65,13 @@ def mla_kernel_name(problem: MlaDecode, schedule: MlaSchedule) -> str:
     p, s = problem, schedule
     mask, ahead = "_causal" if p.causal else "", "_ahead" if s.score_ahead else ""
     ahead += "_whole" if s.whole else ""
+    meet = f"_m{s.meet}" if s.meet > 1 else ""
     once = f"_e{s.evict_first}" if s.evict_first else ""
     form = "_fp8" * p.is_fp8 + "_sparse" * p.sparse
     return (
         f"flash_fwd_splitkv_mla{form}_kernel{'_sink' * p.sink}_{p.dtype}_h{p.num_heads}"
         f"_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}_p{p.page}{mask}"
-        f"_r{s.tile_rows}_c{s.cluster}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}"
+        f"_r{s.tile_rows}_c{s.cluster}{meet}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}"
         f"_t{s.slack}{once}{ahead}"
     )
 
@@ -148,7 +149,7 @@ def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
             Fill(total, 0.0),
             Fill(out, 0.0),
             loop,
-            Merge(out, top, total),
+            Merge(out, top, total, schedule.meet),
             StoreOutput(tensors["o"], tensors["lse"], tensors.get("sink"), out, top, total),
         ),
     )

@@ -67,6 +67,7 @@ def plan(
     *,
     gpu: str | None = None,
     num_sms: int | None = None,
+    max_keys: int | None = None,
     batch_invariant: bool = False,
 ) -> Plan:
     """The kernels that calls launch for `problem` at every m of `m_range`: all of them, no more.
@@ -77,6 +78,7 @@ def plan(
     m_range : such as range(1, 4097), or [1, 2, 4, 8]: rows or, for MLA decode, sequences
     gpu, num_sms : its name as the driver gives it, and its multiprocessors; default as for
         `jitgen.tuning.select.named_gpu`
+    max_keys : of MLA decode, that a sequence may have: the columns of block_table times a page
     batch_invariant : as for `gemm`
 
     A plan follows the tuning records of the machine and moment that it is made at; a call follows
@@ -94,7 +96,10 @@ def plan(
     ascending = _ascending(extents)
     chosen = named_gpu(gpu, num_sms)
     schedules = tuple(
-        (bucket, select(problem, bucket, chosen, batch_invariant=batch_invariant))
+        (
+            bucket,
+            select(problem, bucket, chosen, max_keys=max_keys, batch_invariant=batch_invariant),
+        )
         for bucket in m_buckets(ascending, problem)
     )
     return Plan(problem, extents, chosen, schedules)

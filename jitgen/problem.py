@@ -102,8 +102,8 @@ class GroupedGemm(Gemm):
     have the rows of D.
 
     With layout k_grouped, groups share the rows, and k is theirs instead: D[g] += the product over
-    the columns of A and B that are group g's. `k` is 0 then, for it is known at run time only. See
-    `of_k_groups`.
+    the columns of A and B that are group g's, in float32; in bfloat16 D[g] is set to it. `k` is 0
+    then, for it is known at run time only. See `of_k_groups`.
 
     alignment : of group_ends and k_grouped, a multiple of which each group begins at; 1 for other
         layouts
@@ -127,11 +127,14 @@ class GroupedGemm(Gemm):
         return Gemm(**{field.name: getattr(self, field.name) for field in fields(Gemm)})
 
 
-def of_k_groups(n: int, num_groups: int) -> GroupedGemm:
-    """The problem of weight gradients, D[g] += A[:, ks_g] @ B[:, ks_g]^T in float32, B [n, k]."""
+def of_k_groups(
+    n: int, num_groups: int, d_dtype: DType = F32, b_scale: ScaleBlock = ScaleBlock(1, 128)
+) -> GroupedGemm:
+    """The problem of weight gradients, D[g] += A[:, ks_g] @ B[:, ks_g]^T in float32, B [n, k]; or,
+    with d_dtype bfloat16, D[g] = that."""
     return GroupedGemm(
-        *(n, 0, F32),
-        b_scale=ScaleBlock(1, 128),
+        *(n, 0, d_dtype),
+        b_scale=b_scale,
         num_groups=num_groups,
         layout="k_grouped",
         alignment=K_UNIT,
@@ -164,6 +167,11 @@ def is_masked(problem: Gemm) -> bool:
 def is_k_grouped(problem: Gemm) -> bool:
     """Whether groups have a part of k each, and D a matrix for each; A and B have one for all."""
     return isinstance(problem, GroupedGemm) and problem.layout == "k_grouped"
+
+
+def adds_to_d(problem: Gemm) -> bool:
+    """Whether D is added to, not set."""
+    return is_k_grouped(problem) and problem.d_dtype == F32
 
 
 @dataclass(frozen=True)
@@ -221,7 +229,7 @@ def _legal_b_scales(problem: Gemm) -> tuple[ScaleBlock, ...]:
     """The granularity of sfb that a problem may have, its usual one first."""
     blocks, rows = ScaleBlock(128, 128), ScaleBlock(1, 128)
     if is_k_grouped(problem):
-        return (rows,)
+        return rows, blocks
     if isinstance(problem, GroupedGemm) or problem.num_halves > 1:
         return (blocks,)  # what a B of weights has, one of each group, or of gate and up
     return blocks, rows
@@ -231,10 +239,10 @@ def _check_k_groups(problem: Gemm) -> None:
     """What only a sum over parts of k, in D as it is, must be."""
     if problem.k != 0 or isinstance(problem.k, bool):
         raise ProblemError(f"k = {problem.k!r} of k_grouped is known at run time only: must be 0")
-    if problem.d_dtype != F32 or problem.epilogue != acc:
+    if problem.d_dtype not in (F32, BF16) or problem.epilogue != acc:
         raise ProblemError(
             f"d has dtype {_name(problem.d_dtype)} and epilogue {problem.epilogue}: k_grouped adds"
-            f" to D, which must be {F32.name}, and has no epilogue"
+            f" to D, which must be {F32.name}, or sets one of {BF16.name}, and has no epilogue"
         )
 
 
@@ -318,7 +326,8 @@ def _nearest(problem: Gemm) -> Gemm | None:
         return None
     legal_scales = _legal_b_scales(problem)
     if is_k_grouped(problem):
-        problem = replace(problem, d_dtype=F32, epilogue=acc)
+        d_dtype = problem.d_dtype if problem.d_dtype == BF16 else F32
+        problem = replace(problem, d_dtype=d_dtype, epilogue=acc)
     fixed = replace(
         problem,
         n=_nearest_multiple(problem.n, _unit_of_n(problem)[0]),

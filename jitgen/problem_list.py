@@ -18,6 +18,8 @@ from .lower import AnyProblem, AnySchedule
 from .merge import MergeSchedule, MergeStates
 from .problem import MAX_EXTENT, Gemm, GroupedGemm, check_problem, of_k_groups
 from .problem_mla import MlaDecode, check_mla
+from .quantization import Quantization, QuantizationSchedule
+from .schedule_mla import SHORT_KEYS
 from .target import Gpu
 from .tuning.keys import TunedProblem
 from .tuning.model import m_buckets
@@ -91,6 +93,8 @@ def select_kernels(
 ) -> list[tuple[AnyProblem, AnySchedule]]:
     """Each kernel that calls launch for the problems once, as `jitgen.build.prebuild` takes it.
 
+    With GEMMs comes the kernel of `jitgen.quantize` for their activations, in bfloat16.
+
     Parameters
     ----------
     pairs : problems with every m to choose for
@@ -98,12 +102,23 @@ def select_kernels(
     batch_invariant : as for `gemm`
     """
 
-    def schedule(problem: AnyProblem, m: int) -> AnySchedule:
+    def schedule(problem: AnyProblem, m: int, max_keys: int | None) -> AnySchedule:
         if isinstance(problem, MergeStates):
             return MergeSchedule()
-        return select(problem, m, gpu, batch_invariant=batch_invariant)
+        if isinstance(problem, Quantization):
+            return QuantizationSchedule()
+        return select(problem, m, gpu, max_keys=max_keys, batch_invariant=batch_invariant)
 
-    return list(dict.fromkeys((problem, schedule(problem, m)) for problem, m in pairs))
+    problems = list(pairs)
+    if any(isinstance(problem, Gemm) for problem, _ in problems):
+        problems.append((Quantization(), 1))
+    return list(
+        dict.fromkeys(
+            (problem, schedule(problem, m, max_keys))
+            for problem, m in problems
+            for max_keys in ((None, SHORT_KEYS) if isinstance(problem, MlaDecode) else (None,))
+        )
+    )
 
 
 def parse_extents(text: str, problem: Gemm | None = None) -> list[int]:

@@ -24,6 +24,7 @@ MAX_CLUSTER_BLOCKS = 8  # which every Hopper GPU can launch
 EPILOGUE_COLUMNS = {False: 16, True: 8}  # of wgmma's that a warp writes at once; by swap_ab
 MIN_PART_COLUMNS = 48  # a narrower wgmma reads A from shared memory too often for its work
 WARPGROUP_THREADS = 128
+TILE_SLOTS = 8  # tiles that a block with groups remembers: kTileSlots in groups.cuh says why
 SWIZZLE_ATOM_BYTES = 1024  # 8 rows of 128 bytes: base alignment of an SW128 tile
 # By number of math warpgroups: registers of a producer and of a math thread, which `setmaxnreg`
 # moves from the one to the other in steps of 8; and how many of the latter NVRTC 13.0 leaves for
@@ -179,8 +180,14 @@ def smem_plan(problem: Gemm, schedule: Schedule) -> SmemPlan:
 
 
 def group_table_bytes(problem: Gemm) -> int:
-    """Where each group's rows begin and end, their runs, and the tile rows before: 4 bytes each."""
-    return 4 * (4 * problem.num_groups + 1) if isinstance(problem, GroupedGemm) else 0
+    """Of GroupTable in groups.cuh.
+
+    16 bytes a tile; 4 each for where a group's rows begin and end, their runs, the tile rows before
+    it and of all, and two counts of tiles.
+    """
+    if not isinstance(problem, GroupedGemm):
+        return 0
+    return 16 * TILE_SLOTS + 4 * (4 * problem.num_groups + 3)
 
 
 def num_barriers(schedule: Schedule) -> int:

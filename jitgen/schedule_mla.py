@@ -16,14 +16,15 @@ BLOCK_KEYS = 64  # keys that a math warpgroup scores at a time
 CHUNK_COLUMNS = 64  # of 16 bits: 128 bytes, the swizzle span
 CHUNK_BYTES = 64 * ROW_BYTES
 GROUP_CHUNKS = 2  # chunks of a block of keys that arrive together, of a plain cache
-NUM_WARPS = 12  # of a block: two math warpgroups and the producer's
 LOADER_WARPS = 4  # of the producer that decode an FP8 cache, each its share of every block of keys
 BATCH_TOKENS = 4  # that such a warp decodes at a time
 FP8_REGISTERS = (88, 208)  # a thread of the producer, and of the math warpgroups: as REGISTER_SPLIT
 REGISTER_CHUNKS = 1
 ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
-EVICT_FIRST_BLOCKS = 32  # of 132 parts 300 MB: beyond, keys lose 2%, below they gain up to 9%
-PROGRESS_BYTES = 96  # of a warp of the producer: mla_decode.cu.j2
+EVICT_FIRST_BLOCKS = 16  # a tile; of 132 parts 150 MB: beyond, keys lose 2%, below they gain 10%
+H100_SMS = 132
+SHORT_KEYS = 12288  # of one sequence: up to there more blocks of fewer rows win
+PROGRESS_BYTES = 104  # of a warp of the producer: mla_decode.cu.j2
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class MlaSchedule:
     cluster : thread blocks that work on neighbouring tiles of a sequence and share its keys, 1 or
         2; tokens of an FP8 cache are decoded by one of them, and sent to the other
     num_stages : blocks of 64 keys in shared memory, 2 or 4
+    meet : 2 if the thread blocks of parts 2 i and 2 i + 1 of a tile form a cluster: what they have
+        of one sequence meets in shared memory, where each sequence has parts of its own; else 1
     prefetch : blocks of keys by which loads into L2 run ahead of those into shared memory, 0 for
         none
     overhead : what a sequence costs beside its keys, in blocks of keys, when parts of equal cost
@@ -52,6 +55,7 @@ class MlaSchedule:
 
     tile_rows: int = TILE_ROWS
     cluster: int = 1
+    meet: int = 1
     num_stages: int = 2
     prefetch: int = 0
     overhead: int = 3
@@ -62,9 +66,10 @@ class MlaSchedule:
 
     def __str__(self) -> str:
         return (
-            f"tile_rows={self.tile_rows} cluster={self.cluster} num_stages={self.num_stages}"
-            f" prefetch={self.prefetch} overhead={self.overhead} slack={self.slack}"
-            f" evict_first={self.evict_first} score_ahead={self.score_ahead} whole={self.whole}"
+            f"tile_rows={self.tile_rows} cluster={self.cluster} meet={self.meet}"
+            f" num_stages={self.num_stages} prefetch={self.prefetch} overhead={self.overhead}"
+            f" slack={self.slack} evict_first={self.evict_first} score_ahead={self.score_ahead}"
+            f" whole={self.whole}"
         )
 
     @property
@@ -85,9 +90,9 @@ class MlaSmemPlan:
     tokens: int  # a block's of an FP8 cache, as they are; see `stages_tokens`
     states: int  # maxima and sums that the math warpgroups exchange
     barriers: int
+    maxima: int  # of the cluster's other part
     announcement: int
     walkers: int  # of the producer's warps, which decode an FP8 cache
-    scratch: int  # of the plan
     total_bytes: int
 
 
@@ -140,7 +145,12 @@ def num_barriers(problem: MlaDecode, schedule: MlaSchedule) -> int:
     """
     groups = -(-num_chunks(problem) // group_chunks(problem))
     stages = schedule.num_stages * (groups + 2 + problem.sparse)
-    return stages + 2 + num_token_barriers(problem, schedule)
+    return stages + 2 + num_meet_barriers(schedule) + num_token_barriers(problem, schedule)
+
+
+def num_meet_barriers(schedule: MlaSchedule) -> int:
+    """For maxima, and for sums and outputs, of the other part of a cluster."""
+    return 2 if schedule.meet > 1 else 0
 
 
 def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
@@ -154,9 +164,9 @@ def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
         "tokens": own_tokens(schedule) * TOKEN_BYTES if stages_tokens(problem, schedule) else 0,
         "states": 4 * TILE_ROWS * 4,
         "barriers": 8 * num_barriers(problem, schedule),
+        "maxima": (schedule.meet - 1) * schedule.tile_rows * 4,
         "announcement": ANNOUNCEMENT_BYTES,
         "walkers": LOADER_WARPS * PROGRESS_BYTES if problem.is_fp8 else 0,
-        "scratch": 4 * (NUM_WARPS + 2 + schedule.slack),
     }
     offset, offsets = 0, {}
     for name, size in sizes.items():
@@ -167,21 +177,26 @@ def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
     return MlaSmemPlan(**offsets, total_bytes=offset)
 
 
-def num_parts(tiles: int, num_sms: int) -> int:
+def num_parts(tiles: int, num_sms: int, meet: int = 1) -> int:
     """Parts that the keys of all sequences are cut into for each of `tiles` tiles: as many as run
-    at once, at least one."""
-    return max(num_sms // tiles, 1)
+    at once in clusters of `meet`, at least one cluster."""
+    return max(num_sms // (tiles * meet), 1) * meet
 
 
 def select_mla(
-    problem: MlaDecode, *, batch: int | None = None, batch_invariant: bool = False
+    problem: MlaDecode,
+    *,
+    batch: int | None = None,
+    max_keys: int | None = None,
+    batch_invariant: bool = False,
 ) -> MlaSchedule:
     """The schedule that measured best on an H100 for problems of this kind.
 
     Parameters
     ----------
     batch : sequences of the call; None for many
-    batch_invariant : as for `mla_decode`; `batch` does not matter then
+    max_keys : that a sequence may have; None for many
+    batch_invariant : as for `mla_decode`; the others do not matter then
     """
     stages = 2 if problem.head_dim_qk > 320 else 4
     is_single = batch == 1 and not batch_invariant
@@ -195,28 +210,23 @@ def select_mla(
             prefetch=1 if tile_rows == TILE_ROWS else 0,
             whole=batch_invariant,
         )
-    ahead = num_tiles(problem) >= 4
-    if is_single:
-        # Its parts have few keys: what they leave for the merge counts, and that they need not wait
-        # for each other.
-        is_split = problem.num_queries == 1 and problem.num_rows > 32
-        return MlaSchedule(
-            tile_rows=32 if is_split else TILE_ROWS,
-            num_stages=stages,
-            evict_first=EVICT_FIRST_BLOCKS,
-            score_ahead=ahead,
-        )
-    if num_tiles(problem) % 2 == 0:
-        return MlaSchedule(
-            cluster=2, num_stages=stages, prefetch=1, score_ahead=ahead, whole=batch_invariant
-        )
-    return MlaSchedule(num_stages=stages, evict_first=EVICT_FIRST_BLOCKS, whole=batch_invariant)
-
-
-def mla_schedules(problem: MlaDecode, *, batch_invariant: bool = False) -> tuple[MlaSchedule, ...]:
-    """Every schedule that `select_mla` chooses for `problem`: of many sequences first."""
-    found = (select_mla(problem, batch=n, batch_invariant=batch_invariant) for n in (None, 1))
-    return tuple(dict.fromkeys(found))
+    # Parts of one sequence have few keys: with tiles of fewer rows they leave less for the merge.
+    is_short = max_keys is not None and max_keys <= SHORT_KEYS
+    is_split = problem.num_queries == 1 and 32 < problem.num_rows <= (128 if is_short else 64)
+    tile_rows = 32 if is_single and is_split else TILE_ROWS
+    tiles = num_tiles(problem, tile_rows)
+    # Two parts or more of each of a few sequences, if that leaves hardly a multiprocessor idle.
+    parts = num_parts(tiles, H100_SMS, 2)
+    is_few = batch is not None and not is_single and 2 * batch <= parts
+    has_pairs = is_few and not batch_invariant and parts * tiles > 0.95 * H100_SMS
+    return MlaSchedule(
+        tile_rows=tile_rows,
+        meet=2 if has_pairs else 1,
+        num_stages=stages,
+        evict_first=EVICT_FIRST_BLOCKS * min(tiles, 4),
+        score_ahead=num_tiles(problem) >= 4,
+        whole=batch_invariant,
+    )
 
 
 def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A) -> None:
@@ -226,6 +236,7 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
     for name, legal in (
         ("tile_rows", (16, 32, 64) if problem.is_fp8 else (32, 64)),
         ("cluster", (1, 2)),
+        ("meet", (1, 2)),
         ("num_stages", (2, 4)),
         ("prefetch", range(9)),
         ("overhead", range(1, 65)),
@@ -243,12 +254,17 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
             f"cluster = {schedule.cluster} does not divide the {tiles} tiles of"
             f" {problem.num_rows} query rows: choose 1"
         )
-    most = 0 if stages_tokens(problem, schedule) else 1
-    if problem.is_fp8 and (schedule.prefetch > most or schedule.evict_first > 0):
+    if schedule.meet > 1 and (schedule.cluster > 1 or schedule.whole or problem.is_fp8):
         raise ScheduleError(
-            f"prefetch = {schedule.prefetch}, evict_first = {schedule.evict_first}: of an FP8"
-            f" cache, loads into L2 run {most} blocks of keys ahead at most, and all lines stay"
-            f" there: choose {' or '.join(map(str, range(most + 1)))}, and 0"
+            f"meet = {schedule.meet}: of tiles that share keys, of sequences that are whole, and of"
+            " those over an FP8 cache, no parts meet: choose 1"
+        )
+    ahead = 0 if stages_tokens(problem, schedule) else 1
+    if problem.is_fp8 and (schedule.prefetch, schedule.evict_first) != (ahead, 0):
+        raise ScheduleError(
+            f"prefetch = {schedule.prefetch}, evict_first = {schedule.evict_first}: tokens of an"
+            f" FP8 cache wait in shared memory with fewer than {TILE_ROWS} rows, and else are sent"
+            f" for one block of keys ahead, and their lines stay in L2: choose {ahead} and 0"
         )
     if problem.is_fp8 and schedule.score_ahead:
         raise ScheduleError(

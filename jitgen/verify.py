@@ -47,7 +47,16 @@ from .ir_mla import MlaKernel
 from .kernel import Kernel
 from .limits import check_registers, check_smem, check_tma, require
 from .merge import MergeKernel, verify_merge
-from .problem import D_SCALE, Gemm, GroupedGemm, check_problem, is_k_grouped, is_masked
+from .problem import (
+    D_SCALE,
+    Gemm,
+    GroupedGemm,
+    adds_to_d,
+    check_problem,
+    is_k_grouped,
+    is_masked,
+)
+from .quantization import QuantizationKernel, verify_quantization
 from .schedule import (
     BLOCK_K,
     SCALE_BLOCKS,
@@ -65,18 +74,20 @@ SWIZZLE_BYTES = 128  # of the tiles that wgmma reads, whose descriptors say so
 SWIZZLE_SPANS = (32, 64, 128)
 
 
-def verify(kernel: Kernel | MlaKernel | MergeKernel) -> None:
+def verify(kernel: Kernel | MlaKernel | MergeKernel | QuantizationKernel) -> None:
     """Raise VerifyError, naming the op and the rule, unless `kernel` is sound.
 
     Checked: every tile of D is computed and stored exactly once; the K blocks cover k once, in
     order; every op gets what the problem asks of it, in buffers of the right type and shape; boxes
     and alignments are what TMA and wgmma take; shared memory and registers suffice.
-    MLA decode, merges: see verify_mla, verify_merge.
+    MLA decode, merges, quantization: see verify_mla, verify_merge, verify_quantization.
     """
     if isinstance(kernel, MlaKernel):
         return verify_mla(kernel)
     if isinstance(kernel, MergeKernel):
         return verify_merge(kernel)
+    if isinstance(kernel, QuantizationKernel):
+        return verify_quantization(kernel)
     try:
         check_problem(kernel.problem)
         check_schedule(kernel.problem, kernel.schedule, kernel.target)
@@ -411,9 +422,10 @@ class _Block:
         require(op.box == (parts[0], columns), op, f"box {op.box} must be ({parts[0]}, {columns})")
         require(parts[1] % columns == 0, op, f"boxes of {columns} columns do not tile {parts[1]}")
         check_tma(op, op.dst, op.src, op.box)
-        adds = is_k_grouped(self.kernel.problem)
-        require(op.adds == adds, op, "must add to D where groups are parts of k, and there only")
-        by_row = "groups" in self.tensors and not adds
+        problem = self.kernel.problem
+        must = "must add to D in float32 where groups are parts of k, and there only"
+        require(op.adds == adds_to_d(problem), op, must)
+        by_row = "groups" in self.tensors and not is_k_grouped(problem)
         require(op.by_row == by_row, op, "must write by row at a group's end, and there only")
 
 

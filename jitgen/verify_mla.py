@@ -278,6 +278,8 @@ class _Block:
 
     def merge(self, op: Merge) -> None:
         require(self.has_looped, op, "must come after the loop")
+        meet = self.kernel.schedule.meet
+        require(op.meet == meet, op, f"must merge {meet} parts at a time first")
         self.read(op, (op.out, "out"), (op.max, "max"), (op.sum, "sum"))
         for buffer in (op.out, op.max, op.sum):
             what = f"merged {self.holds[buffer.name]}"

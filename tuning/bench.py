@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..api import gemm, quantize
+from ..api import gemm
+from ..api_quantize import quantize
 from ..dtypes import E4M3, F32, DType
 from ..errors import DeviceError, VerifyError, one_line
 from ..interpret import interpret

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..api import bind
 from ..dtypes import E4M3
-from ..errors import VerifyError
+from ..errors import VerifyError, one_line
 from ..expr import gate, silu, up
 from ..numerics import AMAX_FLOOR, E4M3_MAX
 from ..problem import D_SCALE, GroupedGemm
@@ -23,7 +23,7 @@ from ..schedule import Schedule
 from .bench import read_measurement
 from .bench_grouped import GroupedShape, deal, layout_of, make_tensors
 from .select import select
-from .timing import Measurement, measure_kernel_us
+from .timing import Measurement, measure_in_turns, measure_kernel_us
 
 SWIGLU = silu(gate) * up
 MAX_ERROR = 2.0**-4  # of a row's norm: E4M3 rounds to 4 bits, and two results are compared
@@ -126,14 +126,14 @@ def _measure(shape: GroupedShape, schedules: tuple[Schedule, Schedule]) -> Fused
     _check(shape, swiglu_quantize(d), (quantized, scales))
     unfused: dict[str, Measurement] = {}
     missing: dict[str, str] = {}
-    for name, activate in _activations(missing).items():
+    for name, activate in _activations(d, missing).items():
 
         def sequence(activate: Callable[[Any], Any] = activate) -> None:
             activate(plain())
 
         unfused[name] = measure_kernel_us(sequence)
-    times = measure_kernel_us(plain), measure_kernel_us(fused)
-    return FusedRow(shape, schedules, *times, unfused, missing)
+    plain_time, fused_time = measure_in_turns([plain, fused])
+    return FusedRow(shape, schedules, plain_time, fused_time, unfused, missing)
 
 
 def swiglu_quantize(h: Any) -> tuple[Any, Any]:
@@ -147,13 +147,19 @@ def swiglu_quantize(h: Any) -> tuple[Any, Any]:
     return codes.flatten(-2), scale
 
 
-def _activations(missing: dict[str, str]) -> dict[str, Callable[[Any], Any]]:
-    """What runs SwiGLU and quantization, by name."""
+def _activations(h: Any, missing: dict[str, str]) -> dict[str, Callable[[Any], Any]]:
+    """What runs SwiGLU and quantization of `h`, by name."""
     found: dict[str, Callable[[Any], Any]] = {"torch": swiglu_quantize}
     if importlib.util.find_spec("triton") is None:
         missing["torch.compile"] = "there is no Triton"
+        return found
+    compiled = _compiled()
+    try:
+        compiled(h)
+    except Exception as error:  # Triton needs a C compiler, and more
+        missing["torch.compile"] = f"{type(error).__name__}: {one_line(error)}"
     else:
-        found["torch.compile"] = _compiled()
+        found["torch.compile"] = compiled
     return found
 
 

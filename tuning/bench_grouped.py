@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..api import bind, quantize
+from ..api import bind
+from ..api_quantize import quantize
 from ..dtypes import E4M3, F32
 from ..errors import VerifyError
 from ..groups import expected_rows

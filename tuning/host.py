@@ -17,7 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..api import PLAIN, bind, gemm, quantize
+from ..api import PLAIN, bind, gemm
+from ..api_quantize import quantize
 from ..calls import find_call
 from ..errors import VerifyError
 from ..runtime import driver

@@ -13,7 +13,7 @@ from typing import Any
 from ..dtypes import dtype_of
 from ..errors import StoreError
 from ..expr import acc, gate, up
-from ..problem import Gemm, GroupedGemm, as_tuned, check_problem, tuned_name
+from ..problem import Gemm, GroupedGemm, as_tuned, check_problem, is_k_grouped, tuned_name
 from ..problem_mla import MlaDecode, check_mla
 from ..schedule import Schedule
 from ..schedule_mla import MlaSchedule
@@ -27,6 +27,14 @@ MLA_HEAD = tuple(f.name for f in fields(MlaDecode) if f.name not in ("dtype", "c
 def tuned(problem: TunedProblem) -> TunedProblem:
     """What schedules are chosen and measured for in the problem's place."""
     return mla_as_tuned(problem) if isinstance(problem, MlaDecode) else as_tuned(problem)
+
+
+def is_tunable(problem: TunedProblem, bucket: int) -> bool:
+    """Whether one schedule is best at `bucket`: for one sequence of MLA decode it depends on what
+    a bucket does not say, the most keys that it may have; what k_grouped runs is not measured."""
+    if isinstance(problem, MlaDecode):
+        return bucket > 1
+    return not is_k_grouped(problem)
 
 
 def file_stem(problem: TunedProblem) -> str:

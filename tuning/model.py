@@ -7,7 +7,8 @@ model picks is 3.1% slower than the fastest (geometric mean), 13% at worst; on a
 the fitting 3.7%, 19% at worst.
 
 What grouped GEMMs add was fitted to 664 timings of 40 shapes (2026-11-22): 1 to 64 groups of 8 to
-8192 rows. There the pick is 1.5% slower than the fastest of some ten to twenty, 9% at worst.
+8192 rows. There the pick is 1.5% slower than the fastest of some ten to twenty, 9% at worst. Of 822
+timings of 65 shapes with the kernels that followed it is 1.0% slower, 11% at worst.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import math
 from collections.abc import Sequence
 
 from ..groups import planned_rows, spread_rows
-from ..problem import MAX_EXTENT, Gemm, GroupedGemm, as_tuned, is_k_grouped
+from ..problem import MAX_EXTENT, Gemm, GroupedGemm, adds_to_d, as_tuned, is_k_grouped
 from ..problem_mla import MlaDecode
 from ..schedule import (
     BLOCK_K,
@@ -67,6 +68,7 @@ MEMORY_ROW_SHARE = 0.00011
 SKIPPED_SHARE = 0.416
 FIRST_BYTES = 45e6
 LATER_HBM_BYTES_PER_US = 2.92e6
+TWO_WAVES_SHARE = 0.04  # more clocks with 128 rows of groups a math warpgroup
 
 # Two steps an octave from the least row tile on; below it, extents that a schedule may exploit.
 M_BUCKETS = (16, 32, *sorted(base << i for i in range(11) for base in (64, 96))[:-1])
@@ -93,8 +95,8 @@ def _predict_us(problem: Gemm, s: Schedule, m: int, num_sms: int, clocks_per_blo
     compute_us = _compute_us(problem, s, min(m, s.block_m), clocks_per_block, end, rounds)
     d_bytes = m * problem.n * problem.d_dtype.size_bytes
     bytes_moved = (m + problem.n) * problem.k + d_bytes
-    if is_k_grouped(problem):  # D is read and written
-        bytes_moved = matrices * ((m + problem.n) * TYPICAL_K + 2 * d_bytes)
+    if is_k_grouped(problem):  # what D is added to is read too
+        bytes_moved = matrices * ((m + problem.n) * TYPICAL_K + (1 + adds_to_d(problem)) * d_bytes)
     return FIXED_US + _soft_max(compute_us, bytes_moved / HBM_BYTES_PER_US)
 
 
@@ -113,6 +115,7 @@ def _predict_grouped_us(
     idle = 1 - _tile_rows(groups, m, part) * part / (rows * height)
     end = s.mma_tile[0] * slice_columns(s) * EPILOGUE_CLOCKS_PER_ELEMENT + GROUPED_TILE_CLOCKS
     clocks = clocks_per_block * (1 - SKIPPED_SHARE * idle)
+    clocks *= 1 + TWO_WAVES_SHARE * (s.num_waves - 1)
     rounded = rounds + ROUNDING_SHARE * uneven
     compute_us = _compute_us(problem, s, s.block_m, clocks, end, rounded)
     read = (m + min(groups, m) * problem.n) * problem.k

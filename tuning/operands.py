@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ..api import quantize
+from ..api_quantize import quantize
 
 
 @functools.lru_cache(maxsize=1)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..api import quantize
+from ..api_quantize import quantize
 from ..errors import DeviceError, VerifyError
 from . import cutlass
 

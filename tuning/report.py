@@ -7,7 +7,7 @@ import shlex
 import statistics
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -104,6 +104,19 @@ def reading(command: str) -> Iterator[None]:
             f"not a result that this version's `jitgen {command} --json` wrote:"
             f" {type(error).__name__} {error}"
         ) from None
+
+
+def common_meta(metas: Sequence[Meta]) -> Meta:
+    """The first of several runs on GPUs of one name, with the commands of all.
+
+    Raises
+    ------
+    ProblemError : the GPUs differ
+    """
+    gpus = {meta.gpu for meta in metas}
+    if len(gpus) > 1:
+        raise ProblemError(f"results of {' and '.join(sorted(gpus))}: report each alone")
+    return replace(metas[0], command="; ".join(dict.fromkeys(meta.command for meta in metas)))
 
 
 def collect_meta(device: driver.Device, *, version: str, arguments: Sequence[str]) -> Meta:

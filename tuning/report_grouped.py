@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .bench import baseline_meta
 from .bench_fused import FusedRow
 from .bench_grouped import GroupedRow, GroupedShape
-from .report import Cell, Meta, figure_cell, geomean, reading, section, table
+from .report import Cell, Meta, common_meta, figure_cell, geomean, reading, section, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,20 +52,31 @@ class GroupedResult:
         }
 
     @classmethod
-    def from_json(cls, data: Any) -> GroupedResult:
-        """The result that `to_json` wrote.
+    def from_json(cls, *results: Any) -> GroupedResult:
+        """What `to_json` wrote, of one run or of several on GPUs of one name; of a shape the last.
 
         Raises
         ------
-        ProblemError : a field is missing, or another than this version writes
+        ProblemError : a field is missing, or another than this version writes; the GPUs differ
         """
         with reading("bench grouped"):
-            return cls(
-                Meta(**data["meta"]),
-                tuple(map(GroupedRow.from_json, data["rows"])),
-                data["live_over_baseline"],
-                tuple(map(FusedRow.from_json, data["fused"])),
-            )
+            found = [
+                cls(
+                    Meta(**data["meta"]),
+                    tuple(map(GroupedRow.from_json, data["rows"])),
+                    data["live_over_baseline"],
+                    tuple(map(FusedRow.from_json, data["fused"])),
+                )
+                for data in results
+            ]
+        rows = {row.shape: row for result in found for row in result.rows}
+        fused = {row.shape: row for result in found for row in result.fused}
+        return cls(
+            common_meta([result.meta for result in found]),
+            tuple(rows.values()),
+            found[0].live_over_baseline,
+            tuple(fused.values()),
+        )
 
 
 def row_cells(row: GroupedRow) -> list[Cell]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ProblemError
 from .bench_mla import (
     FORMS,
     SPARSE_KEYS,
@@ -15,7 +14,7 @@ from .bench_mla import (
     mla_baseline_meta,
 )
 from .operands_mla import ABSOLUTE_ERROR, COSINE_ERROR, LSE_ERROR, RELATIVE_ERROR
-from .report import Cell, Meta, figure_cell, section, table
+from .report import Cell, Meta, common_meta, figure_cell, reading, section, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,23 +63,13 @@ class MlaResult:
         ------
         ProblemError : a field is missing, or another than this version writes; the GPUs differ
         """
-        try:
+        with reading("bench mla"):
             found = [
                 cls(Meta(**data["meta"]), tuple(map(MlaRow.from_json, data["rows"])))
                 for data in results
             ]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ProblemError(
-                "not a result that this version's `jitgen bench mla --json` wrote:"
-                f" {type(error).__name__} {error}"
-            ) from None
-        metas = [result.meta for result in found]
-        gpus = {meta.gpu for meta in metas}
-        if len(gpus) > 1:
-            raise ProblemError(f"results of {' and '.join(sorted(gpus))}: report each alone")
-        commands = "; ".join(dict.fromkeys(meta.command for meta in metas))
         rows = {row.shape: row for result in found for row in result.rows}
-        return cls(replace(metas[0], command=commands), tuple(rows.values()))
+        return cls(common_meta([result.meta for result in found]), tuple(rows.values()))
 
     def of_form(self, form: str) -> list[MlaRow]:
         """The rows of one of FORMS."""

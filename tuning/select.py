@@ -18,7 +18,7 @@ from ..runtime import driver
 from ..schedule import Schedule
 from ..schedule_mla import MlaSchedule, select_mla
 from ..target import H100, SM90A, Gpu
-from .keys import TunedProblem, TunedSchedule, tuned
+from .keys import TunedProblem, TunedSchedule, is_tunable, tuned
 from .model import choose, choose_for_all, m_bucket
 from .records import Key, file_of, read_file, shipped_folder, user_folder
 from .space import is_legal
@@ -27,14 +27,29 @@ from .space_mla import is_mla_legal
 
 @overload
 def select(
-    problem: Gemm, m: int, gpu: Gpu = H100, *, batch_invariant: bool = False
+    problem: Gemm,
+    m: int,
+    gpu: Gpu = H100,
+    *,
+    max_keys: int | None = None,
+    batch_invariant: bool = False,
 ) -> Schedule: ...
 @overload
 def select(
-    problem: MlaDecode, m: int, gpu: Gpu = H100, *, batch_invariant: bool = False
+    problem: MlaDecode,
+    m: int,
+    gpu: Gpu = H100,
+    *,
+    max_keys: int | None = None,
+    batch_invariant: bool = False,
 ) -> MlaSchedule: ...
 def select(
-    problem: TunedProblem, m: int, gpu: Gpu = H100, *, batch_invariant: bool = False
+    problem: TunedProblem,
+    m: int,
+    gpu: Gpu = H100,
+    *,
+    max_keys: int | None = None,
+    batch_invariant: bool = False,
 ) -> TunedSchedule:
     """The schedule for `m` rows on `gpu`: one for all m of a bucket, so that they are finite.
 
@@ -43,16 +58,22 @@ def select(
     problem : its epilogue and layout do not matter, unless they rule a schedule out
     m : rows of A; of a grouped problem those of all groups, see `jitgen.groups.expected_rows`; of
         MLA decode sequences
+    max_keys : that a sequence of MLA decode may have; None for many. What is best for one sequence
+        depends on it, so records have no say there
     batch_invariant : one schedule for every m, so that the bits of a row do not depend on m
 
     The records are read once in a process, see `reload_records`. A records file that is broken
     costs a warning and is ignored.
     """
-    if not batch_invariant:
-        return _select(problem, m_bucket(m, problem), gpu)
+    bucket = m_bucket(m, problem)
+    recorded = None if batch_invariant else _recorded(problem, bucket, gpu)
+    if recorded is not None:
+        return recorded
     if isinstance(problem, MlaDecode):
-        return select_mla(problem, batch_invariant=True)
-    return choose_for_all(problem, gpu.num_sms)
+        return select_mla(problem, batch=bucket, max_keys=max_keys, batch_invariant=batch_invariant)
+    if batch_invariant:
+        return choose_for_all(problem, gpu.num_sms)
+    return choose(problem, bucket, gpu.num_sms)
 
 
 def named_gpu(name: str | None = None, num_sms: int | None = None) -> Gpu:
@@ -78,21 +99,21 @@ def _local_gpu() -> Gpu:
 
 def reload_records() -> None:
     """Let `select` read the records anew, after they were changed."""
-    _select.cache_clear()
+    _recorded.cache_clear()
     _schedules.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)
-def _select(problem: TunedProblem, bucket: int, gpu: Gpu) -> TunedSchedule:
+def _recorded(problem: TunedProblem, bucket: int, gpu: Gpu) -> TunedSchedule | None:
     plain = tuned(problem)
+    if not is_tunable(plain, bucket):
+        return None
     for folder in (user_folder(), shipped_folder()):
         schedule = _schedules(file_of(folder, gpu, plain)).get((gpu, plain, bucket))
         # That of an old record may be legal no more.
         if schedule is not None and _can_run(schedule, problem):
             return schedule
-    if isinstance(problem, MlaDecode):
-        return select_mla(problem, batch=bucket)
-    return choose(problem, bucket, gpu.num_sms)
+    return None
 
 
 def _can_run(schedule: TunedSchedule, problem: TunedProblem) -> bool:

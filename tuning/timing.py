@@ -61,16 +61,33 @@ def measure_kernel_us(
     ------
     DeviceError : the calls did not all launch the same kernels, or records of them were lost
     """
+    (measurement,) = measure_in_turns([call], calls=calls, warmup_calls=warmup_calls)
+    return measurement
+
+
+def measure_in_turns(
+    variants: Sequence[Callable[[], object]],
+    *,
+    calls: int = NUM_CALLS,
+    warmup_calls: int = NUM_WARMUP_CALLS,
+) -> list[Measurement]:
+    """As `measure_kernel_us` of each of `variants`, which take turns: `calls` and `warmup_calls`
+    each."""
     import torch
 
     flush = _flush_buffer(torch.cuda.current_device())
-    for _ in range(warmup_calls):
+    for call in [*variants] * warmup_calls:
         flush.fill_(1)
         call()
+
+    def attempt() -> list[Measurement]:
+        runs = profile_calls([*variants] * calls)
+        return [summarize_calls(runs[i :: len(variants)]) for i in range(len(variants))]
+
     for _ in range(NUM_PROFILES - 1):
         with contextlib.suppress(DeviceError):
-            return summarize_calls(profile_calls([call] * calls))
-    return summarize_calls(profile_calls([call] * calls))
+            return attempt()
+    return attempt()
 
 
 def measure_event_us(call: Callable[[], object], *, calls: int = 30) -> float:

@@ -20,10 +20,32 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from ..problem_mla import HEAD_DIMS, MAX_HEADS, MAX_QUERIES
+from .torch_ops import operators
 
 PAGE = 64  # latents that a block of the kernel reads
 FIRST_CAPACITY = 256
 NAME = "jitgen_absorbed"  # of the attention function, as Transformers knows it
+
+
+class SharedWindows:
+    """The last answer of `LatentLayer.windows`: the layers of a model ask the same thing."""
+
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
+        self.asked: tuple[object, ...] = ()
+        self.answer: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def windows(
+        self, layer: LatentLayer, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, version = layer.rows, None
+        if mask is not None and not mask.is_inference():
+            version = mask._version
+        is_captured = layer.keys.is_cuda and torch.cuda.is_current_stream_capturing()
+        asked = version, is_captured, rows.shape, rows.device, layer.get_seq_length()  # type: ignore[union-attr]
+        if self.answer is None or self.mask is not mask or self.asked != asked:
+            self.mask, self.asked, self.answer = mask, asked, layer.windows(mask)
+        return self.answer
 
 
 class LatentLayer(DynamicLayer):  # type: ignore[misc]
@@ -32,9 +54,10 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc]
     There are PAGE rows behind the last latent at least: a page may begin at any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: SharedWindows) -> None:
         super().__init__()
         self.rows: torch.Tensor | None = None
+        self.shared = shared
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -75,18 +98,23 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc]
         rows[:, :length, rank:] = self.values[:, 0]
         self.rows = rows
 
-    def pages(self, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """kv_cache and block_table of sequences that begin at rows `first`, int64 [batch]."""
+    def blocks(self) -> torch.Tensor:
+        """kv_cache: a block begins at every row, so they overlap."""
         batch, capacity, width = self.rows.shape  # type: ignore[union-attr]
-        # A block begins at every row: they overlap.
-        cache = torch.as_strided(
+        return torch.as_strided(
             self.rows,
             (batch * capacity - PAGE + 1, PAGE, 1, width),
             (width, width, width, 1),
         )
+
+    def windows(self, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """block_table and seqlens_k of what each sequence's last query sees, as `mask` says."""
+        batch, capacity, _ = self.rows.shape  # type: ignore[union-attr]
+        length = self.get_seq_length()
+        first, lengths = _windows(mask, batch, length, self.device)
         begin = first + torch.arange(batch, device=first.device) * capacity
-        page = torch.arange(-(-self.keys.shape[-2] // PAGE), device=first.device) * PAGE
-        return cache, (begin[:, None] + page).int()
+        page = torch.arange(-(-length // PAGE), device=first.device) * PAGE
+        return (begin[:, None] + page).int(), lengths
 
 
 class AbsorbedAttention(DeepseekV3Attention):  # type: ignore[misc]
@@ -140,10 +168,11 @@ class AbsorbedAttention(DeepseekV3Attention):  # type: ignore[misc]
         """[batch, tokens, heads, v] of queries [batch, heads, tokens, nope + rope]."""
         nope, rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q = torch.cat((torch.matmul(nope, self.w_uk), rope), dim=-1).transpose(1, 2).contiguous()
-        first, lengths = _windows(mask, len(q), latents.get_seq_length(), q.device)
-        cache, table = latents.pages(first)
-        o, _ = torch.ops.jitgen.mla_decode(
-            *(q, cache, table, lengths), head_dim_v=self.kv_lora_rank, softmax_scale=scaling
+        table, lengths = latents.shared.windows(latents, mask)
+        o, _ = operators().mla_decode(
+            *(q, latents.blocks(), table, lengths),
+            head_dim_v=self.kv_lora_rank,
+            softmax_scale=scaling,
         )
         return torch.matmul(o.transpose(1, 2), self.w_uv.mT).transpose(1, 2)
 
@@ -190,7 +219,8 @@ def _latent_layer(cache: Cache | None, index: int) -> LatentLayer | None:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[index]
     if type(layer) is DynamicLayer and not layer.is_initialized:
-        layer = cache.layers[index] = LatentLayer()
+        others = (other.shared for other in cache.layers if isinstance(other, LatentLayer))
+        layer = cache.layers[index] = LatentLayer(next(others, None) or SharedWindows())
     return layer if isinstance(layer, LatentLayer) else None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .. import api, api_mla
-from ..dtypes import array_dtype, dtype_of
+from ..dtypes import E4M3, array_dtype, dtype_of
 from ..expr import Bound
 from ..layouts import GroupLayout, with_tensor
 
@@ -44,6 +44,25 @@ def multiply(
         batch_invariant,
     )
     return to_torch(made) if out is None else out
+
+
+def multiply_quantized(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor],
+    *,
+    epilogue: Bound,
+    layout: GroupLayout,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`jitgen.grouped_gemm` to float8_e4m3fn with scales, of an epilogue without operands."""
+    if a.device.type != "cpu":
+        d, sfd = _multiply(a, b, scales, epilogue, layout, None, torch.float8_e4m3fn, False)
+        return d, sfd
+    d, sfd = _multiply(
+        *(to_numpy(a), to_numpy(b), (to_numpy(scales[0]), to_numpy(scales[1])), epilogue),
+        *(with_tensor(layout, to_numpy(layout.tensor)), None, E4M3, False),
+    )
+    return to_torch(d), to_torch(sfd)
 
 
 def _multiply(

@@ -4,12 +4,15 @@
          batch_invariant=False) -> Tensor
     grouped_gemm(a, b, sfa, sfb, groups, *, layout, alignment=128, expected_rows=None, bias=None,
                  residual=None, activation="none", out_dtype=None, batch_invariant=False) -> Tensor
+    grouped_swiglu(a, b, sfa, sfb, groups, *, layout, alignment=128,
+                   expected_rows=None) -> (Tensor, Tensor)
     mla_decode(q, kv_cache, block_table, seqlens_k, *, head_dim_v=512, softmax_scale=None,
                causal=True) -> (Tensor, Tensor)
     mla_decode_sparse(q, kv_cache, indices, *, topk_length=None, attention_sink=None,
                       softmax_scale=None) -> (Tensor, Tensor)
     gemm_out, grouped_gemm_out, mla_decode_out(..., *, out, ...), the same into `out`
     quantize(x, rows=1) -> (Tensor, Tensor)
+    quantize_both(x, rows=1, columns=1) -> (Tensor, Tensor, Tensor, Tensor)
 
 torch.compile and torch.export trace through them, with dynamic m. CUDA tensors run on the GPU, CPU
 tensors on the interpreter, which gives the bits of an H100.
@@ -18,16 +21,19 @@ tensors on the interpreter, which gives the bits of an H100.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .. import api
+from .. import api_quantize
+from ..api import PLAIN
 from ..errors import ProblemError
-from ..expr import Bound, Expr, acc, gelu, matrix, relu, silu, vector
+from ..expr import Bound, Expr, acc, gate, gelu, matrix, relu, silu, up, vector
 from ..layouts import Contiguous, GroupLayout, KGrouped, Masked, Ragged
-from .tensors import attend, attend_sparse, multiply
+from . import torch_fakes
+from .tensors import attend, attend_sparse, multiply, multiply_quantized
 
 ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
     "none": lambda x: x,
@@ -186,6 +192,42 @@ def grouped_gemm_out(
     )
 
 
+def grouped_swiglu(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    sfa: torch.Tensor,
+    sfb: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    layout: str,
+    alignment: int = 128,
+    expected_rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up for the rows of each group, quantized: an operand of `grouped_gemm`.
+
+    Parameters
+    ----------
+    a, sfa, sfb, groups, layout, alignment, expected_rows : as for `grouped_gemm`
+    b : float8_e4m3fn [num_groups, n, k], in each the rows of gate, then those of up; n % 256 == 0
+
+    Returns
+    -------
+    (float8_e4m3fn [.., m, n / 2], float32 [.., m, n / 256]); rows of no group hold anything
+
+    Raises
+    ------
+    As `grouped_gemm`
+    """
+    return multiply_quantized(
+        *(a, b, (sfa, sfb)),
+        epilogue=_SWIGLU,
+        layout=_layout(layout, groups, alignment, expected_rows),
+    )
+
+
+_SWIGLU = Bound(silu(gate) * up, {})
+
+
 def mla_decode(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -246,10 +288,26 @@ def mla_decode_sparse(
 
 def quantize(x: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """`jitgen.quantize` in blocks of `rows` x 128; rows is 1 or 128."""
-    return api.quantize(x, (rows, 128))
+    return api_quantize.quantize(x, (rows, 128))
+
+
+def quantize_both(
+    x: torch.Tensor, rows: int = 1, columns: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`jitgen.quantize_both` in blocks of `rows` x 128, its transpose in `columns` x 128."""
+    of_x, of_transpose = api_quantize.quantize_both(x, (rows, 128), (columns, 128))
+    return *of_x, *of_transpose
+
+
+def operators() -> Any:
+    """What modules call: `torch.ops.jitgen` where a compiler traces them, or else these functions,
+    which spares the dispatcher's share of a call's host time, about half."""
+    return torch.ops.jitgen if torch.compiler.is_compiling() else sys.modules[__name__]
 
 
 def _epilogue(bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str) -> Bound:
+    if bias is None and residual is None and activation == "none":
+        return PLAIN
     tensors = {"bias": bias, "residual": residual}
     given = {name: t for name, t in tensors.items() if t is not None}
     dtypes = tuple((name, t.dtype) for name, t in given.items())
@@ -290,96 +348,45 @@ def _layout(
     )
 
 
-# --- what tracing sees ----------------------------------------------------------------------------
-
-
-def _gemm_fake(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    sfa: torch.Tensor,
-    sfb: torch.Tensor,
-    *,
-    out_dtype: torch.dtype | None = None,
-    **_: Any,
-) -> torch.Tensor:
-    torch._check(a.shape[1] == b.shape[1], lambda: "a and b must agree in k")
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype or torch.bfloat16)
-
-
-def _grouped_gemm_fake(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    _sfa: torch.Tensor,
-    _sfb: torch.Tensor,
-    groups: torch.Tensor,
-    *,
-    layout: str,
-    out_dtype: torch.dtype | None = None,
-    **_: Any,
-) -> torch.Tensor:
-    torch._check(a.shape[-1] == b.shape[-1], lambda: "a and b must agree in k")
-    if layout == "k_grouped":
-        return a.new_empty((groups.shape[0] - 1, a.shape[0], b.shape[0]), dtype=torch.float32)
-    return a.new_empty((*a.shape[:-1], b.shape[1]), dtype=out_dtype or torch.bfloat16)
-
-
-def _mla_decode_fake(
-    q: torch.Tensor, *_: torch.Tensor, head_dim_v: int = 512, **__: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, num_queries, num_heads, _head_dim = q.shape
-    o = q.new_empty((batch, num_queries, num_heads, head_dim_v))
-    return o, q.new_empty((batch, num_heads, num_queries), dtype=torch.float32)
-
-
-def _mla_decode_out_fake(
-    q: torch.Tensor, *_: torch.Tensor, out: torch.Tensor, **__: Any
-) -> torch.Tensor:
-    return _mla_decode_fake(q)[1]
-
-
-def _nothing_fake(*_: torch.Tensor, **__: Any) -> None:
-    return None
-
-
-def _quantize_fake(x: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    grid = (x.shape[0] + rows - 1) // rows, (x.shape[1] + 127) // 128
-    quantized = torch.empty_like(
-        x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format
-    )
-    return quantized, x.new_empty(grid, dtype=torch.float32)
-
-
 _RESULT = "ScalarType? out_dtype=None, bool batch_invariant=False) -> Tensor"
 
 for _schema, _function, _fake in (
-    (f"gemm({_OPERANDS}, *, {_EPILOGUE}, {_RESULT}", gemm, _gemm_fake),
+    (f"gemm({_OPERANDS}, *, {_EPILOGUE}, {_RESULT}", gemm, torch_fakes.gemm),
     (
         f"gemm_out({_OPERANDS}, *, Tensor(a!) out, {_EPILOGUE}, bool batch_invariant=False) -> ()",
-        *(gemm_out, _nothing_fake),
+        *(gemm_out, torch_fakes.nothing),
     ),
     (
         f"grouped_gemm({_OPERANDS}, {_GROUPS}, {_EPILOGUE}, {_RESULT}",
-        *(grouped_gemm, _grouped_gemm_fake),
+        *(grouped_gemm, torch_fakes.grouped_gemm),
     ),
     (
         f"grouped_gemm_out({_OPERANDS}, {_GROUPS}, Tensor(a!) out, {_EPILOGUE},"
         " bool batch_invariant=False) -> ()",
-        *(grouped_gemm_out, _nothing_fake),
+        *(grouped_gemm_out, torch_fakes.nothing),
+    ),
+    (
+        f"grouped_swiglu({_OPERANDS}, {_GROUPS}) -> (Tensor, Tensor)",
+        *(grouped_swiglu, torch_fakes.grouped_swiglu),
     ),
     (
         f"mla_decode({_CACHE}, *, {_ATTENTION}) -> (Tensor, Tensor)",
-        *(mla_decode, _mla_decode_fake),
+        *(mla_decode, torch_fakes.mla_decode),
     ),
     (
         f"mla_decode_out({_CACHE}, *, Tensor(a!) out, {_ATTENTION}) -> Tensor",
-        *(mla_decode_out, _mla_decode_out_fake),
+        *(mla_decode_out, torch_fakes.mla_decode_out),
     ),
     (
         "mla_decode_sparse(Tensor q, Tensor kv_cache, Tensor indices, *, Tensor? topk_length=None,"
         " Tensor? attention_sink=None, float? softmax_scale=None) -> (Tensor, Tensor)",
-        *(mla_decode_sparse, _mla_decode_fake),
+        *(mla_decode_sparse, torch_fakes.mla_decode),
     ),
-    ("quantize(Tensor x, int rows=1) -> (Tensor, Tensor)", quantize, _quantize_fake),
+    ("quantize(Tensor x, int rows=1) -> (Tensor, Tensor)", quantize, torch_fakes.quantize),
+    (
+        "quantize_both(Tensor x, int rows=1, int columns=1) -> (Tensor, Tensor, Tensor, Tensor)",
+        *(quantize_both, torch_fakes.quantize_both),
+    ),
 ):
     _LIBRARY.define(_schema)
     _name = _schema.partition("(")[0]

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8GroupedLinear, FP8Linear
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from ..problem import Gemm, supports
-from . import torch_ops  # noqa: F401, registers torch.ops.jitgen
 from .latent_attention import AbsorbedAttention, can_absorb
+from .torch_ops import operators
 
 BLOCK = (128, 128)  # of the weights' scales
 
@@ -79,9 +80,9 @@ class Linear(nn.Module):  # type: ignore[misc]
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a, sfa = _quantize(x.reshape(-1, self.in_features))
+        a, sfa = _inputs.quantize(x)
         bias = self.bias.float() if self.bias is not None else None
-        d = torch.ops.jitgen.gemm(
+        d = operators().gemm(
             a, self.weight, sfa, self.weight_scale_inv, bias=bias, out_dtype=_result(x)
         )
         return d.view(*x.shape[:-1], self.out_features).to(x.dtype)
@@ -99,6 +100,13 @@ class Experts(nn.Module):  # type: ignore[misc]
         self.act_fn = experts.act_fn
         self.swiglu_alpha, self.swiglu_limit = experts.swiglu_alpha, experts.swiglu_limit
         self.limit = experts.limit
+        # What the first product can end with: its halves are whole 128x128 blocks.
+        self.is_swiglu = (
+            isinstance(self.act_fn, (nn.SiLU, SiLUActivation))
+            and self.swiglu_alpha is None
+            and self.limit is None
+            and self.gate_up_proj.shape[1] % (2 * BLOCK[0]) == 0
+        )
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -112,22 +120,59 @@ class Experts(nn.Module):  # type: ignore[misc]
         expert, order = top_k_index.reshape(-1).sort(stable=True)
         bounds = torch.arange(self.num_experts + 1, device=expert.device, dtype=expert.dtype)
         offsets = torch.searchsorted(expert, bounds, out_int32=True)
-        x = hidden_states[order // num_chosen]
-        x = self._multiply(x, self.gate_up_proj, self.gate_up_proj_scale_inv, offsets)
-        x = FP8Experts._apply_gate(self, x)
-        x = self._multiply(x, self.down_proj, self.down_proj_scale_inv, offsets)
+        a, sfa = _quantize(hidden_states[order // num_chosen])
+        of_gate_up = self.gate_up_proj, self.gate_up_proj_scale_inv
+        if self.is_swiglu:
+            a, sfa = operators().grouped_swiglu(
+                a, of_gate_up[0], sfa, of_gate_up[1], offsets, layout="ragged"
+            )
+        else:
+            x = self._multiply(a, sfa, *of_gate_up, offsets, hidden_states)
+            a, sfa = _quantize(FP8Experts._apply_gate(self, x))
+        of_down = self.down_proj, self.down_proj_scale_inv
+        x = self._multiply(a, sfa, *of_down, offsets, hidden_states)
         weight = top_k_weights.reshape(-1)[order, None].to(x.dtype)
         x = torch.where(expert[:, None] < self.num_experts, x * weight, 0)
         result = torch.empty_like(x).index_copy_(0, order, x)
         return result.view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden_states.dtype)
 
+    @staticmethod
     def _multiply(
-        self, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor
+        a: torch.Tensor,
+        sfa: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor,
+        like: torch.Tensor,
     ) -> torch.Tensor:
-        a, sfa = _quantize(x)
-        return torch.ops.jitgen.grouped_gemm(
-            a, weight, sfa, scales, offsets, layout="ragged", out_dtype=_result(x)
+        return operators().grouped_gemm(
+            a, weight, sfa, scales, offsets, layout="ragged", out_dtype=_result(like)
         )
+
+
+class _Inputs:
+    """Codes of the last small input: projections of a layer, such as gate and up, share theirs."""
+
+    MAX_ELEMENTS = 2**20  # kept alive until the next one; where there are more, kernels take long
+
+    def __init__(self) -> None:
+        self.last: tuple[torch.Tensor, int, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of the rows of x."""
+        rows = x.reshape(-1, x.shape[-1])
+        is_recorded = torch.compiler.is_compiling() or (
+            x.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        if is_recorded or x.is_inference() or x.numel() > self.MAX_ELEMENTS:
+            return _quantize(rows)
+        last = self.last  # read once: other threads may replace it
+        if last is None or last[0] is not x or last[1] != x._version:
+            self.last = last = x, x._version, _quantize(rows)
+        return last[2]
+
+
+_inputs = _Inputs()
 
 
 def _takes_linear(module: FP8Linear) -> bool:
@@ -168,7 +213,7 @@ def _float_scales(scales: nn.Parameter) -> nn.Parameter:
 
 def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of each row's blocks; FP16 goes by float32."""
-    codes, scales = torch.ops.jitgen.quantize(x.float() if x.dtype == torch.float16 else x)
+    codes, scales = operators().quantize(x.float() if x.dtype == torch.float16 else x)
     return codes, scales
 
 

@@ -2,34 +2,58 @@
 
     y  = x W^T      x in 1x128 blocks along the features, W in 128x128 blocks
     dx = dy W       dy in 1x128 blocks along the features, the codes of W transposed
-    dW = dy^T x     both in 1x128 blocks along the tokens, in float32, by the K-grouped GEMM
+    dW = dy^T x     dy in 1x128 blocks along the tokens, x in 128x128 blocks, by the K-grouped GEMM
 
-So no kernel depends on the number of tokens. On CUDA tensors the products run on the GPU, on CPU
-tensors on the interpreter, with the same bits.
+x, W and dy are each read once, for both products that they are in. Gradients have the widest
+range, so theirs are the small blocks. No kernel depends on the number of tokens. On CUDA tensors
+all runs on the GPU, on CPU tensors on the interpreter, with the same bits; torch.compile and CUDA
+graphs take the layers as they are.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
-from ..api import PLAIN, quantize
 from ..errors import ProblemError
-from ..expr import Bound, acc, vector
 from ..groups import find_fault
-from ..integrations.tensors import multiply, to_numpy
-from ..layouts import KGrouped, Ragged
+from ..integrations.tensors import to_numpy
+from ..integrations.torch_ops import operators
 from ..problem import K_UNIT, of_k_groups
 
-BLOCK = (128, 128)  # of weights
+BLOCK = 128  # rows and columns of a weight that share a scale
 FEATURES_UNIT = 16  # K of a GEMM, and so both numbers of features: of dx and dW the other is K or N
 
 
 class _Layer(torch.nn.Module):  # type: ignore[misc]
     in_features: int
+    weight: torch.nn.Parameter
+
+    def __init__(self, keep_codes: bool) -> None:
+        super().__init__()
+        self.keep_codes = keep_codes
+        self._kept: tuple[object, tuple[torch.Tensor, ...]] | None = None
+
+    def forget_codes(self) -> None:
+        """Quantize the weight anew at the next call, whatever its version counter says."""
+        self._kept = None
+
+    def weight_codes(self, transposed: bool) -> tuple[torch.Tensor, ...]:
+        """Codes and scales of the weight, and of its transpose if that is wanted."""
+        weight = self.weight.detach()
+        # What a graph replays, or a compiler traces, quantizes the weight that is there then.
+        is_recorded = torch.compiler.is_compiling() or (
+            weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        if not self.keep_codes or is_recorded or weight.is_inference():
+            return _quantize(weight, (BLOCK, BLOCK), transposed)
+        key = weight.data_ptr(), weight._version, weight.shape, weight.dtype, weight.device
+        if self._kept is None or self._kept[0] != key or (transposed and len(self._kept[1]) < 4):
+            self._kept = key, _quantize(weight, (BLOCK, BLOCK), transposed)
+        return self._kept[1]
 
     def reset_parameters(self) -> None:
         """Uniform in +-1 / sqrt(in_features), as torch.nn.Linear begins."""
@@ -46,9 +70,14 @@ class Fp8Linear(_Layer):
     in_features, out_features : multiples of 16
     bias : whether there is one
     device, dtype : of the parameters; bfloat16 or float32
+    keep_codes : quantize the weight only when it has changed, not at every call: for inference, and
+        where gradients of several batches are added up. It takes 2 bytes of memory a weight. A
+        change is what moves the parameter's version counter, as the optimizers of torch do and
+        every operation in place; behind writes through `.data`, or to a view of it as a library of
+        its own may have, call `forget_codes`. CUDA graphs and torch.compile always quantize
 
     Called with x [..., in_features], bfloat16 or float32; gives [..., out_features] in its dtype.
-    Weights are quantized at every call, since an optimizer changes them. Values must be finite.
+    Values must be finite.
 
     Raises
     ------
@@ -63,8 +92,9 @@ class Fp8Linear(_Layer):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        keep_codes: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(keep_codes)
         _check(in_features, out_features, FEATURES_UNIT, dtype)
         self.in_features, self.out_features = in_features, out_features
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -75,7 +105,8 @@ class Fp8Linear(_Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_input(x, self.in_features)
         rows = x.reshape(-1, self.in_features)
-        y: torch.Tensor = _Product.apply(rows, self.weight, self.bias, None)
+        codes = self.weight_codes(torch.is_grad_enabled() and x.requires_grad)
+        y = multiply(rows, self.weight, codes, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -92,6 +123,7 @@ class Fp8GroupedLinear(_Layer):
     in_features, out_features : multiples of 128
     device, dtype : of the parameter `weight` [num_groups, out_features, in_features]; bfloat16 or
         float32
+    keep_codes : as of Fp8Linear
     debug : raise ProblemError if offsets are faulty; copies them to the host and waits
 
     Called with x [m, in_features], bfloat16 or float32, m % 128 == 0, and offsets int32
@@ -111,10 +143,11 @@ class Fp8GroupedLinear(_Layer):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        keep_codes: bool = False,
         debug: bool = False,
     ) -> None:
-        super().__init__()
-        _check(in_features, out_features, BLOCK[0], dtype)
+        super().__init__(keep_codes)
+        _check(in_features, out_features, BLOCK, dtype)
         self.num_groups, self.debug = num_groups, debug
         self.in_features, self.out_features = in_features, out_features
         shape = num_groups, out_features, in_features
@@ -129,8 +162,8 @@ class Fp8GroupedLinear(_Layer):
             problem = of_k_groups(self.in_features, self.num_groups)
             if fault := find_fault(problem, to_numpy(offsets.cpu()), len(x)):
                 raise ProblemError(fault)
-        y: torch.Tensor = _Product.apply(x, self.weight, None, offsets)
-        return y
+        codes = self.weight_codes(torch.is_grad_enabled() and x.requires_grad)
+        return multiply(x, self.weight, codes, offsets=offsets)
 
     def extra_repr(self) -> str:
         features = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -152,8 +185,24 @@ def _check_input(x: torch.Tensor, in_features: int) -> None:
         )
 
 
+def multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    codes: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x W^T + bias, or with offsets x W[g]^T for the rows of each group, of the weight's `codes`.
+
+    codes : those of `weight_codes`, with the transpose's if x needs a gradient
+    """
+    wants_dw = torch.is_grad_enabled() and weight.requires_grad
+    y: torch.Tensor = _Product.apply(x, weight, bias, offsets, wants_dw, *codes)
+    return y
+
+
 class _Product(torch.autograd.Function):  # type: ignore[misc]
-    """x W^T + bias, or with offsets x W[g]^T for the rows of each group."""
+    """`multiply`."""
 
     @staticmethod
     def forward(
@@ -162,68 +211,100 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         offsets: torch.Tensor | None,
+        wants_dw: bool,
+        *weight_codes: torch.Tensor,
     ) -> torch.Tensor:
-        codes, scales = _quantize_weight(weight.detach())
-        epilogue = PLAIN
-        if bias is not None:
-            epilogue = (acc + vector("bias", bias.dtype)).bind(bias=bias.detach())
-        y = _multiply_rows(x.detach(), codes, scales, offsets, epilogue)
-        of_x = _quantize_columns(x.detach()) if weight.requires_grad else (None, None)
-        ctx.save_for_backward(codes, scales, *of_x, offsets)
+        codes, scales, *weight_t = weight_codes
+        x_codes, x_scales, *x_t = _quantize(x, (1, BLOCK), wants_dw)
+        y = _multiply_rows((x_codes, x_scales), (codes, scales), x.dtype, offsets, bias)
+        ctx.save_for_backward(*(weight_t or (None, None)), *(x_t or (None, None)), offsets)
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        codes, scales, x_codes, x_scales, offsets = ctx.saved_tensors
+        weight_codes, weight_scales, x_codes, x_scales, offsets = ctx.saved_tensors
+        of_x, of_weight, of_bias, *others = ctx.needs_input_grad
         dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = _multiply_rows(dy, _transposed(codes), scales.mT.contiguous(), offsets)
-        if ctx.needs_input_grad[1]:
-            dy_codes, dy_scales = _quantize_columns(dy)
-            parts = _whole(dy_codes) if offsets is None else offsets
-            operands = dy_codes, x_codes, (dy_scales, x_scales)
-            dw = multiply(*operands, layout=KGrouped(parts)).to(ctx.weight_dtype)
-            dw = dw[0] if offsets is None else dw
-        if ctx.needs_input_grad[2]:
+        if of_x or of_weight:
+            codes, scales, *dy_t = _quantize(dy, (1, 1), of_weight)
+        if of_x:
+            weight_codes = weight_codes[..., : dy.shape[1]]  # without what pads the transpose
+            dx = _multiply_rows((codes, scales), (weight_codes, weight_scales), dy.dtype, offsets)
+        if of_weight:
+            dw = _multiply_columns(dy_t, (x_codes, x_scales), ctx.weight_dtype, offsets)
+        if of_bias:
             db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dw, db, None
+        return dx, dw, db, *(None for _ in others)
+
+
+def _quantize(
+    x: torch.Tensor, blocks: tuple[int, int], transposed: bool
+) -> tuple[torch.Tensor, ...]:
+    """Codes and scales of each matrix of x in blocks[0] x 128, then those of its transpose in
+    blocks[1] x 128 if they are wanted."""
+    if transposed:
+        made: tuple[torch.Tensor, ...] = operators().quantize_both(x, *blocks)
+        return made
+    rows = x.reshape(-1, x.shape[-1])  # of a group's matrix they are whole blocks
+    codes, scales = operators().quantize(rows, blocks[0])
+    return codes.view_as(x), scales.view(*x.shape[:-2], -1, scales.shape[-1])
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # codes and scales
 
 
 def _multiply_rows(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
+    x: Pair,
+    weight: Pair,
+    dtype: torch.dtype,
     offsets: torch.Tensor | None,
-    epilogue: Bound = PLAIN,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x times the transpose of a quantized matrix, or of each group's, in x's dtype."""
-    x_codes, x_scales = quantize(x.contiguous())
-    operands = x_codes, codes, (x_scales, scales)
+    """x times the transpose of a matrix, or of each group's, plus bias, in `dtype`."""
+    operands = x[0], weight[0], x[1], weight[1]
+    y: torch.Tensor
     if offsets is None:
-        return multiply(*operands, epilogue=epilogue, out_dtype=x.dtype)
-    y = torch.zeros(len(x), codes.shape[1], device=x.device, dtype=x.dtype)
-    return multiply(*operands, epilogue=epilogue, layout=Ragged(offsets), out=y)
+        y = operators().gemm(*operands, bias=bias, out_dtype=dtype)
+        return y
+    y = torch.zeros(len(x[0]), weight[0].shape[1], device=x[0].device, dtype=dtype)
+    operators().grouped_gemm_out(*operands, offsets, layout="ragged", out=y)
+    return y
 
 
-def _quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of each 128x128 block; of all groups' matrices, if there are some."""
-    codes, scales = quantize(weight.reshape(-1, weight.shape[-1]), BLOCK)
-    outer = weight.shape[:-2]
-    return codes.view_as(weight), scales.view(*outer, -1, scales.shape[-1])
+def _multiply_columns(
+    dy: Sequence[torch.Tensor], x: Pair, dtype: torch.dtype, offsets: torch.Tensor | None
+) -> torch.Tensor:
+    """dy^T x of all tokens or, [num_groups, .., ..], of each group's, from transposes."""
+    operands = dy[0], x[0], dy[1], x[1]
+    tokens, shape = dy[0].shape[1], (len(dy[0]), len(x[0]))
+    if tokens == 0:
+        groups = () if offsets is None else (len(offsets) - 1,)
+        return torch.zeros(*groups, *shape, device=dy[0].device, dtype=dtype)
+    if offsets is None:
+        made: torch.Tensor = operators().grouped_gemm(
+            *operands, _whole(tokens, dy[0].device), layout="k_grouped", out_dtype=dtype
+        )
+        return made[0]
+    dw = torch.zeros(len(offsets) - 1, *shape, device=dy[0].device, dtype=dtype)
+    operators().grouped_gemm_out(*operands, offsets, layout="k_grouped", out=dw)
+    return dw
 
 
-def _quantize_columns(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The transpose of x [m, n], with zeros up to a multiple of 128, and a scale a 1x128 block."""
-    return quantize(pad(x, (0, 0, 0, -len(x) % K_UNIT)).t().contiguous())
+_wholes: dict[tuple[int, torch.device], torch.Tensor] = {}
+_MAX_WHOLES = 256
 
 
-def _whole(codes: torch.Tensor) -> torch.Tensor:
-    """Offsets of one group that has all of k; made on the device, without waiting for it."""
-    return torch.arange(2, device=codes.device, dtype=torch.int32) * codes.shape[1]
-
-
-def _transposed(codes: torch.Tensor) -> torch.Tensor:
-    """The transpose of each matrix, contiguous."""
-    return codes.view(torch.uint8).mT.contiguous().view(codes.dtype)
+def _whole(tokens: int, device: torch.device) -> torch.Tensor:
+    """Offsets of one group that has all tokens; made on the device, without waiting for it."""
+    if torch.compiler.is_compiling():
+        return torch.arange(0, tokens + 1, tokens, device=device, dtype=torch.int32)
+    whole = _wholes.get((tokens, device))
+    if whole is None:
+        whole = torch.arange(0, tokens + 1, tokens, device=device, dtype=torch.int32)
+        # Kept for good, as graphs may read it; what a graph makes exists when it is replayed only.
+        is_captured = whole.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not is_captured and len(_wholes) < _MAX_WHOLES:
+            _wholes[tokens, device] = whole
+    return whole

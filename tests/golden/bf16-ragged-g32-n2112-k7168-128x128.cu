@@ -56,8 +56,8 @@ constexpr u32 kSmemB = 81920;
 constexpr u32 kSmemD = 163840;
 constexpr u32 kSmemInbox = 196608;
 constexpr u32 kSmemScales = 196608;
-constexpr u32 kSmemBarriers = 213648;
-constexpr u32 kSmemBytes = 213792;
+constexpr u32 kSmemBarriers = 213776;
+constexpr u32 kSmemBytes = 213920;
 using DType = bf16;
 
 // ---- what follows from them --------------------------------------------------------------------------------------
@@ -80,6 +80,8 @@ constexpr u32 kNumClusterRowsN = ceil_div(kN, kOutN * kClusterN);
 constexpr u32 kSfbRows = ceil_div(kN, kScaleN);                        // of one half
 constexpr u32 kWarpgroupDBytes = kWarpgroupRows * (kSwapAB ? kBlockM : kOutN) * sizeof(DType);
 constexpr bool kShareTiles = kTileBlocks > 1;                          // blocks of a cluster; or they share k
+// Tiles can be cut where math warpgroups skip those without rows.
+constexpr u32 kCuts = kTileWarpgroups == 2 && !kSwapAB && !kShareTiles ? 2 : 1, kCutRows = kBlockM / kCuts;
 // A block writes into the stages of the blocks in its cluster row and column, so it waits for their consumers.
 constexpr u32 kNumPeers = kClusterM + kClusterN - 1;
 
@@ -116,7 +118,7 @@ __device__ __forceinline__ u32 peer_rank(u32 i) {
 // This block's tile of a cluster tile, its origin in rows and columns of D.
 __device__ __forceinline__ Tile tile_of_block(Tile tile) {
     const u32 rank = block_rank();
-    tile.m = tile.begin_m + (tile.m * kClusterM + rank % kClusterM) * kBlockM;
+    tile.m = tile.begin_m + (tile.m * kClusterM + rank % kClusterM) * kCutRows;
     tile.n = (tile.n * kClusterN + rank / kClusterM) * kOutN;
     return tile;
 }
@@ -213,6 +215,8 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
     const float* sfb,
     u32 m,
     const int* groups,
+    const fp8_e4m3* b,
+    u32 b_stride,
     bf16* d,
     u32 d_stride) {
     // ---- setup ---------------------------------------------------------------------------------------------------
@@ -226,7 +230,7 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
         smem_base + kSmemInbox, empty_scales + 8 * kNumScaleStages, part_index()};
     const u32 warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), warpgroup = warp / 4;
     auto& table = *reinterpret_cast<GroupTable<kNumGroups>*>(smem + kSmemGroups);
-    const GroupedTraversal<kRasterGroup, kNumClusterRowsN, kNumGroups> traversal{table};
+    const GroupedTraversal<kRasterGroup, kNumClusterRowsN, kNumGroups, kCuts, kCutRows> traversal{table};
     const u32 first_tile = blockIdx.x / kClusterSize, tile_step = gridDim.x / kClusterSize;
     const EpilogueOperands operands{};
 
@@ -247,8 +251,15 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
     }
     __syncwarp();
     grid_dependency_wait();  // global memory is not touched before
+    // Memory is idle until the groups are known, for 1.2 us or 24 KB an SM. A guess: each makes one row of tiles.
+    if (warpgroup < kNumMathWarpgroups && first_tile < kNumGroups * kNumClusterRowsN)
+        prefetch_rows<kLoadRowsB, kHalves, kOutN, kN, kK, 24576 / kLoadRowsB, kNumMathThreads>(
+            b, b_stride, tile_of_block({0, first_tile % kNumClusterRowsN, first_tile / kNumClusterRowsN}),
+            block_rank() % kClusterM * kLoadRowsB);
     if constexpr (kGroupLayout == kGroupOfRow) table.scan<kNumThreads>(groups, m);
-    if (is_tma_warp) table.find<kGroupLayout, kAlignment, kBlockM * kClusterM>(groups, m);
+    if (is_tma_warp)
+        table.find<kGroupLayout, kAlignment, kBlockM * kClusterM, kNumClusterRowsN, kCuts>(
+            groups, m, 0, tile_step);
     __syncwarp();
     if (is_tma_warp) named_barrier_arrive<kNumThreads>(0);  // what follows of it needs nobody else of this block
     else named_barrier_sync<kNumThreads>(0);
@@ -271,20 +282,21 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
             math.pipeline.advance(turn * kNumKBlocks);
             math.scale_pipeline.advance(turn * kNumScaleChunks);
         }
-        for (TileWalk walk{first_tile, tile_step, turn}; walk.index < traversal.size(); walk.advance(kNumTurns)) {
-            const u32 index = walk.index;
-            if (const Tile next = tile_of_block(traversal.tile(index)); next.m + first_row >= next.end_m) {
-                skip_tile<kNumKBlocks, kScaleBlocks, kShareTiles * kNumPeers>(math, [](u32 i) { return peer_rank(i); });
-                continue;
-            }
-            math.sfb_boundary = kHalves > 1 ? kOutN : kScaleN - tile_of_block(traversal.tile(index)).n % kScaleN;
+        for (TileWalk walk{first_tile, tile_step, turn}; walk.index() < traversal.size(); walk.advance(kNumTurns)) {
             float acc[kNumWaves][kColumns / 2] = {};
             if constexpr (kNumTurns > 1) {
                 // One K loop after the other: a barrier can be waited for while it is at most one phase behind.
-                if (index != first_tile) named_barrier_sync<256>(turn_barriers + turn);
+                if (walk.round != 0) named_barrier_sync<256>(turn_barriers + turn);
                 math.next_turn = walk.next() < traversal.size() ? turn_barriers + (turn + 1) % kNumTurns : 0;
             }
 
+            mbarrier_wait(math.full_scales + 8 * math.scale_pipeline.stage, math.scale_pipeline.phase);
+            const Tile next = table.get_tile(walk.round);
+            if (next.m + first_row >= next.end_m) {
+                skip_tile<kNumKBlocks, kScaleBlocks, kShareTiles * kNumPeers>(math, [](u32 i) { return peer_rank(i); });
+                continue;
+            }
+            math.sfb_boundary = kHalves > 1 ? kOutN : kScaleN - next.n / kOutN * kOutN % kScaleN;  // kOutN divides n
             u32 k_block = 0;
             // Not known to the compiler: a loop of one turn would be merged with the epilogue, and spill.
             const u32 num_k_blocks = opaque(math.num_k_blocks);
@@ -303,7 +315,7 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
             }
 
             // ---- finish: epilogue, then out through swizzled shared memory -----------------------------------------
-            const Tile tile = tile_of_block(traversal.tile(index));  // of a group: found again, or it would spill
+            const Tile tile = table.get_tile(walk.round);  // once more, or it would spill
             if constexpr (kSplitK > 1) {
                 cluster_wait();  // the inboxes are ready
                 inbox.send(acc, m - tile.m);
@@ -378,8 +390,8 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
             const u32 stage_bytes = min(kLoadRowsA, m * kNumMatrices) * kClusterN * kBlockK + kStageBytesB;
             const u16 mask_a = u16(((1u << kTileBlocks) - 1) / ((1u << kClusterM) - 1) << rank_m);
             const u16 mask_b = u16(((1u << kClusterM) - 1) << (rank_n * kClusterM));
-            for (TileWalk walk{first_tile, tile_step}; walk.index < traversal.size(); walk.advance(1)) {
-                const Tile tile = tile_of_block(traversal.tile(walk.index));
+            for (TileWalk walk{first_tile, tile_step}; walk.index() < traversal.size(); walk.advance(1)) {
+                const Tile tile = tile_of_block(traversal.tile(walk.index()));
                 const bool is_b_read_once = tile.num_rows == 1;  // a second tile row may come later, and wants it in L2
                 for (u32 k_block = k_begin; k_block < k_end; ++k_block, pipeline.advance()) {
                     const u32 full = full_barriers + 8 * pipeline.stage;
@@ -409,8 +421,9 @@ void grouped_gemm_ragged_g32_e4m3_bf16_n2112_k7168_128x128x128_s5_w2_c1x1_g8_k1_
         setmaxnreg_dec<kProducerRegisters>();
         PipelineState<kNumScaleStages> pipeline;
         const u32 k_begin = part_index() * kPartBlocks, num_chunks = ceil_div(num_part_blocks(), kScaleBlocks);
-        for (TileWalk walk{first_tile, tile_step}; walk.index < traversal.size(); walk.advance(1)) {
-            const Tile tile = tile_of_block(traversal.tile(walk.index));
+        for (TileWalk walk{first_tile, tile_step}; walk.index() < traversal.size(); walk.advance(1)) {
+            const Tile tile = tile_of_block(traversal.tile(walk.index()));
+            if (threadIdx.x % 128 == 32) table.put_tile(walk.round, tile);
             const ScaleLoader<kBlockM, kNumSfbRows, kScaleBlocks, kNumScaleThreads> loader{
                 sfa,
                 sfb + u64(tile.group) * (kHalves * kSfbRows * kNumKBlocks), sfa_stride_m, sfa_stride_k, tile.end_m,

@@ -56,8 +56,8 @@ constexpr u32 kSmemB = 65536;
 constexpr u32 kSmemD = 131072;
 constexpr u32 kSmemInbox = 196608;
 constexpr u32 kSmemScales = 196608;
-constexpr u32 kSmemBarriers = 229456;
-constexpr u32 kSmemBytes = 229584;
+constexpr u32 kSmemBarriers = 229584;
+constexpr u32 kSmemBytes = 229712;
 using DType = float;
 
 // ---- what follows from them --------------------------------------------------------------------------------------
@@ -78,6 +78,7 @@ constexpr u32 kBoxRowsB = kBlockN / (kClusterM > kHalves ? kClusterM : kHalves);
 constexpr u32 kNumClusterRowsN = ceil_div(kN, kOutN * kClusterN);
 constexpr u32 kWarpgroupDBytes = kWarpgroupRows * (kSwapAB ? kBlockM : kOutN) * sizeof(DType);
 constexpr bool kShareTiles = kTileBlocks > 1;                          // blocks of a cluster; or they share k
+constexpr u32 kCuts = 1;
 // A block writes into the stages of the blocks in its cluster row and column, so it waits for their consumers.
 constexpr u32 kNumPeers = kClusterM + kClusterN - 1;
 
@@ -246,7 +247,9 @@ void grouped_gemm_k_grouped_g4_e4m3_f32_n7168_1x128_128x128x128_s4_w2_c1x1_g8_k1
     __syncwarp();
     grid_dependency_wait();  // global memory is not touched before
     if constexpr (kGroupLayout == kGroupOfRow) table.scan<kNumThreads>(groups, m);
-    if (is_tma_warp) table.find<kGroupLayout, kAlignment, kBlockM * kClusterM>(groups, m, k);
+    if (is_tma_warp)
+        table.find<kGroupLayout, kAlignment, kBlockM * kClusterM, kNumClusterRowsN, kCuts>(
+            groups, m, k, tile_step);
     __syncwarp();
     if (is_tma_warp) named_barrier_arrive<kNumThreads>(0);  // what follows of it needs nobody else of this block
     else named_barrier_sync<kNumThreads>(0);

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from jitgen import control  # noqa: E402
 from jitgen.compat import deep_gemm, flash_mla  # noqa: E402
 
 N, K, G = 1024, 1536, 4
@@ -140,3 +141,29 @@ def test_k_grouped_meets_float64_in_place() -> None:
         exact = c[group].double() + left.double().t() @ right.double()
         assert difference(d[group], exact) < 1e-3
     assert torch.equal(d[1], c[1])
+
+
+@pytest.mark.parametrize("use_ue8m0", [False, True])
+def test_casts_have_the_bits_of_a_cpu(use_ue8m0: bool) -> None:
+    x = torch.randn(300, 456) * torch.randn(300, 1).exp()
+    for dtype in (torch.bfloat16, torch.float32):
+        for cast in (deep_gemm.per_token_cast_to_fp8, deep_gemm.per_block_cast_to_fp8):
+            given = x.to(dtype)
+            on_cpu, on_gpu = cast(given, use_ue8m0), cast(given.cuda(), use_ue8m0)
+            for want, got in zip(on_cpu, on_gpu, strict=True):
+                assert torch.equal(want.view(torch.uint8), got.cpu().view(torch.uint8))
+
+
+def test_fewer_sms_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "num_sms_limit", 0)
+    x, w = torch.randn(600, K, device="cuda"), torch.randn(2112, K, device="cuda")
+    a = deep_gemm.per_token_cast_to_fp8(x, use_ue8m0=False)
+    b = deep_gemm.per_block_cast_to_fp8(w, use_ue8m0=False)
+    results = []
+    for num_sms in (deep_gemm.get_num_sms(), 20, 1):
+        deep_gemm.set_num_sms(num_sms)
+        d = torch.full((600, 2112), torch.nan, device="cuda", dtype=torch.bfloat16)
+        deep_gemm.fp8_gemm_nt(a, b, d)
+        results.append(d)
+    assert torch.equal(results[1], results[2])  # neither splits k
+    assert ((results[0] - results[1]).abs() <= 2**-6 * results[1].abs() + 1e-2).all()

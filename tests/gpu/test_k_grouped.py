@@ -55,7 +55,9 @@ def draw(rng: random.Random, index: int) -> Draw:
     """The `index`-th random call: counts in turn."""
     counts = COUNTS[index % len(COUNTS)]
     groups = {"single": 1, "many": rng.choice((33, 100, 512))}.get(counts, rng.randint(2, 12))
-    problem = of_k_groups(rng.choice((8, 72, 200, 576)), groups)
+    d_dtype, rows = rng.choice((jitgen.F32, jitgen.F32, jitgen.BF16)), rng.choice((1, 1, 128))
+    n = rng.choice((8, 72, 200, 576))
+    problem = of_k_groups(n, groups, d_dtype, ScaleBlock(rows, 128))
     m = rng.choice((1, 7, 64, 72)) if counts == "many" else rng.choice((1, 63, 72, 200, 576))
     schedule = rng.choice(list(candidates(problem)))
     if rng.random() < 0.3:
@@ -100,9 +102,11 @@ def make_inputs(d: Draw) -> dict[str, torch.Tensor]:
         x = torch.randn(rows, k, device="cuda", generator=generator)
         tensors[name] = (8 * x).to(torch.float8_e4m3fn)
         tensors[name].view(torch.uint8)[:, ~owned] = 0x7F
-        scale = torch.exp(torch.randn(rows, k // 128, device="cuda", generator=generator))
+        block = d.problem.b_scale.rows if name == "b" else 1
+        shape = -(-rows // block), k // 128
+        scale = torch.exp(torch.randn(shape, device="cuda", generator=generator))
         scale[:, ~owned[::128]] = float("nan")
-        tensors[scales] = laid_out(scale, layout)
+        tensors[scales] = laid_out(scale, layout if block == 1 else "row")
     return tensors
 
 
@@ -139,9 +143,10 @@ def run_and_compare(d: Draw, *, num_runs: int = 3) -> None:
     """Run between canaries, several times; compare as many tiles as MAX_WORK allows."""
     inputs = make_inputs(d)
     groups, n, edge = d.problem.num_groups, d.problem.n, 8
-    memory = torch.full((groups * d.m + 4, n + 2 * edge), CANARY, device="cuda")
+    dtype = getattr(torch, d.problem.d_dtype.name)
+    memory = torch.full((groups * d.m + 4, n + 2 * edge), CANARY, device="cuda", dtype=dtype)
     out = memory[2:-2, edge : n + edge].unflatten(0, (groups, d.m))
-    before = torch.randn(groups, d.m, n, device="cuda")
+    before = torch.randn(groups, d.m, n, device="cuda").to(dtype)
     first: torch.Tensor | None = None
     for turn in range(num_runs):
         out.copy_(before)
@@ -149,7 +154,7 @@ def run_and_compare(d: Draw, *, num_runs: int = 3) -> None:
         first = memory.clone() if first is None else first
         assert torch.equal(bits(memory), bits(first)), f"run {turn} differs from the first: {d}"
     expected, known = expect(d, inputs, before)
-    wrong = known & (to_numpy(out).view(np.uint32) != expected.view(np.uint32))
+    wrong = known & (bits(out).cpu().numpy() != expected.view(f"i{dtype.itemsize}"))
     if wrong.any():
         i = tuple(np.argwhere(wrong)[0])
         raise AssertionError(

@@ -57,12 +57,15 @@ def test_edge_lengths_meet_float64(problem: MlaDecode) -> None:
         MlaSchedule(cluster=2, score_ahead=True),
         MlaSchedule(tile_rows=32, evict_first=8),
         MlaSchedule(tile_rows=32, cluster=2, slack=1),
+        MlaSchedule(meet=2, score_ahead=True),
+        MlaSchedule(meet=2, evict_first=32),
+        MlaSchedule(tile_rows=32, meet=2),
     ],
     ids=str,
 )
 def test_schedules_meet_float64(schedule: MlaSchedule) -> None:
     for page in (16, 64):
-        for lengths in ((5000,), (700, 0, 129, 64) * 5):
+        for lengths in ((5000,), (150,), (700, 0, 129, 64) * 5, (1000,) * 33, (900, 1000, 330) * 4):
             run_and_compare(MlaDraw(MlaDecode(128, page=page), lengths, schedule, 5))
 
 
@@ -95,14 +98,14 @@ def test_small_equals_interpreter_within_tolerance(problem: MlaDecode) -> None:
     lengths = (0, 1, 63, 130, 321)
     inputs = make_inputs(MlaDraw(problem, lengths, None, 11))
     o, lse = jitgen.mla_decode(*inputs.values(), causal=problem.causal)
-    kernel = lower_mla(problem, select_mla(problem))
+    kernel = lower_mla(problem, select_mla(problem, batch=len(lengths)))
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     host = {name: to_numpy(t) for name, t in inputs.items()}
     expected, expected_lse = interpret_mla(
         kernel,
         host,
         softmax_scale=problem.head_dim_qk**-0.5,
-        num_parts=num_parts(kernel.body.tiles, sms),
+        num_parts=num_parts(kernel.body.tiles, sms, kernel.schedule.meet),
     )
     got = to_numpy(o).astype(np.float64)
     for sequence, length in enumerate(lengths):

@@ -132,6 +132,22 @@ def test_mla_decode_gives_the_bits_of_jitgen() -> None:
     assert torch.equal(out, o)
 
 
+def test_grouped_swiglu_gives_the_bits_of_jitgen() -> None:
+    a, sfa = jitgen.quantize(torch.randn(200, 512, device="cuda"))
+    b, sfb = jitgen.quantize(torch.randn(3 * 512, 512, device="cuda"), (128, 128))
+    b, sfb = b.view(3, 512, 512), sfb.view(3, 4, 4)
+    offsets = torch.tensor([0, 7, 7, 200], dtype=torch.int32, device="cuda")
+    d, sfd = torch.ops.jitgen.grouped_swiglu(a, b, sfa, sfb, offsets, layout="ragged")
+    want, scales = jitgen.grouped_gemm(
+        *(a, b, (sfa, sfb)),
+        layout=jitgen.Ragged(offsets),
+        out_dtype=torch.float8_e4m3fn,
+        epilogue=jitgen.silu(jitgen.gate) * jitgen.up,
+    )
+    assert torch.equal(d.view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(sfd, scales)
+
+
 def test_grouped_gemm_and_mla_decode_pass_opcheck() -> None:
     t, cache = make_grouped(33), make_cache()
     tests = ["test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jitgen import api
+from jitgen import api, quantize
 from jitgen.dtypes import E4M3
 from jitgen.errors import DeviceError, VerifyError
 from jitgen.interpret import interpret
@@ -105,7 +105,7 @@ def computed(rng: np.random.Generator) -> tuple[Any, Arrays, np.ndarray[Any, Any
     """A kernel, its inputs and its right result."""
     x = rng.standard_normal((SMALL.m, SMALL.k), dtype=np.float32)
     weight = rng.standard_normal((SMALL.n, SMALL.k), dtype=np.float32)
-    (a, sfa), (b, sfb) = api.quantize(x), api.quantize(weight, (128, 128))
+    (a, sfa), (b, sfb) = quantize(x), quantize(weight, (128, 128))
     kernel = lower(SMALL.problem, SCHEDULE)
     tensors = {"a": a, "b": b, "sfa": sfa, "sfb": sfb}
     return kernel, tensors, interpret(kernel, tensors)

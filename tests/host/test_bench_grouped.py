@@ -159,6 +159,26 @@ def test_result_is_read_back_from_json_and_reported_without_a_gpu(tmp_path: Path
     assert page.read_text() == report_grouped.render_markdown(result)
 
 
+def test_results_of_several_runs_are_one_report(tmp_path: Path) -> None:
+    whole = fused_result()
+    slower = replace(whole.rows[0], jitgen=replace(whole.rows[0].jitgen, kernel_us=200.0))
+    parts = replace(whole, fused=()), replace(whole, rows=(slower,))
+    stored = [json.loads(json.dumps(part.to_json())) for part in parts]
+    read = report_grouped.GroupedResult.from_json(*stored)
+    assert read.rows == (slower, whole.rows[1])
+    assert read.fused == whole.fused
+    other = replace(whole, meta=replace(META, gpu="another GPU"))
+    with pytest.raises(ProblemError, match="GPU and another GPU: report each alone"):
+        report_grouped.GroupedResult.from_json(whole.to_json(), other.to_json())
+    paths = [tmp_path / f"{i}.json" for i in range(2)]
+    for path, part in zip(paths, parts, strict=True):
+        path.write_text(json.dumps(part.to_json()))
+    page = tmp_path / "page.md"
+    arguments = ["bench", "report", *map(str, paths), "--markdown", str(page)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert page.read_text() == report_grouped.render_markdown(read)
+
+
 def test_result_rejects_json_of_another_version() -> None:
     data = json.loads(json.dumps(fused_result().to_json()))
     del data["fused"][0]["plain"]

@@ -467,6 +467,25 @@ def test_pdl_is_as_configured_at_each_launch(
     assert len({(each.grid, each.num_threads, each.smem_bytes) for each in gpu.launches}) == 1
 
 
+def test_num_sms_bounds_the_grid_of_calls_from_then_on(
+    rng: np.random.Generator, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "num_sms_limit", 0)
+    t = make(rng)
+    grids = []
+    for limit in (0, 2, 132, 0):
+        jitgen.configure(num_sms=limit)
+        t["out"].fill_(torch.nan)
+        call(t, "out")
+        np.testing.assert_array_equal(bits(t["out"]), bits(expected(t)))
+        grids.append((gpu.launches[-1].grid, gpu.launches[-1].kernel.schedule.split_k))
+    assert grids[0] == grids[2] == grids[3]
+    assert grids[0][0] > 2 >= grids[1][0]
+    assert grids[1][1] == 1
+    with pytest.raises(JitgenError, match="num_sms is -1, must be a count of SMs, or 0"):
+        jitgen.configure(num_sms=-1)
+
+
 # --- caches ---------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from jitgen import build, cli, doctor
+from jitgen import Quantization, QuantizationSchedule, build, cli, doctor
 from jitgen.errors import CompileError, JitgenError, ScheduleError, StoreError
 from jitgen.problem import Gemm
 from jitgen.problem_list import read_problems
@@ -266,14 +266,15 @@ def test_prebuild_compiles_once(run: Run, store: Path, tmp_path: Path) -> None:
     problems = write(tmp_path / "problems.json", [{"n": 256, "k": 512, "m": [1, 3]}])
     first = run("prebuild", "--problems", problems, "--processes", 1)
     assert first.exit_code == 0, first.stderr
-    assert first.stdout.startswith("kernels: 1 compiled, 0 already there, ")
+    # That of the GEMM, and that of `jitgen.quantize` for its activations.
+    assert first.stdout.startswith("kernels: 2 compiled, 0 already there, ")
     assert str(store) in first.stdout
     second = run("prebuild", "--problems", problems, "--processes", 1)
-    assert second.stdout.startswith("kernels: 0 compiled, 1 already there, ")
+    assert second.stdout.startswith("kernels: 0 compiled, 2 already there, ")
     # What gemm would choose for these m is there.
     shown = run("show", "--n", 256, "--k", 512, "--m", 3, "--no-source")
     assert shown.exit_code == 0
-    assert len(list(store.glob("??/*/kernel.cubin"))) == 1
+    assert len(list(store.glob("??/*/kernel.cubin"))) == 2
 
 
 def test_prebuild_grid_dense_hands_every_kernel_over(
@@ -285,7 +286,7 @@ def test_prebuild_grid_dense_hands_every_kernel_over(
     assert result.exit_code == 0, result.output
     expected = {
         (shape.problem, select(shape.problem, shape.m, named_gpu())) for shape in bench.GRID_DENSE
-    }
+    } | {(Quantization(), QuantizationSchedule())}
     assert len(seen) == len(expected)
     assert set(seen) == expected
 

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from jitgen import Gemm, GroupedGemm, MlaDecode, build, cli
+from jitgen import (
+    Gemm,
+    GroupedGemm,
+    MlaDecode,
+    Quantization,
+    QuantizationSchedule,
+    build,
+    cli,
+)
 from jitgen.models import read_model
 from jitgen.plans import plan
 from jitgen.tuning.select import named_gpu
@@ -48,10 +56,12 @@ def test_prebuild_of_a_model_makes_what_its_plans_launch(
     plans = [plan(p, range(1, 301), gpu=gpu.name, num_sms=gpu.num_sms) for p in model.problems]
     plans += [plan(p, range(1, rows + 1), gpu=gpu.name, num_sms=132) for p in model.experts]
     expected: list[Any] = [kernel for made in plans for kernel in made.kernels]
-    batches = [plan(p, range(1, 1025), gpu=gpu.name, num_sms=132) for p in model.attention]
-    expected += [kernel for made in batches for kernel in made.kernels]
-    assert handed_over(*MODEL) == expected
+    for keys in (None, 1024):
+        batches = (plan(p, range(1, 1025), max_keys=keys) for p in model.attention)
+        expected += [kernel for made in batches for kernel in made.kernels]
     assert {type(problem) for problem, _ in expected} == {Gemm, GroupedGemm, MlaDecode}
+    wanted = [*dict.fromkeys(expected), (Quantization(), QuantizationSchedule())]
+    assert handed_over(*MODEL) == wanted
 
 
 def test_prebuild_of_a_model_has_the_defaults_of_problems(

@@ -13,6 +13,7 @@ from jitgen import cli
 from jitgen.models import read_model
 from jitgen.problem_list import read_problems
 from jitgen.tuning.model import m_buckets
+from jitgen.tuning.space_mla import BATCHES
 
 CONFIGS = Path(__file__).parent / "configs"
 Run = Callable[..., Any]
@@ -34,7 +35,7 @@ def test_problems_prints_what_read_problems_reads(run: Run, config: Path, tmp_pa
     expected: list[object] = [(p, m) for p in model.problems for m in extents]
     rows = range(1, 300 * model.rows_a_token + 1)
     expected += [(p, m) for p in model.experts for m in m_buckets(rows, p)]
-    expected += [(p, 1) for p in model.attention]
+    expected += [(p, b) for p in model.attention for b in BATCHES]
     assert read_problems(path) == expected
     for names in (model.problems, model.experts, model.attention):
         assert all(name in result.stdout for name in names.values())  # type: ignore[attr-defined]

@@ -288,7 +288,7 @@ def test_render_leaves_no_template_marks_paths_or_dates(problem: Gemm) -> None:
 def test_render_is_short_and_ends_with_a_newline(problem: Gemm) -> None:
     for kernel in kernels_of(problem):
         source = render(kernel)
-        assert len(source.splitlines()) <= 440
+        assert len(source.splitlines()) <= 455
         assert source.endswith("}\n")
         assert not source.endswith("\n\n")
         assert not re.search(r"[ \t]+$", source, re.MULTILINE)

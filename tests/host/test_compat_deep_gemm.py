@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import jitgen  # noqa: E402
+from jitgen import F32, Quantization, QuantizationSchedule, control  # noqa: E402
 from jitgen.compat import deep_gemm  # noqa: E402
+from jitgen.compat.deep_gemm import settings  # noqa: E402
+from jitgen.quantization import Rule, interpret_quantization, lower_quantization  # noqa: E402
 
 M, N, K, G = 5, 136, 272, 3
 Pair = tuple[Any, Any]
@@ -204,7 +208,7 @@ def test_casts_scale_each_block(cast: Any, block: tuple[int, int], use_ue8m0: bo
     assert scales.shape == (-(-256 // block[0]), -(-200 // block[1]))
     for i, rows in enumerate(x.float().split(block[0])):
         for j, part in enumerate(rows.split(block[1], dim=1)):
-            expected = part.abs().max().clamp(1e-4) / 448
+            expected = part.abs().max().clamp(1e-4) * np.float32(1 / 448)
             if use_ue8m0:
                 assert scales[i, j].log2().frac() == 0
                 assert expected <= scales[i, j] < 2 * expected
@@ -217,8 +221,35 @@ def test_casts_scale_each_block(cast: Any, block: tuple[int, int], use_ue8m0: bo
 def test_cast_of_whole_dimensions_has_a_scale_for_each_index() -> None:
     x = torch.randn(3, 4, 5)
     codes, scales = deep_gemm.per_custom_dims_cast_to_fp8(x, (1,), use_ue8m0=False)
-    assert torch.equal(scales, x.abs().amax(dim=(0, 2)) / 448)
+    assert torch.equal(scales, x.abs().amax(dim=(0, 2)) * np.float32(1 / 448))
     assert codes.shape == x.shape
+
+
+@pytest.mark.parametrize("use_ue8m0", [False, True])
+@pytest.mark.parametrize("rows", [1, 128])
+def test_casts_have_the_bits_of_the_kernel_that_cuda_tensors_run(
+    rows: int, use_ue8m0: bool
+) -> None:
+    x = torch.randn(300, 200) * torch.randn(300, 1).exp()
+    x[7] = 1e-7
+    cast = deep_gemm.per_token_cast_to_fp8 if rows == 1 else deep_gemm.per_block_cast_to_fp8
+    codes, scales = cast(x, use_ue8m0)
+    rule: Rule = "reciprocal_ue8m0" if use_ue8m0 else "reciprocal"
+    kernel = lower_quantization(Quantization(F32, rows, 0, rule), QuantizationSchedule())
+    made = interpret_quantization(kernel, {"x": x.numpy()})
+    assert np.array_equal(codes.view(torch.uint8).numpy(), made["q"].view(np.uint8))
+    assert np.array_equal(scales.numpy(), made["sf"])
+
+
+def test_num_sms_is_that_of_configure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "num_sms_limit", 0)
+    monkeypatch.setattr(settings, "_all_sms", lambda: 132)
+    assert deep_gemm.get_num_sms() == 132
+    deep_gemm.set_num_sms(100)
+    assert deep_gemm.get_num_sms() == control.num_sms_limit == 100
+    for wrong in (0, 133):
+        with pytest.raises(ValueError, match="the GPU has 132 SMs"):
+            deep_gemm.set_num_sms(wrong)
 
 
 def test_ceil_to_ue8m0_is_the_next_power_of_two() -> None:

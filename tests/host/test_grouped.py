@@ -29,12 +29,15 @@ from jitgen import (
     vector,
 )
 from jitgen.build import build
+from jitgen.codegen import headers
 from jitgen.expr import Expr
 from jitgen.groups import rows_of_groups
 from jitgen.ir import Store, Tile
 from jitgen.layouts import GroupLayout
 from jitgen.lower import lower
+from jitgen.runtime.nvrtc import compile_cubin
 from jitgen.runtime.store import KernelStore
+from jitgen.schedule import TILE_SLOTS, group_table_bytes
 from jitgen.tuning.space import candidates
 from jitgen.verify import verify
 
@@ -369,3 +372,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> KernelStore:
 def test_build_compiles_grouped(sample: tuple[GroupedGemm, Schedule], store: KernelStore) -> None:
     resources = build(lower(*sample), store).resources
     assert (resources.spill_bytes, resources.stack_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("num_groups", [1, 3, 512])
+def test_smem_plan_reserves_what_the_device_keeps_of_groups(num_groups: int) -> None:
+    """The compiler checks it; 16-byte alignment may pad the table's end."""
+    planned = group_table_bytes(GroupedGemm(N, K, num_groups=num_groups))
+    source = (
+        '#include "jitgen/groups.cuh"\nusing namespace jitgen;\n'
+        f"static_assert(sizeof(GroupTable<{num_groups}>) == round_up({planned}, 16));\n"
+        f"static_assert(kTileSlots == {TILE_SLOTS});\n"
+        'extern "C" __global__ void nothing() {}\n'
+    )
+    compile_cubin(source, name="table.cu", headers=headers())

@@ -131,6 +131,7 @@ def test_expected_rows() -> None:
     assert expected_rows(problem("group_ends", 32, 64), 10_000) == 10_000 - 32 * 32
     assert expected_rows(problem("group_of_row", 32), 1000) == 500
     assert expected_rows(masked, 100, 500) == 4000
+    assert expected_rows(masked, 4096, 1024) == 32 * (1024 + 64)  # the largest reserve
 
 
 @given(st.integers(1, 512), st.integers(0, 100_000))

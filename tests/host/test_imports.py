@@ -34,6 +34,7 @@ COMPILER = (
     ("lower_mla", "interpret_mla", "codegen_mla"),  # as below, for MLA decode
     ("verify_mla",),
     ("merge",),  # a kernel of its own, from problem to meaning
+    ("quantization",),  # another
     ("lower", "verify", "interpret", "codegen"),  # make it, check it, run it, print it
 )
 
@@ -51,21 +52,22 @@ for _layer in COMPILER:
 ALLOWED |= {
     "runtime": set(FOUNDATION),  # NVRTC, kernel store, driver: knows no problem and no kernel
     "tuning": _before | {"runtime"},  # candidates, cost model, measured records
-    "tuning.bench": _before | {"runtime", "tuning", "api"},  # times what users call
+    "tuning.bench": _before | {"runtime", "tuning", "api", "api_quantize"},  # times what users call
     "tuning.bench_mla": _before | {"runtime", "tuning", "tuning.operands_mla"},
     "tuning.operands_mla": _before | {"api_mla"},  # that are timed and checked
     "tuning.measure_mla": _before | {"tuning.operands_mla"},
-    "tuning.bench_grouped": _before | {"runtime", "tuning", "tuning.bench", "api"},
+    "tuning.bench_grouped": _before | {"runtime", "tuning", "tuning.bench", "api", "api_quantize"},
     "tuning.bench_fused": _before | {"runtime", "tuning", "tuning.bench_grouped", "api"},
     "tuning.report_grouped": {"tuning.bench", "tuning.bench_grouped", "tuning.report"},
     "tuning.report_mla": {"errors", "tuning.bench_mla", "tuning.report"},
-    "tuning.operands": {"api"},  # that are timed and checked
-    "tuning.measure": _before | {"api"},  # checks, and times, what may be recorded
+    "tuning.bench_linear": {"nn"},
+    "tuning.operands": {"api_quantize"},  # that are timed and checked
+    "tuning.measure": _before | {"api", "api_quantize"},  # checks, and times, what may be recorded
     "tuning.timing": {"errors"},  # of any call
-    "tuning.peers": _before | {"tuning", "api"},  # what it is timed beside
+    "tuning.peers": _before | {"tuning", "api_quantize"},  # what it is timed beside
     "tuning.cutlass": {"errors", "runtime"},  # a peer that nvcc builds
-    "tuning.host": _before
-    | {"runtime", "tuning.bench", "tuning.peers", "calls", "api"},  # times what they wait for
+    "tuning.host": _before  # times what they wait for
+    | {"runtime", "tuning.bench", "tuning.peers", "calls", "api", "api_quantize"},
     "tuning.load": _before | {"runtime", "build"},  # of kernels that are compiled
     "tuning.report": _before | {"runtime", "tuning.bench"},  # its results in words and tables
     "tuning.plot": {"problem", "tuning.bench", "tuning.report"},  # and in a picture
@@ -80,15 +82,17 @@ ALLOWED |= {
     "calls_mla": _before | {"runtime", "tuning", "arrays", "arrays_mla", "calls"},
     "dlpack": set(_before),  # arrays of other libraries
     "api": _before | {"tuning", "arrays", "calls", "dlpack"},  # what users call
-    "api_mla": _before | {"tuning", "api", "arrays", "arrays_mla", "calls_mla"},
+    "api_mla": _before | {"tuning", "api", "api_quantize", "arrays", "arrays_mla", "calls_mla"},
     "api_merge": _before | {"runtime", "arrays", "calls"},
+    "api_quantize": _before | {"runtime", "arrays", "calls", "dlpack"},
     "plans": _before | {"tuning", "build"},  # finite sets of kernels
     # __init__.py: the public names
-    "jitgen": _before | {"runtime", "api", "api_merge", "api_mla", "calls_mla", "control", "plans"},
+    "jitgen": _before
+    | {"runtime", "api", "api_merge", "api_mla", "api_quantize", "calls_mla", "control", "plans"},
     # jitgen in other libraries, which each module may import
-    "integrations": _before | {"api", "api_mla"},
+    "integrations": _before | {"api", "api_mla", "api_quantize"},
     # other libraries' interfaces, on torch as those are
-    "compat": _before | {"integrations", "control"},
+    "compat": _before | {"integrations", "control", "api_quantize"},
     "nn": _before | {"api", "integrations"},
     "minilm": _before,  # the demo's model
     "demo": _before | {"runtime", "build", "tuning", "minilm", "jitgen"},
@@ -104,7 +108,7 @@ ALLOWED |= {
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"}
     | {"tuning.bench_fused", "tuning.bench_mla", "tuning.report_mla"}
-    | {"tuning", "tuning.load", "build", "problem", "runtime"},
+    | {"tuning", "tuning.bench_linear", "tuning.load", "build", "problem", "runtime"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
     "cli_explain": _before
     | {"runtime", "build", "control", "epilogues", "schedule_text", "tuning"},
@@ -128,12 +132,14 @@ LAZY: dict[str, set[str]] = {
     "torch": {
         "calls",
         "api_merge",
+        "api_quantize",
         "calls_mla",
         "demo",
         "dlpack",
         "tuning.bench",
         "tuning.bench_fused",
         "tuning.bench_grouped",
+        "tuning.bench_linear",
         "tuning.operands_mla",
         "tuning.host",
         "tuning.peers",

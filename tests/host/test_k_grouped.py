@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 import jitgen
 from jitgen import (
     BF16,
+    E4M3,
     F32,
     Gemm,
     GroupedGemm,
@@ -105,6 +106,26 @@ def test_k_grouped_adds_the_dense_gemm_of_each_part(
         of = part_of(arrays, begin, end)
         dense = jitgen.gemm(of["a"], of["b"], (of["sfa"], of["sfb"]), out_dtype="float32")
         same_bits(out[group], sum_f32(before[group], dense))
+
+
+@pytest.mark.parametrize("rows", [1, 128])
+def test_k_grouped_sets_d_in_bfloat16(
+    rng: np.random.Generator, same_bits: SameBits, rows: int
+) -> None:
+    arrays, offsets = make_operands(rng), OFFSETS["mixed"]
+    if rows == 128:
+        x = rng.standard_normal((N, K)).astype(np.float32)
+        arrays["b"], arrays["sfb"] = jitgen.quantize(x, (128, 128))
+    d = run(arrays, offsets, out_dtype="bfloat16")
+    out = np.full_like(d, 3.0)
+    assert run(arrays, offsets, out=out) is out
+    for group, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        if begin == end:
+            assert (out[group] == 3.0).all()
+            continue
+        of = part_of(arrays, begin, end)
+        same_bits(d[group], jitgen.gemm(of["a"], of["b"], (of["sfa"], of["sfb"])))
+        same_bits(out[group], d[group])
 
 
 def test_k_grouped_is_close_to_float64(rng: np.random.Generator) -> None:
@@ -241,14 +262,14 @@ def test_k_grouped_of_torch_tensors_adds_in_place_or_to_zeros(
 
 BROKEN = {
     "k": (replace(of_k_groups(72, 2), k=128), "k = 128 of k_grouped is known at run time only"),
-    "d": (replace(of_k_groups(72, 2), d_dtype=BF16), "must be float32"),
+    "d": (replace(of_k_groups(128, 2), d_dtype=E4M3), "must be float32, or sets one of bfl"),
     "epilogue": (
         replace(of_k_groups(72, 2), epilogue=acc + vector("bias")),
         "has no epilogue",
     ),
     "b_scale": (
-        replace(of_k_groups(72, 2), b_scale=ScaleBlock(128, 128)),
-        "b_scale .*128x128 block, must be 1x128",
+        replace(of_k_groups(72, 2), b_scale=ScaleBlock(64, 128)),
+        "b_scale .*64x128 block, must be 1x128 or 128x128",
     ),
     "alignment": (replace(of_k_groups(72, 2), alignment=1), "alignment = 1 of k_grouped"),
     "groups": (of_k_groups(72, 513), "num_groups = 513"),
@@ -271,7 +292,7 @@ CALLS: dict[str, tuple[Callable[[dict[str, Array]], dict[str, Array]], str]] = {
         "k = 100 of all groups must be a multiple of 128",
     ),
     "b of groups": (lambda x: {"b": x["b"][None]}, "must be a matrix"),
-    "sfb": (lambda x: {"sfb": x["sfb"][:2]}, "1x128 block"),
+    "sfb": (lambda x: {"sfb": x["sfb"][:3]}, "1x128 block"),
 }
 
 
@@ -287,7 +308,7 @@ def test_k_grouped_rejects(
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"out_dtype": "bfloat16"}, "must be float32"),
+        ({"out_dtype": "float8_e4m3fn"}, "must be a positive multiple of 128"),
         ({"epilogue": acc * 2.0}, "has no epilogue"),
         ({"out": np.zeros((3, M, N), np.float32)}, r"must be float32\[2, 72, 136\]"),
         ({"ue8m0": True}, "ue8m0"),
@@ -332,6 +353,9 @@ def test_schedule_rejects_what_scales_of_rows_or_parts_of_k_cannot_take() -> Non
 
 PROBLEMS = {
     "k-grouped": of_k_groups(576, 33),
+    "k-grouped-bf16": of_k_groups(576, 33, BF16),
+    "k-grouped-blocks": of_k_groups(2112, 1, BF16, ScaleBlock(128, 128)),
+    "k-grouped-blocks-f32": of_k_groups(576, 33, F32, ScaleBlock(128, 128)),
     "dense-f32": Gemm(2112, 7168, F32, b_scale=BY_ROW),
     "dense-bias": Gemm(576, 576, BF16, acc + vector("bias"), b_scale=BY_ROW),
 }
@@ -368,6 +392,21 @@ def test_k_grouped_takes_k_and_a_map_of_matrices_at_run_time() -> None:
     assert "tma_reduce_add(" in source
     assert "tma_store(map_d" not in source
     assert "ThreadRowScales" in source
+
+
+def test_k_grouped_in_bfloat16_stores_and_takes_scales_of_blocks() -> None:
+    problem = of_k_groups(N, 3, BF16, ScaleBlock(128, 128))
+    source = render(lower(problem, Schedule(64, 48, 4, 1)))
+    assert "tma_reduce_add(" not in source
+    assert "tma_store(map_d" in source
+    assert "ThreadScales" in source
+    assert "sfb, sfa_stride_m" in source  # without a group's offset
+    kernel = lower(problem, Schedule(64, 48, 4, 1))
+    *body, store = kernel.body.body
+    assert isinstance(store, Store)
+    changed = replace(kernel.body, body=(*body, replace(store, adds=True)))
+    with pytest.raises(VerifyError, match="must add to D in float32"):
+        verify(replace(kernel, body=changed))
 
 
 def test_k_grouped_has_one_kernel_for_every_k_and_a_schedule_for_every_m() -> None:

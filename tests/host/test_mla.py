@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,12 @@ from jitgen.lower import lower_any
 from jitgen.lower_mla import lower_mla
 from jitgen.numerics_16 import wgmma_16
 from jitgen.problem_mla import HEAD_DIMS, PAGES, check_mla
-from jitgen.schedule_mla import check_mla_schedule, mla_schedules, num_parts, num_tiles, select_mla
+from jitgen.schedule_mla import (
+    check_mla_schedule,
+    num_parts,
+    num_tiles,
+    select_mla,
+)
 
 from .conftest import SameBits
 
@@ -118,6 +124,10 @@ def test_check_mla_rejects(change: dict[str, Any], message: str) -> None:
         (MlaDecode(16), MlaSchedule(cluster=2), "cluster = 2 does not divide the 1 tiles of 16"),
         (MlaDecode(16), MlaSchedule(num_stages=3), "num_stages = 3 must be one of 2, 4"),
         (MlaDecode(16), MlaSchedule(num_stages=4), "lower num_stages"),
+        (MlaDecode(16), MlaSchedule(meet=3), "meet = 3 must be one of 1, 2"),
+        (MlaDecode(128), MlaSchedule(cluster=2, meet=2), "no parts meet: choose 1"),
+        (MlaDecode(16), MlaSchedule(meet=2, whole=True), "no parts meet: choose 1"),
+        (MlaDecode(16, cache="fp8"), MlaSchedule(meet=2), "no parts meet: choose 1"),
         (MlaDecode(16), MlaSchedule(overhead=0), "overhead = 0"),
         (MlaDecode(16), MlaSchedule(prefetch=-1), "prefetch = -1"),
         (MlaDecode(16), MlaSchedule(score_ahead=1), "score_ahead = 1"),  # type: ignore[arg-type]
@@ -140,7 +150,10 @@ def test_select_mla_is_legal_for_every_problem(heads: int, head_dims: tuple[int,
     for queries in (1, 2, 3, 8):
         for page in PAGES:
             problem = MlaDecode(heads, queries, *head_dims, page)
-            for schedule in mla_schedules(problem):
+            calls = itertools.product((None, 1, 2, 64), (None, 1024), (False, True))
+            for batch, keys, whole in calls:
+                options: dict[str, Any] = {"max_keys": keys, "batch_invariant": whole}
+                schedule = select_mla(problem, batch=batch, **options)
                 check_mla_schedule(problem, schedule)
                 assert num_tiles(problem, schedule.tile_rows) % schedule.cluster == 0
 
@@ -178,6 +191,16 @@ def test_split_covers_every_block_once_in_parts_of_equal_cost(
     assert seen == [(sequence, block) for sequence, n in enumerate(blocks) for block in range(n)]
     empty = [segment.sequence for segments in parts for segment in segments if not segment.end]
     assert empty == [sequence for sequence, n in enumerate(blocks) if n == 0]
+
+
+@given(st.lists(st.integers(-1, 5000), min_size=1, max_size=40), st.integers(1, 132))
+def test_split_apart_gives_each_part_one_segment(lengths: list[int], count: int) -> None:
+    split = Split(64, 3, 8)
+    if split.is_apart(lengths, count):
+        assert all(len(segments) <= 1 for segments in split.parts(lengths, count))
+    assert split.is_apart([5000], count)
+    assert split.is_apart([640] * 4, 8)
+    assert not split.is_apart([640] * 9, 8)
 
 
 @given(
@@ -376,7 +399,19 @@ def test_small_tiles_take_one_query_token() -> None:
 
 def test_select_mla_knows_a_single_sequence() -> None:
     assert select_mla(MlaDecode(64), batch=1).tile_rows == 32
-    assert select_mla(MlaDecode(64), batch=2) == select_mla(MlaDecode(64))
+    assert select_mla(MlaDecode(64), batch=67) == select_mla(MlaDecode(64))
+    rows = [select_mla(MlaDecode(128), batch=1, max_keys=n).tile_rows for n in (8192, 16384)]
+    assert rows == [32, 64]
+
+
+def test_select_mla_has_pairs_where_sequences_have_two_parts() -> None:
+    def meet(problem: MlaDecode, batch: int | None, batch_invariant: bool = False) -> int:
+        return select_mla(problem, batch=batch, batch_invariant=batch_invariant).meet
+
+    assert [meet(MlaDecode(64), batch) for batch in (None, 1, 2, 66, 67)] == [1, 1, 2, 2, 1]
+    assert [meet(MlaDecode(128, 2), batch) for batch in (16, 17)] == [2, 1]
+    assert meet(MlaDecode(64), 2, batch_invariant=True) == 1
+    assert meet(MlaDecode(128, 6), 2) == 1  # 12 tiles: 120 blocks of 132 would run
     whole = select_mla(MlaDecode(64), batch=1, batch_invariant=True)
     assert whole == select_mla(MlaDecode(64), batch_invariant=True)
 
@@ -385,6 +420,8 @@ def test_num_parts_is_what_runs_at_once() -> None:
     assert num_parts(1, 132) == 132
     assert num_parts(4, 132) == 33
     assert num_parts(16, 4) == 1
+    assert [num_parts(tiles, 132, 2) for tiles in (1, 2, 3, 4, 16)] == [132, 66, 44, 32, 8]
+    assert num_parts(16, 4, 2) == 2
     assert num_tiles(MlaDecode(100)) == 2
     assert num_tiles(MlaDecode(100), 32) == 4
     assert MlaDecode(1).dtype == BF16

@@ -122,14 +122,15 @@ def test_check_mla_rejects(problem: MlaDecode, message: str) -> None:
 
 def test_check_mla_schedule_rejects_what_an_fp8_cache_cannot() -> None:
     for schedule in (
-        MlaSchedule(evict_first=1),
+        MlaSchedule(),
+        MlaSchedule(prefetch=1, evict_first=1),
         MlaSchedule(prefetch=2),
         MlaSchedule(tile_rows=32, prefetch=1),
     ):
-        with pytest.raises(ScheduleError, match="of an FP8 cache, loads into L2 run"):
+        with pytest.raises(ScheduleError, match="tokens of an FP8 cache wait in shared"):
             check_mla_schedule(replace(DENSE, num_heads=128, num_queries=1), schedule)
     with pytest.raises(ScheduleError, match="score_ahead = True"):
-        check_mla_schedule(DENSE, MlaSchedule(score_ahead=True))
+        check_mla_schedule(DENSE, MlaSchedule(prefetch=1, score_ahead=True))
     for schedule in (MlaSchedule(cluster=2, prefetch=1), MlaSchedule(tile_rows=32, cluster=2)):
         check_mla_schedule(replace(DENSE, num_heads=128, num_queries=1), schedule)
 
@@ -317,7 +318,7 @@ def test_smem_plan_has_tokens_wait_where_there_is_room(
     rows: int, outputs: bool, tokens: bool
 ) -> None:
     problem = MlaDecode(16, cache="fp8")
-    schedule = MlaSchedule(tile_rows=rows)
+    schedule = MlaSchedule(tile_rows=rows, prefetch=0 if tokens else 1)
     plan = mla_smem_plan(problem, schedule)
     assert plan.keys == rows * 576 * 2
     assert (plan.p > plan.keys) == outputs  # else over the queries

@@ -45,6 +45,7 @@ from jitgen.verify import verify
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "mla"
 GOLDEN_KERNELS = {
     "bf16-h16-p64": (MlaDecode(16, causal=False), MlaSchedule()),
+    "bf16-h64-p64-meet": (MlaDecode(64, causal=False), MlaSchedule(meet=2, evict_first=16)),
     "f16-h128-q2-d320-p16-cluster2-ahead": (
         MlaDecode(128, 2, 320, 256, 16, F16),
         MlaSchedule(cluster=2, num_stages=4, prefetch=1, overhead=5, score_ahead=True),
@@ -105,6 +106,7 @@ def without(_: MlaStmt) -> None:
         (Soften, without, "must hold p, holds nothing"),
         (Attend, without, "leaves factor, p, smem_k unread"),
         (Merge, without, "must hold merged out, holds out"),
+        (Merge, lambda op: replace(op, meet=3 - op.meet), "parts at a time first"),
         (Mask, lambda op: replace(op, causal=not op.causal), "is not the problem's mask"),
         (Fill, lambda op: replace(op, value=1.0), "begins? at 0"),
         (LoadKeys, lambda op: replace(op, box=(48, 64)), "do not make up blocks and pages"),
@@ -179,6 +181,8 @@ SCHEDULES = [
     MlaSchedule(prefetch=4, overhead=1, score_ahead=True),
     MlaSchedule(cluster=2, prefetch=1),
     MlaSchedule(cluster=2, score_ahead=True, whole=True),
+    MlaSchedule(meet=2, evict_first=32),
+    MlaSchedule(meet=2, score_ahead=True),
 ]
 
 

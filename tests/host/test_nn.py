@@ -82,7 +82,7 @@ def test_fp8_linear_is_three_gemms_bit_for_bit() -> None:
     assert x.grad is not None
     assert np.array_equal(to_numpy(x.grad).reshape(-1, 144), want)
     padded = [torch.nn.functional.pad(t, (0, 0, 0, 256 - 150)).t() for t in (grads, rows)]
-    x_codes, x_scales = jitgen.quantize(padded[1].contiguous())
+    x_codes, x_scales = jitgen.quantize(padded[1].contiguous(), (128, 128))
     want = gemm(padded[0].contiguous(), x_codes, "float32", x_scales)
     assert layer.weight.grad is not None
     assert layer.bias.grad is not None
@@ -132,6 +132,84 @@ def test_fp8_linear_of_no_tokens_and_of_frozen_weights() -> None:
     assert layer.weight.grad is None
 
 
+def count_quantized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what is quantized from now on, in 128 x 128 blocks."""
+    from jitgen.nn import linear
+
+    found, quantize = [], linear._quantize
+
+    def counted(x: torch.Tensor, blocks: tuple[int, int], transposed: bool) -> Any:
+        if blocks == (128, 128):
+            found.append(tuple(x.shape))
+        return quantize(x, blocks, transposed)
+
+    monkeypatch.setattr(linear, "_quantize", counted)
+    return found
+
+
+def test_kept_codes_are_those_of_the_weight_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, usual = Fp8Linear(64, 32, keep_codes=True), Fp8Linear(64, 32)
+    x = make(1, 16, 64, dtype=torch.bfloat16).requires_grad_()
+    quantized = count_quantized(monkeypatch)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+
+    def check(count: int) -> None:
+        usual.load_state_dict(layer.state_dict())
+        before = len(quantized)
+        y = layer(x)
+        assert len(quantized) == before + count
+        want = usual(x)
+        assert torch.equal(y, want)
+        got_dx, want_dx = (torch.autograd.grad(z.sum(), x)[0] for z in (y, want))
+        assert torch.equal(got_dx, want_dx)
+
+    check(1)
+    check(0)
+    layer(x).sum().backward()
+    optimizer.step()
+    check(1)
+    check(0)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    check(1)
+    layer.weight.data = layer.weight.data * 2  # other memory
+    check(1)
+    layer.load_state_dict(Fp8Linear(64, 32).state_dict())
+    check(1)
+    layer.weight.data.mul_(2)  # moves no counter
+    layer.forget_codes()
+    check(1)
+
+
+def test_kept_codes_without_gradients_lack_the_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Fp8Linear(64, 32, keep_codes=True)
+    x = make(1, 16, 64, dtype=torch.bfloat16).requires_grad_()
+    quantized = count_quantized(monkeypatch)
+    with torch.no_grad():
+        y = layer(x)
+        assert len(layer.weight_codes(False)) == 2
+    assert torch.equal(y, layer(x))
+    assert len(layer.weight_codes(True)) == 4
+    with torch.no_grad():
+        assert torch.equal(y, layer(x))
+    assert len(quantized) == 2
+
+
+def test_a_compiled_step_is_one_graph_and_equals_eager() -> None:
+    layer = Fp8Linear(64, 32, keep_codes=True)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (20, 40):
+        x = make(1, tokens, 64, dtype=torch.bfloat16).requires_grad_()
+        inputs = [x, *layer.parameters()]
+        y, want = compiled(x), layer(x)
+        assert torch.equal(y, want)
+        grads = (torch.autograd.grad(z.sum(), inputs) for z in (y, want))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with torch.no_grad():
+        layer.weight.mul_(-1)
+    assert torch.equal(compiled(x), layer(x))
+
+
 @pytest.mark.parametrize(
     ("make_layer", "match"),
     [
@@ -165,22 +243,22 @@ def test_layers_reject(make_layer: Any, match: str) -> None:
 CONTEXT, WIDTH, BATCH, STEPS = 4, 64, 256, 60
 
 
-def train(make_linear: Any) -> list[float]:
+def train(make_linear: Any, device: str = "cpu") -> list[float]:
     """Losses of a small model of characters, which learns this repository's README."""
     text = (Path(__file__).parents[2] / "README.md").read_bytes()
     data = torch.tensor([min(byte, 127) for byte in text])
     torch.manual_seed(0)
-    embed = torch.nn.Embedding(128, WIDTH)
-    hidden, head = make_linear(CONTEXT * WIDTH, 128), make_linear(128, 128)
+    embed = torch.nn.Embedding(128, WIDTH).to(device)
+    hidden, head = (make_linear(n, 128).to(device) for n in (CONTEXT * WIDTH, 128))
     optimizer = torch.optim.Adam(
         [*embed.parameters(), *hidden.parameters(), *head.parameters()], lr=0.01
     )
     generator, losses = torch.Generator().manual_seed(1), []
     for _ in range(STEPS):
         at = torch.randint(0, len(data) - CONTEXT, (BATCH,), generator=generator)
-        context = data[at[:, None] + torch.arange(CONTEXT)]
+        context = data[at[:, None] + torch.arange(CONTEXT)].to(device)
         x = torch.relu(hidden(embed(context).flatten(1).bfloat16()))
-        loss = torch.nn.functional.cross_entropy(head(x).float(), data[at + CONTEXT])
+        loss = torch.nn.functional.cross_entropy(head(x).float(), data[at + CONTEXT].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

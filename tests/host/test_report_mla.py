@@ -99,4 +99,4 @@ def test_bench_report_takes_several_files_of_mla_only(tmp_path: Path) -> None:
     paths[1].write_text("{}")
     result = CliRunner().invoke(app, ["bench", "report", *map(str, paths)])
     assert result.exit_code == 2
-    assert "only results of `bench mla`" in result.output
+    assert "only results of `bench grouped` or" in result.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -98,10 +99,13 @@ def test_operators_pass_opcheck() -> None:
         (torch.ops.jitgen.gemm_out, operands(t), {"out": torch.zeros(M, N), **epilogue}),
         (torch.ops.jitgen.quantize, (torch.randn(M, K),), {}),
         (torch.ops.jitgen.quantize, (torch.randn(M, K).bfloat16(), 128), {}),
+        (torch.ops.jitgen.quantize_both, (torch.randn(M, K),), {}),
+        (torch.ops.jitgen.quantize_both, (torch.randn(2, M, K).bfloat16(), 1, 128), {}),
+        (torch.ops.jitgen.quantize_both, (torch.randn(M, K), 128, 128), {}),
     ):
         # test_schema compares inputs in a way that torch has not for FP8; see the next test.
         tests = ["test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration"]
-        if function is torch.ops.jitgen.quantize:
+        if function in (torch.ops.jitgen.quantize, torch.ops.jitgen.quantize_both):
             tests.append("test_schema")
         results = torch.library.opcheck(function, arguments, options, test_utils=tests)
         assert set(results.values()) == {"SUCCESS"}, results
@@ -191,6 +195,29 @@ def make_k_grouped() -> tuple[torch.Tensor, ...]:
     return a, b, sfa, sfb, torch.tensor([0, 256, 256, 384], dtype=torch.int32)
 
 
+def make_gated() -> tuple[torch.Tensor, ...]:
+    """a, b, sfa, sfb and offsets of two groups, whose B have 128 rows of gate and 128 of up."""
+    a, sfa = jitgen.quantize(torch.randn(M, 128))
+    b, sfb = jitgen.quantize(torch.randn(512, 128), (128, 128))
+    offsets = torch.tensor([0, 3, M], dtype=torch.int32)
+    return a, b.view(2, 256, 128), sfa, sfb.view(2, 2, 1), offsets
+
+
+def test_grouped_swiglu_is_the_fused_grouped_gemm() -> None:
+    *t, offsets = make_gated()
+    d, sfd = torch.ops.jitgen.grouped_swiglu(*t, offsets, layout="ragged")
+    a, b, sfa, sfb = map(to_numpy, t)
+    want, scales = jitgen.grouped_gemm(
+        *(a, b, (sfa, sfb)),
+        layout=jitgen.Ragged(offsets.numpy()),
+        out_dtype="float8_e4m3fn",
+        epilogue=jitgen.silu(jitgen.gate) * jitgen.up,
+    )
+    assert (d.dtype, d.shape, sfd.shape) == (torch.float8_e4m3fn, (M, 128), (M, 1))
+    assert np.array_equal(to_numpy(d).view(np.uint8), want.view(np.uint8))
+    assert np.array_equal(sfd.numpy(), scales)
+
+
 def test_k_grouped_gemm_is_added_to_out() -> None:
     a, b, sfa, sfb, _ = t = make_k_grouped()
     d = torch.ops.jitgen.grouped_gemm(*t, layout="k_grouped")
@@ -273,6 +300,12 @@ def test_grouped_gemm_and_mla_decode_pass_opcheck() -> None:
         (torch.ops.jitgen.grouped_gemm, t, {"layout": "ragged"}),
         (torch.ops.jitgen.grouped_gemm_out, t, {"layout": "ragged", "out": torch.zeros(M, N)}),
         (torch.ops.jitgen.grouped_gemm, make_k_grouped(), {"layout": "k_grouped"}),
+        (
+            torch.ops.jitgen.grouped_gemm,
+            (*make_k_grouped()[:4], torch.tensor([0, 128, 384], dtype=torch.int32)),
+            {"layout": "k_grouped", "out_dtype": torch.bfloat16},
+        ),
+        (torch.ops.jitgen.grouped_swiglu, make_gated(), {"layout": "ragged"}),
         (torch.ops.jitgen.mla_decode, make_cache(), small),
         (torch.ops.jitgen.mla_decode_sparse, make_sparse(), {"attention_sink": torch.randn(2)}),
         (

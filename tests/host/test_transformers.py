@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers", minversion="5.17")
 from jitgen.integrations.latent_attention import (  # noqa: E402
     AbsorbedAttention,
     LatentLayer,
+    SharedWindows,
 )
 from jitgen.integrations.transformers import Experts, Linear, Patched, patch  # noqa: E402
 from tests.transformers_model import (  # noqa: E402
@@ -120,7 +121,8 @@ def test_modules_compute_what_theirs_do(in_fp8: tuple[Any, Any]) -> None:
         if given and getattr(module, "in_features", 256) == 256:
             expected = usual.get_submodule(name)(*given).float()
             error = (module(*given).float() - expected).abs().max() / expected.abs().max()
-            assert error < 2**-6, (name, error)
+            # Between the experts' products theirs rounds to bfloat16 and then to FP8, ours to FP8.
+            assert error < (2**-6 if isinstance(module, Linear) else 2**-4), (name, error)
 
 
 def test_projections_of_keys_and_values_are_those_of_the_weight(in_fp8: tuple[Any, Any]) -> None:
@@ -132,7 +134,7 @@ def test_projections_of_keys_and_values_are_those_of_the_weight(in_fp8: tuple[An
 
 
 def test_latent_layer_keeps_what_was_cropped_selected_and_grown() -> None:
-    layer, rank = LatentLayer(), 6
+    layer, rank = LatentLayer(SharedWindows()), 6
     latents = torch.randn(3, 1, 600, rank + 2)
 
     def append(tokens: slice) -> Any:
@@ -149,11 +151,56 @@ def test_latent_layer_keeps_what_was_cropped_selected_and_grown() -> None:
     latents = latents[[2, 0, 0]]
     keys, values = append(slice(20, 600))
     assert torch.equal(torch.cat((keys, values), dim=-1), latents)
-    cache, table = layer.pages(torch.tensor([0, 5, 599]))
+    mask = torch.ones(3, 600, dtype=torch.int64)
+    mask[1, :5] = mask[2, :599] = 0
+    table, lengths = layer.windows(mask)
+    assert lengths.tolist() == [600, 595, 1]
     for sequence, first in enumerate((0, 5, 599)):
-        pages = cache[table[sequence, : -(-(600 - first) // 64)].long()]
+        pages = layer.blocks()[table[sequence, : -(-(600 - first) // 64)].long()]
         seen = pages.reshape(-1, rank + 2)[: 600 - first]
         assert torch.equal(seen, latents[sequence, 0, first:])
+
+
+def test_projections_share_the_codes_of_one_input(
+    in_fp8: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jitgen.integrations import transformers as integration
+
+    mlp, counted, quantize = in_fp8[1].model.layers[0].mlp, [], integration._quantize
+
+    def count(x: torch.Tensor) -> Any:
+        counted.append(x.shape)
+        return quantize(x)
+
+    monkeypatch.setattr(integration, "_quantize", count)
+    with torch.no_grad():
+        x = torch.randn(5, 256).bfloat16()
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        assert len(counted) == 1
+        assert torch.equal(up, mlp.up_proj(x.clone()))
+        assert torch.equal(gate, mlp.gate_proj(x))
+        x.neg_()
+        assert torch.equal(mlp.gate_proj(x), -gate)
+        assert len(counted) == 4
+    with torch.inference_mode():
+        assert torch.equal(mlp.gate_proj(x.clone()), -gate)
+
+
+def test_layers_share_the_answer_for_one_mask() -> None:
+    shared = SharedWindows()
+    layers = [LatentLayer(shared), LatentLayer(shared)]
+    for layer in layers:
+        layer.update(torch.randn(2, 1, 9, 6), torch.randn(2, 1, 9, 2))
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    answer = shared.windows(layers[0], mask)
+    assert shared.windows(layers[1], mask) is answer
+    assert shared.windows(layers[1], None) is not answer
+    mask[1, :4] = 0  # in place
+    assert shared.windows(layers[0], mask)[1].tolist() == [9, 5]
+    layers[0].update(torch.randn(2, 1, 1, 6), torch.randn(2, 1, 1, 2))
+    assert shared.windows(layers[0], None)[1].tolist() == [10, 10]
+    with torch.inference_mode():
+        assert shared.windows(layers[1], mask.clone())[1].tolist() == [9, 5]
 
 
 def test_experts_of_other_ranks_are_left_out(in_fp8: tuple[Any, Any]) -> None:

@@ -16,6 +16,7 @@ from jitgen.problem_mla import HEAD_DIMS
 from jitgen.schedule_mla import select_mla
 from jitgen.target import H100
 from jitgen.tuning import select as selection
+from jitgen.tuning.keys import is_tunable
 from jitgen.tuning.model import m_bucket, m_buckets
 from jitgen.tuning.records import Record, file_of, read_file, save
 from jitgen.tuning.select import reload_records, select
@@ -125,9 +126,16 @@ def test_select_takes_the_record_of_the_batch(folder: Path) -> None:
     assert select(PROBLEM, 9) == select(PROBLEM, 16) == FASTER
     assert select(replace(PROBLEM, dtype=F16, causal=False), 16) == FASTER
     assert select(PROBLEM, 17) == select_mla(PROBLEM, batch=32)
-    assert select(PROBLEM, 1) == select_mla(PROBLEM, batch=1)
+    assert select(PROBLEM, 1, max_keys=9) == select_mla(PROBLEM, batch=1, max_keys=9)
     whole = select(PROBLEM, 16, batch_invariant=True)
     assert whole == select_mla(PROBLEM, batch_invariant=True)
+
+
+def test_records_have_no_say_for_one_sequence(folder: Path) -> None:
+    save(folder, [record(m=1)])
+    reload_records()
+    assert [is_tunable(PROBLEM, b) for b in (1, 2)] == [False, True]
+    assert select(PROBLEM, 1) == select_mla(PROBLEM, batch=1) != FASTER
 
 
 def test_select_ignores_a_record_that_cannot_run_the_problem(folder: Path) -> None:

@@ -10,15 +10,18 @@ _tc_util = 100
 
 
 def set_num_sms(new_num_sms: int) -> None:
-    """All of the GPU's, or NotImplementedError."""
-    if new_num_sms != get_num_sms():
-        raise NotImplementedError(
-            f"set_num_sms({new_num_sms}): kernels of jitgen use all {get_num_sms()} SMs"
-        )
+    """`jitgen.configure(num_sms=...)`: how many SMs a GEMM takes at most, 1 .. those of the GPU."""
+    if not 0 < new_num_sms <= _all_sms():
+        raise ValueError(f"set_num_sms({new_num_sms}): the GPU has {_all_sms()} SMs")
+    control.configure(num_sms=new_num_sms)
 
 
 def get_num_sms() -> int:
-    """Of the current GPU."""
+    """What `set_num_sms` was given; all of the current GPU's at first."""
+    return control.num_sms_limit or _all_sms()
+
+
+def _all_sms() -> int:
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     return int(gpu.multi_processor_count)
 

@@ -106,23 +106,32 @@ template <class Shares, class Outcome> struct Merger {
     const Outcome& results;
     const Segment& segment;
     const u32 tile;
+    const bool has_pairs;  // parts 2 i and 2 i + 1 left what they have together, as the former's
+
+    __device__ __forceinline__ u32 num_splits() const {
+        const u32 last = segment.first_part + segment.num_parts - 1;
+        return (last >> has_pairs) - (segment.first_part >> has_pairs) + 1;
+    }
+    __device__ __forceinline__ u32 part_of(u32 split) const {
+        return max((segment.first_part >> has_pairs) + split << has_pairs, segment.first_part);
+    }
 
     // Units `unit` + k * stride, below `last`, of the splits `from`, `from` + step ..
     template <u32 kUnits, u32 kSplits>
     __device__ __forceinline__ void gather(Merged (&merged)[kUnits], u32 unit, u32 stride, u32 last, u32 from,
                                            u32 step) const {
 #pragma unroll 1
-        for (u32 base = from; base < segment.num_parts; base += kSplits * step) {
+        for (u32 base = from; base < num_splits(); base += kSplits * step) {
             float4 outs[kUnits][kSplits];
             float2 states[kUnits][2][kSplits];
 #pragma unroll
             for (u32 i = 0; i < kSplits; ++i) {
                 const u32 split = base + i * step;
-                const u64 at = partials.tile(segment.first_part + split, split == 0, tile);
+                const u64 at = partials.tile(part_of(split), split == 0, tile);
 #pragma unroll
                 for (u32 k = 0; k < kUnits; ++k) {
                     const u32 index = unit + k * stride;
-                    const bool is_there = split < segment.num_parts && index < last;
+                    const bool is_there = split < num_splits() && index < last;
                     const float2* state = partials.states + at * Shares::kRows + index / kStrip * 16 + index % 32 / 4;
                     outs[k][i] = ld_l2_if(is_there, partials.out + at * (4 * kStrip) + index, float4{});
                     states[k][0][i] = ld_l2_if(is_there, state, {-infinity(), 0.0f});
@@ -182,9 +191,9 @@ template <class Shares, class Outcome> struct Merger {
         const u32 first = (part - segment.first_part) * share, last = min(first + share, num_units);
         if (share <= threads / 2) {
             if (first < last) merge_grouped(first, last, thread, threads, smem, barrier);
-        } else if (segment.num_parts <= 2) {
+        } else if (num_splits() <= 2) {
             merge_units<kSlots / 2>(first, last, thread, threads);
-        } else if (segment.num_parts <= 4) {
+        } else if (num_splits() <= 4) {
             merge_units<kSlots / 4>(first, last, thread, threads);
         } else {
             merge_units<kSlots / 6>(first, last, thread, threads);

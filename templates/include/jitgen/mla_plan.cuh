@@ -1,6 +1,7 @@
-// The split-KV plan, made by every thread block for itself from the lengths of the sequences (jitgen/ir_mla.py, Split):
-// a part owns the blocks of keys in a range of costs, and so at most two sequences that it shares with other parts: its
-// first and its last. With kWhole it owns the sequences whose cost begins in the range, and shares none.
+// The split-KV plan, made by the producer's warps of every thread block, each for itself, from the lengths of the
+// sequences (jitgen/ir_mla.py, Split): a part owns the blocks of keys in a range of costs, and so at most two sequences
+// that it shares with other parts: its first and its last. With kWhole it owns the sequences whose cost begins in the
+// range, and shares none.
 #pragma once
 #include "jitgen/attention.cuh"
 
@@ -12,10 +13,10 @@ struct Segment {
 };
 
 // What the producer tells the math warpgroups, in shared memory: the segment at hand, one past the end being the last
-// one's successor, and, before that, those that the part shares with others.
+// one's successor, and, before that, those that the part shares with others; and whether each part has one at most.
 struct Announcement {
     Segment segment, shared[2];
-    u32 num_shared;
+    u32 num_shared, is_apart;
 };
 constexpr u32 kNoSequence = 0xffffffff;
 
@@ -43,81 +44,82 @@ template <class Lengths, u32 kBlockKeys, u32 kOverhead, u32 kSlack, bool kWhole>
     u32 begin, end;           // of this part
     u32 sequence, position;   // the next sequence, and where its cost begins
 
-    __device__ __forceinline__ u32 num_blocks(u32 sequence) const {
-        return max(ceil_div(num_keys(sequence), kBlockKeys), 1);
+    // Of the lane's sequence among the 32 from `first` on; 0 beyond the last.
+    __device__ __forceinline__ u32 num_blocks(u32 first) const {
+        const u32 i = first + lane_index();
+        return i < num_sequences ? max(ceil_div(num_keys(i), kBlockKeys), 1) : 0;
     }
-    __device__ __forceinline__ u32 cost(u32 sequence) const { return lead + round_up(num_blocks(sequence), unit); }
-
-    // Where the cost of this thread's first sequence begins, and `total`, that of all.
-    template <u32 kThreads> __device__ __forceinline__ u32 scan(u32 first, u32 last, u32* scratch, u32& total) const {
-        const u32 lane = threadIdx.x % 32;
-        u32 own = 0;
-        for (u32 i = first; i < last; ++i) own += cost(i);
-        u32 sum = own;  // of this lane's and those before it
+    __device__ __forceinline__ u32 cost(u32 num_blocks) const {
+        return num_blocks == 0 ? 0 : lead + round_up(num_blocks, unit);
+    }
+    // Calls visit(first sequence, the lane's blocks) for 32 sequences at a time, until it returns false or all were
+    // visited; true if all were. The first 32 are looked up once, by `start`.
+    template <class Visit> __device__ __forceinline__ bool visit_all(u32 blocks, Visit visit) const {
+#pragma unroll 1
+        for (u32 first = 0; visit(first, blocks); blocks = num_blocks(first)) {
+            if ((first += 32) >= num_sequences) return true;
+        }
+        return false;
+    }
+    // The sum over this lane and those before it.
+    static __device__ __forceinline__ u32 scan(u32 sum) {
 #pragma unroll
         for (u32 step = 1; step < 32; step *= 2) {
             const u32 other = __shfl_up_sync(0xffffffff, sum, step);
-            if (lane >= step) sum += other;
+            if (lane_index() >= step) sum += other;
         }
-        if (lane == 31) scratch[threadIdx.x / 32] = sum;
-        __syncthreads();
-        u32 before = 0;
-        total = 0;
-#pragma unroll
-        for (u32 warp = 0; warp < kThreads / 32; ++warp) {
-            if (warp == threadIdx.x / 32) before = total;
-            total += scratch[warp];
-        }
-        return before + sum - own;
+        return sum;
     }
 
-    // To be called once by all kThreads threads of the block, which lends kThreads / 32 + 2 + kSlack words of shared
-    // memory.
-    template <u32 kThreads>
-    __device__ __forceinline__ void start(Lengths lengths, u32 count, u32 part, u32 num_parts, u32* scratch) {
-        const u32 per_thread = ceil_div(count, kThreads), first = threadIdx.x * per_thread;
-        const u32 last = min(first + per_thread, count);
-        u32 *place = scratch + kThreads / 32, *misfits = place + 2;
-        num_keys = lengths, num_sequences = count, lead = 0, unit = 1;
-        if (threadIdx.x < kSlack) misfits[threadIdx.x] = 0;
-        if (threadIdx.x < 2) place[threadIdx.x] = threadIdx.x == 0 ? count : 0;
-        u32 total, at = scan<kThreads>(first, last, scratch, total);
-        span = ceil_div(total, num_parts);
-        if (count > 1) {
-            // The least of kSlack spans with which the sequences fit: each into parts of its own or, if there are more
-            // sequences than parts, side by side with none cut at a part's bounds but one that begins there.
-            const bool are_apart = count <= num_parts;
-            u32 misfit[kSlack] = {};
-            u32 from = at;
-            for (u32 i = first; i < last; ++i) {
-                const u32 blocks = num_blocks(i);
-#pragma unroll
-                for (u32 k = 0; k < kSlack; ++k)
-                    misfit[k] += are_apart ? ceil_div(blocks, span + k)
-                                           : from % (span + k) > 0 && from % (span + k) + blocks > span + k;
-                from += blocks;
-            }
-#pragma unroll
-            for (u32 k = 0; k < kSlack; ++k) {
-                const u32 sum = __reduce_add_sync(0xffffffff, misfit[k]);
-                if (threadIdx.x % 32 == 0 && sum > 0) atomicAdd(misfits + k, sum);
-            }
-            __syncthreads();
-            u32 k = 0;
-            while (k < kSlack && misfits[k] > (are_apart ? num_parts : 0)) ++k;
-            if (k < kSlack) span += k, unit = are_apart ? span : 1;
-            else span = ceil_div(total + count * kOverhead, num_parts), lead = kOverhead;
-            at = scan<kThreads>(first, last, scratch, total);
+    // Whether the sequences fit into parts of that span: each into parts of its own or, if there are more sequences
+    // than parts, side by side with none cut at a part's bounds but one that begins there.
+    __device__ __forceinline__ bool fits(u32 first_blocks, u32 num_parts, u32 span) const {
+        u32 before = 0;
+        if (num_sequences <= num_parts) {
+            visit_all(first_blocks, [&](u32, u32 blocks) {
+                before += __reduce_add_sync(0xffffffff, ceil_div(blocks, span));
+                return true;
+            });
+            return before <= num_parts;
         }
-        begin = part * span, end = min(begin + span, total);
-        for (u32 i = first; i < last; ++i) {
-            const u32 next = at + cost(i);
-            if (begin >= at && begin < next) place[0] = i, place[1] = at;
-            at = next;
-        }
-        __syncthreads();
-        sequence = place[0], position = place[1];
+        return visit_all(first_blocks, [&](u32, u32 blocks) {
+            const u32 to = before + scan(blocks), from = (to - blocks) % span;
+            before = __shfl_sync(0xffffffff, to, 31);
+            return !__any_sync(0xffffffff, from > 0 && from + blocks > span);
+        });
     }
+
+    // By a whole warp, for the part of that index.
+    __device__ __forceinline__ void start(u32 part, u32 num_parts, u32 first_blocks) {
+        u32 total = 0;
+        visit_all(first_blocks, [&](u32, u32 blocks) {
+            total += __reduce_add_sync(0xffffffff, blocks);
+            return true;
+        });
+        span = ceil_div(total, num_parts), lead = 0, unit = 1;
+        if (num_sequences > 1) {
+            // The least of kSlack spans with which they fit.
+            u32 k = 0;
+#pragma unroll 1
+            while (k < kSlack && !fits(first_blocks, num_parts, span + k)) ++k;
+            if (k < kSlack) span += k, unit = num_sequences <= num_parts ? span : 1;
+            else span = ceil_div(total + num_sequences * kOverhead, num_parts), lead = kOverhead;
+        }
+        begin = part * span, end = begin + span, sequence = num_sequences, position = 0;
+        u32 before = 0;
+        visit_all(first_blocks, [&](u32 first, u32 blocks) {
+            const u32 own = cost(blocks), to = before + scan(own), from = to - own;
+            const u32 owner = __ballot_sync(0xffffffff, begin >= from && begin < to);
+            before = __shfl_sync(0xffffffff, to, 31);
+            if (owner == 0) return true;
+            sequence = first + __ffs(owner) - 1;
+            position = __shfl_sync(0xffffffff, from, sequence - first);
+            return false;
+        });
+    }
+
+    // Whether each sequence has parts of its own.
+    __device__ __forceinline__ bool is_apart() const { return unit == span || num_sequences == 1; }
 
     // The part's next segment; one without keys is the part's in whose range its cost begins.
     __device__ __forceinline__ bool next(Segment& segment) {
@@ -127,14 +129,14 @@ template <class Lengths, u32 kBlockKeys, u32 kOverhead, u32 kSlack, bool kWhole>
             const bool has_start = position >= begin;
             if constexpr (kWhole) {
                 segment = {sequence, length, 0, blocks, 0, 1};
-                position += cost(sequence++);
+                position += cost(max(blocks, 1)), ++sequence;
                 if (has_start) return true;
                 continue;
             }
             const u32 from = max(begin, first) - first, to = min(max(end, first), last) - first;
             segment = {sequence, length, from, to, first / span, 1};
             if (blocks > 0) segment.num_parts = (last - 1) / span - segment.first_part + 1;
-            position += cost(sequence++);
+            position += cost(max(blocks, 1)), ++sequence;
             if (segment.begin < segment.end || (blocks == 0 && has_start)) return true;
         }
         return false;

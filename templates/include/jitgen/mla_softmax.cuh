@@ -25,9 +25,11 @@ struct RowState {
 // Scores of keys that a row must not see, from limits[row] on, become -inf.
 template <u32 kCount>
 __device__ __forceinline__ void mask(float (&scores)[kCount], u32 first_key, const u32 (&limits)[2], u32 lane) {
+    // Opaque, or the selections would be made whether a row has such keys or not.
+    const u32 first = opaque(first_key) + lane % 4 * 2;
 #pragma unroll
     for (u32 i = 0; i < kCount; ++i)
-        if (first_key + i / 4 * 8 + lane % 4 * 2 + i % 2 >= limits[i / 2 % 2]) scores[i] = -infinity();
+        if (first + i / 4 * 8 + i % 2 >= limits[i / 2 % 2]) scores[i] = -infinity();
 }
 
 // Of 64 keys, those whose bit in `valid` is not set.
@@ -39,38 +41,52 @@ __device__ __forceinline__ void mask(float (&scores)[32], const u32 (&valid)[2],
         if (!((i < 16 ? first : second) >> (i / 4 % 4 * 8 + i % 2) & 1)) scores[i] = -infinity();
 }
 
-// p = 2^(scale * score - max), as T in the layout of wgmma's A; factors = what the new maxima put on earlier results.
-template <class T, u32 kCount>
-__device__ __forceinline__ void softmax(float (&scores)[kCount], u32 (&p)[kCount / 2], RowState& state,
-                                        float (&factors)[2], float scale) {
-    // One warp of a scheduler is at this while the others' wait for the tensor core: in chains of a quarter of the
-    // elements each, so that it need not wait for itself.
-    float top[2][4], sum[2][4], base[2];
+// A step of online softmax over a block of 64 keys. One warp of a scheduler is at it while the others' wait for the
+// tensor core: in chains of a quarter of the elements each, so that it need not wait for itself.
+struct Softening {
+    float top[2];      // the rows' largest scores
+    float factors[2];  // what the new maxima put on earlier results
+    float base[2], sum[2][4];
+
+    __device__ __forceinline__ void find_top(const float (&scores)[32]) {
+        float chains[2][4];
 #pragma unroll
-    for (u32 i = 0; i < kCount; ++i) {
-        float& chain = top[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
-        chain = i < 8 ? scores[i] : fmaxf(chain, scores[i]);
+        for (u32 i = 0; i < 32; ++i) {
+            float& chain = chains[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
+            chain = i < 8 ? scores[i] : fmaxf(chain, scores[i]);
+        }
+#pragma unroll
+        for (u32 row = 0; row < 2; ++row) {
+            float value = fmaxf(fmaxf(chains[row][0], chains[row][1]), fmaxf(chains[row][2], chains[row][3]));
+            value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, 1));
+            top[row] = fmaxf(value, __shfl_xor_sync(0xffffffff, value, 2));
+        }
     }
+    __device__ __forceinline__ void grow(RowState& state, float scale) {
 #pragma unroll
-    for (u32 row = 0; row < 2; ++row) {
-        float value = fmaxf(fmaxf(top[row][0], top[row][1]), fmaxf(top[row][2], top[row][3]));
-        value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, 1));
-        value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, 2));
-        factors[row] = state.grow(row, fmaxf(state.max[row], value * scale));
-        base[row] = state.max[row] == -infinity() ? 0.0f : -state.max[row];
+        for (u32 row = 0; row < 2; ++row) {
+            factors[row] = state.grow(row, fmaxf(state.max[row], top[row] * scale));
+            base[row] = state.max[row] == -infinity() ? 0.0f : -state.max[row];
+        }
     }
+    // p = 2^(scale * score - max) of the k-th 16 keys, as T in the layout of wgmma's A.
+    template <class T>
+    __device__ __forceinline__ void exponentiate(float (&scores)[32], u32 (&p)[16], u32 k, float scale) {
 #pragma unroll
-    for (u32 i = 0; i < kCount; ++i) {
-        scores[i] = exp2_approx(__fmaf_rn(scores[i], scale, base[i / 2 % 2]));
-        float& chain = sum[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
-        chain = i < 8 ? scores[i] : chain + scores[i];
+        for (u32 i = 8 * k; i < 8 * k + 8; ++i) {
+            scores[i] = exp2_approx(__fmaf_rn(scores[i], scale, base[i / 2 % 2]));
+            float& chain = sum[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
+            chain = k == 0 ? scores[i] : chain + scores[i];
+        }
+#pragma unroll
+        for (u32 i = 4 * k; i < 4 * k + 4; ++i) p[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
     }
+    __device__ __forceinline__ void add_sums(RowState& state) const {
 #pragma unroll
-    for (u32 row = 0; row < 2; ++row)
-        state.sum[row] += (sum[row][0] + sum[row][1]) + (sum[row][2] + sum[row][3]);
-#pragma unroll
-    for (u32 i = 0; i < kCount / 2; ++i) p[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
-}
+        for (u32 row = 0; row < 2; ++row)
+            state.sum[row] += (sum[row][0] + sum[row][1]) + (sum[row][2] + sum[row][3]);
+    }
+};
 
 template <u32 kCount> __device__ __forceinline__ void rescale(float (&out)[kCount], const float (&factors)[2]) {
     // Mostly the maxima have settled. Rows that nobody asked for may hold NaN, which compares false.

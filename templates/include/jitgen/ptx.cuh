@@ -14,13 +14,6 @@ __device__ __forceinline__ u32 lane_index() {
     return lane;
 }
 
-// Volatile, as below.
-__device__ __forceinline__ u32 block_index() {
-    u32 index;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
-    return index;
-}
-
 // `value`, of which the compiler then knows nothing.
 __device__ __forceinline__ u32 opaque(u32 value) {
     asm volatile("" : "+r"(value));
@@ -62,6 +55,11 @@ __device__ __forceinline__ void fence_proxy_async() {
 }
 
 // Volatile: read again where it is needed, it does not hold a register meanwhile.
+__device__ __forceinline__ u32 block_index() {
+    u32 index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+}
 __device__ __forceinline__ u32 cluster_rank() {
     u32 rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -107,6 +105,14 @@ __device__ __forceinline__ void st_async(u32 smem, u32 barrier, u32 rank, const 
         "{\n.reg .b32 to, bar;\nmapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 bar, %1, %2;\n"
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, [bar];\n}" ::"r"(smem),
         "r"(barrier), "r"(rank), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+        : "memory");
+}
+
+__device__ __forceinline__ void st_async(u32 smem, u32 barrier, u32 rank, float v) {
+    asm volatile(
+        "{\n.reg .b32 to, bar;\nmapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 bar, %1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [bar];\n}" ::"r"(smem),
+        "r"(barrier), "r"(rank), "f"(v)
         : "memory");
 }
 

@@ -56,6 +56,13 @@ __device__ __forceinline__ void tma_store(const TensorMap& map, u32 smem, u32 x,
                  : "memory");
 }
 
+// Stores the box at (x, y) of matrix `z`.
+__device__ __forceinline__ void tma_store(const TensorMap& map, u32 smem, u32 x, u32 y, u32 z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+                 "r"(smem), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
+
 // Adds the float32 box to what is at (x, y) of matrix `z`, in L2.
 __device__ __forceinline__ void tma_reduce_add(const TensorMap& map, u32 smem, u32 x, u32 y, u32 z) {
     asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];"

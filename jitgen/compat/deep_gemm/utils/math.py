@@ -1,14 +1,18 @@
-"""deep_gemm.utils.math: casts to FP8 with DeepGEMM's scales, in torch on any device.
+"""deep_gemm.utils.math: casts to FP8 with DeepGEMM's scales, the same bits on any device.
 
-scale = max(amax of a block, 1e-4) / 448, and a value is multiplied by its reciprocal:
-`jitgen.quantize` divides, and keeps smaller blocks.
+scale = max(amax of a block, 1e-4) * (1 / 448), as torch divides by 448 on a GPU, and a value is
+multiplied by the scale's reciprocal: `jitgen.quantize` divides, and keeps smaller blocks. CUDA
+tensors in blocks of 1x128 and 128x128 run one kernel.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ....api_quantize import BLOCKS, launch
+
 _SMALLEST_AMAX, _E4M3_MAX = 1e-4, 448.0
+_DTYPES = (torch.bfloat16, torch.float32)  # that the kernel takes
 
 
 def ceil_div(x: int, y: int) -> int:
@@ -64,6 +68,9 @@ def _cast(
     x: torch.Tensor, block: tuple[int, int], use_ue8m0: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of x and one scale a block of rows x columns."""
+    if x.is_cuda and block in BLOCKS and x.dtype in _DTYPES:
+        codes, scales = launch(x, block[0], rule="reciprocal_ue8m0" if use_ue8m0 else "reciprocal")
+        return codes, scales
     rows, columns = x.shape
     grid = ceil_div(rows, block[0]), ceil_div(columns, block[1])
     padded = x.new_zeros(grid[0] * block[0], grid[1] * block[1])
@@ -75,5 +82,5 @@ def _cast(
 
 
 def _scale(amax: torch.Tensor, use_ue8m0: bool) -> torch.Tensor:
-    scale = amax.clamp(_SMALLEST_AMAX) / _E4M3_MAX
+    scale = amax.clamp(_SMALLEST_AMAX) * amax.new_full((), _E4M3_MAX).reciprocal()
     return ceil_to_ue8m0(scale) if use_ue8m0 else scale
