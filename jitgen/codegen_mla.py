@@ -5,13 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from .ir_mla import ForKeys, LoadKeys, LoadQueries, Merge, MlaKernel, walk_mla
-from .schedule_mla import LOADER_WARPS, group_chunks, register_chunks, registers
+from .schedule_mla import (
+    BATCH_TOKENS,
+    LOADER_WARPS,
+    group_chunks,
+    num_token_barriers,
+    register_chunks,
+    registers,
+    stages_tokens,
+)
 
 
 def mla_context(kernel: MlaKernel) -> dict[str, Any]:
     """The template's variables beside the kernel."""
     return {
         "dtype": kernel.problem.dtype.cuda,
+        "stages_tokens": stages_tokens(kernel.problem, kernel.schedule),
         "constants": mla_constants(kernel),
         "parameters": [parameter.cuda for parameter in kernel.parameters],
     }
@@ -63,5 +72,20 @@ def mla_constants(kernel: MlaKernel) -> dict[str, int]:
         **({"kSmemMaxima": smem.maxima} if merge.meet > 1 else {}),
         "kSmemAnnouncement": smem.announcement,
         **({"kSmemWalkers": smem.walkers} if problem.is_fp8 else {}),
+        **_token_constants(kernel),
         "kSmemBytes": smem.total_bytes,
+    }
+
+
+def _token_constants(kernel: MlaKernel) -> dict[str, int]:
+    """Of an FP8 cache's tokens on their way through shared memory; neighbours lie side by side in a
+    page."""
+    problem = kernel.problem
+    if not stages_tokens(problem, kernel.schedule):
+        return {}
+    has_runs = not problem.sparse and problem.page % BATCH_TOKENS == 0
+    return {
+        "kSmemTokens": kernel.smem.tokens,
+        "kTokenBarriers": num_token_barriers(problem, kernel.schedule),
+        "kRunTokens": BATCH_TOKENS if has_runs else 1,
     }

@@ -183,12 +183,16 @@ class LoadTokens:
     where : the block table, or for each query token the tokens of the cache that it looks at; 0 for
         those that are not there: beyond a sequence's end, or no token of the cache
     num_warps : that decode, each its share of dst's rows
+    multicast : blocks of a cluster, each of which decodes its share of these rows for all
+    waiting : tokens of a block that wait in shared memory as they are; 0: in registers
     """
 
     dst: Buffer
     src: MlaTensor
     where: MlaTensor
     num_warps: int
+    multicast: int
+    waiting: int
 
     def __str__(self) -> str:
         at = (
@@ -198,7 +202,7 @@ class LoadTokens:
         )
         return (
             f"{self.dst.name} = decode {self.src.name}[{at}] for key:+{self.dst.shape[0]} by"
-            f" {self.num_warps} warps"
+            f" {self.num_warps} warps{f' of {self.multicast} blocks' if self.multicast > 1 else ''}"
         )
 
 

@@ -33,6 +33,8 @@ from .schedule_mla import (
     check_mla_schedule,
     mla_smem_plan,
     num_tiles,
+    own_tokens,
+    stages_tokens,
 )
 from .target import SM90A, Target
 
@@ -117,7 +119,10 @@ def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
         smem_k, tensors["kv_cache"], where, kv_box, schedule.cluster
     )
     if problem.is_fp8:
-        load = LoadTokens(smem_k, tensors["kv_cache"], where, LOADER_WARPS)
+        waiting = own_tokens(schedule) if stages_tokens(problem, schedule) else 0
+        load = LoadTokens(
+            smem_k, tensors["kv_cache"], where, LOADER_WARPS, schedule.cluster, waiting
+        )
     mask = (
         MaskTokens(scores, where)
         if problem.sparse

@@ -6,31 +6,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import ScheduleError
-from .problem_mla import MlaDecode
+from .problem_mla import TOKEN_BYTES, MlaDecode
 from .schedule import REGISTER_SPLIT
 from .target import SM90A, Target
 
 TILE_ROWS = 64  # of one wgmma: query rows of a thread block, at most
+ROW_BYTES = 128  # of a chunk
 BLOCK_KEYS = 64  # keys that a math warpgroup scores at a time
 CHUNK_COLUMNS = 64  # of 16 bits: 128 bytes, the swizzle span
-CHUNK_BYTES = 64 * 128
+CHUNK_BYTES = 64 * ROW_BYTES
 GROUP_CHUNKS = 2  # chunks of a block of keys that arrive together, of a plain cache
 LOADER_WARPS = 4  # of the producer that decode an FP8 cache, each its share of every block of keys
+BATCH_TOKENS = 4  # that such a warp decodes at a time
 FP8_REGISTERS = (88, 208)  # a thread of the producer, and of the math warpgroups: as REGISTER_SPLIT
 REGISTER_CHUNKS = 1
 ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
 EVICT_FIRST_BLOCKS = 16  # a tile; of 132 parts 150 MB: beyond, keys lose 2%, below they gain 10%
 H100_SMS = 132
 SHORT_KEYS = 12288  # of one sequence: up to there more blocks of fewer rows win
-WALKER_BYTES = 56  # of a plan on its way: ibid.
+PROGRESS_BYTES = 104  # of a warp of the producer: mla_decode.cu.j2
 
 
 @dataclass(frozen=True)
 class MlaSchedule:
     """
-    tile_rows : query rows of a thread block, 32 or 64; with fewer, more blocks share the work of
-        merging a sequence's parts, and read the same keys
-    cluster : thread blocks that work on neighbouring tiles of a sequence and share its keys, 1 or 2
+    tile_rows : query rows of a thread block, 32 or 64, or 16 of an FP8 cache; with fewer, more
+        blocks share the work of merging a sequence's parts, and read the same keys. Below 64 there
+        is room in shared memory for tokens of an FP8 cache that wait to be decoded; with 64, half
+        as many wait in registers
+    cluster : thread blocks that work on neighbouring tiles of a sequence and share its keys, 1 or
+        2; tokens of an FP8 cache are decoded by one of them, and sent to the other
     num_stages : blocks of 64 keys in shared memory, 2 or 4
     meet : 2 if the thread blocks of parts 2 i and 2 i + 1 of a tile form a cluster: what they have
         of one sequence meets in shared memory, where each sequence has parts of its own; else 1
@@ -80,6 +85,9 @@ class MlaSmemPlan:
     queries: int
     keys: int  # num_stages blocks
     p: int  # of the first math warpgroup; that of the second lies over the last chunk of queries
+    # (of an FP8 cache, both lie over their blocks of keys). Outputs on their way, too: then it may
+    # lie over the queries.
+    tokens: int  # a block's of an FP8 cache, as they are; see `stages_tokens`
     states: int  # maxima and sums that the math warpgroups exchange
     barriers: int
     maxima: int  # of the cluster's other part
@@ -114,13 +122,30 @@ def registers(problem: MlaDecode) -> tuple[int, int]:
     return FP8_REGISTERS if problem.is_fp8 else REGISTER_SPLIT[2]
 
 
+def stages_tokens(problem: MlaDecode, schedule: MlaSchedule) -> bool:
+    """Whether there is room for tokens of an FP8 cache as they are, beside the decoded ones: where
+    tiles have few rows."""
+    return problem.is_fp8 and schedule.tile_rows < TILE_ROWS
+
+
+def own_tokens(schedule: MlaSchedule) -> int:
+    """Of a block of keys of an FP8 cache, those that one thread block decodes."""
+    return BLOCK_KEYS // schedule.cluster
+
+
+def num_token_barriers(problem: MlaDecode, schedule: MlaSchedule) -> int:
+    """One for each batch of tokens in shared memory."""
+    return own_tokens(schedule) // BATCH_TOKENS if stages_tokens(problem, schedule) else 0
+
+
 def num_barriers(problem: MlaDecode, schedule: MlaSchedule) -> int:
-    """A stage's full ones, of each group of chunks, and empty ones, of both halves; and Q's.
+    """A stage's full ones, of each group of chunks, and empty ones, of both halves; Q's; tokens'.
 
     In sparse decode a stage has 8 bytes more, which say what keys there are.
     """
     groups = -(-num_chunks(problem) // group_chunks(problem))
-    return schedule.num_stages * (groups + 2 + problem.sparse) + 2 + num_meet_barriers(schedule)
+    stages = schedule.num_stages * (groups + 2 + problem.sparse)
+    return stages + 2 + num_meet_barriers(schedule) + num_token_barriers(problem, schedule)
 
 
 def num_meet_barriers(schedule: MlaSchedule) -> int:
@@ -130,20 +155,25 @@ def num_meet_barriers(schedule: MlaSchedule) -> int:
 
 def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
     """Where each buffer lies: swizzled tiles first, on 1024-byte boundaries."""
+    rows = schedule.tile_rows if problem.is_fp8 else TILE_ROWS
+    is_full = problem.is_fp8 and rows == 32  # 16 leave more room, and 64 have no tokens waiting
     sizes = {
-        "queries": num_chunks(problem) * CHUNK_BYTES,
+        "queries": num_chunks(problem) * rows * ROW_BYTES,
         "keys": schedule.num_stages * num_chunks(problem) * CHUNK_BYTES,
-        "p": CHUNK_BYTES,
+        "p": 0 if is_full else CHUNK_BYTES,
+        "tokens": own_tokens(schedule) * TOKEN_BYTES if stages_tokens(problem, schedule) else 0,
         "states": 4 * TILE_ROWS * 4,
         "barriers": 8 * num_barriers(problem, schedule),
         "maxima": (schedule.meet - 1) * schedule.tile_rows * 4,
         "announcement": ANNOUNCEMENT_BYTES,
-        "walkers": LOADER_WARPS * WALKER_BYTES if problem.is_fp8 else 0,
+        "walkers": LOADER_WARPS * PROGRESS_BYTES if problem.is_fp8 else 0,
     }
     offset, offsets = 0, {}
     for name, size in sizes.items():
         offsets[name] = offset
         offset += size
+    if is_full:
+        offsets["p"] = offsets["queries"]
     return MlaSmemPlan(**offsets, total_bytes=offset)
 
 
@@ -171,7 +201,15 @@ def select_mla(
     stages = 2 if problem.head_dim_qk > 320 else 4
     is_single = batch == 1 and not batch_invariant
     if problem.is_fp8:
-        return MlaSchedule(num_stages=stages, score_ahead=True, whole=batch_invariant)
+        rows, is_one = problem.num_rows, problem.num_queries == problem.num_tokens
+        tile_rows = (16 if rows <= 16 else 32) if is_one and rows <= 32 else TILE_ROWS
+        return MlaSchedule(
+            tile_rows=tile_rows,
+            cluster=2 if num_tiles(problem) % 2 == 0 else 1,
+            num_stages=stages,
+            prefetch=1 if tile_rows == TILE_ROWS else 0,
+            whole=batch_invariant,
+        )
     # Parts of one sequence have few keys: with tiles of fewer rows they leave less for the merge.
     is_short = max_keys is not None and max_keys <= SHORT_KEYS
     is_split = problem.num_queries == 1 and 32 < problem.num_rows <= (128 if is_short else 64)
@@ -196,7 +234,7 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
     if not isinstance(schedule, MlaSchedule):
         raise ScheduleError(f"the schedule is a {type(schedule).__name__}, must be an MlaSchedule")
     for name, legal in (
-        ("tile_rows", (32, 64)),
+        ("tile_rows", (16, 32, 64) if problem.is_fp8 else (32, 64)),
         ("cluster", (1, 2)),
         ("meet", (1, 2)),
         ("num_stages", (2, 4)),
@@ -221,15 +259,19 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
             f"meet = {schedule.meet}: of tiles that share keys, of sequences that are whole, and of"
             " those over an FP8 cache, no parts meet: choose 1"
         )
-    if problem.is_fp8 and (
-        schedule.cluster > 1 or schedule.prefetch > 1 or schedule.evict_first > 0
-    ):
+    ahead = 0 if stages_tokens(problem, schedule) else 1
+    if problem.is_fp8 and (schedule.prefetch, schedule.evict_first) != (ahead, 0):
         raise ScheduleError(
-            f"cluster = {schedule.cluster}, prefetch = {schedule.prefetch}, evict_first ="
-            f" {schedule.evict_first}: blocks do not share the keys of an FP8 cache, which no TMA"
-            " loads, and look one block of keys ahead: choose 1, 0 or 1, and 0"
+            f"prefetch = {schedule.prefetch}, evict_first = {schedule.evict_first}: tokens of an"
+            f" FP8 cache wait in shared memory with fewer than {TILE_ROWS} rows, and else are sent"
+            f" for one block of keys ahead, and their lines stay in L2: choose {ahead} and 0"
         )
-    if schedule.tile_rows < TILE_ROWS and problem.num_queries > 1:
+    if problem.is_fp8 and schedule.score_ahead:
+        raise ScheduleError(
+            "score_ahead = True: the math warpgroups have no registers left for it where the"
+            " producer decodes an FP8 cache, and keys would wait for room: choose False"
+        )
+    if schedule.tile_rows < TILE_ROWS and problem.num_queries > problem.num_tokens:
         raise ScheduleError(
             f"tile_rows = {schedule.tile_rows} takes one query token, not {problem.num_queries}: a"
             f" mask by rows would spill registers: choose {TILE_ROWS}"

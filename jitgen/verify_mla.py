@@ -44,7 +44,7 @@ from .ir_mla import (
 )
 from .limits import MAX_BOX, require
 from .lower_mla import mla_tensors
-from .problem_mla import check_mla
+from .problem_mla import TOKEN_BYTES, check_mla
 from .schedule import SWIZZLE_ATOM_BYTES
 from .schedule_mla import (
     BLOCK_KEYS,
@@ -54,6 +54,8 @@ from .schedule_mla import (
     check_mla_schedule,
     mla_smem_plan,
     num_tiles,
+    own_tokens,
+    stages_tokens,
 )
 
 SWIZZLE_BYTES = 128
@@ -131,6 +133,7 @@ class _Block:
     in_loop: bool = False
     has_looped: bool = False
     is_stored: bool = False
+    waiting_bytes: int = 0  # of tokens of an FP8 cache
 
     @property
     def rows(self) -> int:
@@ -240,12 +243,17 @@ class _Block:
         require(columns % CHUNK_COLUMNS == 0, op, f"{columns} columns are not whole chunks")
 
     def load_tokens(self, op: LoadTokens) -> None:
-        problem, tensors = self.kernel.problem, mla_tensors(self.kernel.problem)
+        problem, schedule = self.kernel.problem, self.kernel.schedule
+        tensors = mla_tensors(problem)
         require(self.in_loop, op, "is in the wrong loop")
         require(problem.is_fp8, op, "decodes a cache that is not FP8")
         where = tensors["indices" if problem.sparse else "block_table"]
         require((op.src, op.where) == (tensors["kv_cache"], where), op, f"must look up {where}")
         require(op.num_warps == LOADER_WARPS, op, f"the producer has {LOADER_WARPS} warps")
+        require(op.multicast == self.kernel.body.cluster, op, "must be shared by the cluster")
+        room = own_tokens(schedule) if stages_tokens(problem, schedule) else 0
+        require(op.waiting == room, op, f"must have {room} tokens waiting in shared memory")
+        self.waiting_bytes = op.waiting * TOKEN_BYTES
         shape = BLOCK_KEYS, problem.head_dim_qk
         self.write(op, "keys", op.dst, problem.dtype, shape, smem=True)
 
@@ -294,9 +302,13 @@ class _Block:
             end = offset + size
         limit = self.kernel.target.smem_per_block_bytes
         require(end <= plan.states < plan.total_bytes <= limit, plan, f"exceeds {limit} B")
+        apart = plan.p > plan.queries or plan.p + CHUNK_BYTES <= plan.keys
+        require(apart, plan, f"outputs on their way at {plan.p} meet keys")
 
     def regions(self, stages: int) -> Iterator[tuple[str, int, int]]:
         plan = self.kernel.smem
         yield "queries", plan.queries, self.buffers["queries"].num_bytes
         yield "keys", plan.keys, stages * self.buffers["keys"].num_bytes
-        yield "p", plan.p, CHUNK_BYTES
+        if plan.p > plan.queries:
+            yield "p", plan.p, CHUNK_BYTES
+        yield "tokens", plan.tokens, self.waiting_bytes

@@ -16,7 +16,7 @@ from ..schedule_mla import EVICT_FIRST_BLOCKS, MlaSchedule, check_mla_schedule
 BATCHES = tuple(1 << i for i in range(9))
 # What a field of a schedule may be; the others are as `select_mla` has them.
 VALUES: dict[str, tuple[Any, ...]] = {
-    "tile_rows": (32, 64),
+    "tile_rows": (16, 32, 64),
     "cluster": (1, 2),
     "meet": (1, 2),
     "prefetch": (0, 1),

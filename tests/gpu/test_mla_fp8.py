@@ -59,12 +59,36 @@ def test_random_dense_calls_meet_float64(index: int) -> None:
         run_and_compare(MlaDraw(PROBLEMS[index], lengths, None, rng.getrandbits(31)))
 
 
+SCHEDULES = [
+    (128, MlaSchedule(prefetch=1, overhead=1)),
+    (128, MlaSchedule(cluster=2, prefetch=1)),
+    (64, MlaSchedule(tile_rows=32, cluster=2)),
+    (40, MlaSchedule(tile_rows=16)),
+]
+
+
+@pytest.mark.parametrize(("heads", "schedule"), SCHEDULES, ids=str)
+def test_schedules_meet_float64(heads: int, schedule: MlaSchedule) -> None:
+    for lengths in ((5000,), (700, 0, 129, 64) * 5, (3000, 65) * 70):
+        run_and_compare(MlaDraw(MlaDecode(heads, page=16, cache="fp8"), lengths, schedule, 5))
+
+
 @pytest.mark.parametrize(
-    "schedule", [MlaSchedule(prefetch=0, overhead=1), MlaSchedule(prefetch=1, score_ahead=True)]
+    ("problem", "schedule"),
+    [
+        (MlaDecode(16, cache="fp8"), MlaSchedule(tile_rows=16)),
+        (MlaDecode(128, cache="fp8"), MlaSchedule(cluster=2, prefetch=1)),
+    ],
+    ids=str,
 )
-def test_schedules_meet_float64(schedule: MlaSchedule) -> None:
-    for lengths in ((5000,), (700, 0, 129, 64) * 5):
-        run_and_compare(MlaDraw(MlaDecode(128, page=16, cache="fp8"), lengths, schedule, 5))
+def test_small_results_do_not_depend_on_who_decodes(
+    problem: MlaDecode, schedule: MlaSchedule
+) -> None:
+    inputs = make_inputs(MlaDraw(problem, (1000, 3, 77, 0, 640), None, 31)).values()
+    first = jitgen.mla_decode(*inputs, schedule=schedule)
+    second = jitgen.mla_decode(*inputs, schedule=MlaSchedule(prefetch=1))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(bits(one), bits(other))
 
 
 def test_pages_that_lie_apart_meet_float64() -> None:

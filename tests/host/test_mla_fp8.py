@@ -22,7 +22,7 @@ from jitgen.ir_mla import LoadKeys, LoadTokens, Mask, MaskTokens, MlaKernel, Sto
 from jitgen.lower_mla import lower_mla, mla_tensors
 from jitgen.problem_mla import check_mla
 from jitgen.runtime.store import KernelStore
-from jitgen.schedule_mla import check_mla_schedule, select_mla
+from jitgen.schedule_mla import check_mla_schedule, mla_smem_plan, select_mla, stages_tokens
 from jitgen.tokens_mla import decode_tokens
 from jitgen.verify import verify
 
@@ -121,9 +121,18 @@ def test_check_mla_rejects(problem: MlaDecode, message: str) -> None:
 
 
 def test_check_mla_schedule_rejects_what_an_fp8_cache_cannot() -> None:
-    for schedule in (MlaSchedule(cluster=2), MlaSchedule(prefetch=2)):
-        with pytest.raises(ScheduleError, match="blocks do not share the keys of an FP8 cache"):
-            check_mla_schedule(replace(DENSE, num_heads=128), schedule)
+    for schedule in (
+        MlaSchedule(),
+        MlaSchedule(prefetch=1, evict_first=1),
+        MlaSchedule(prefetch=2),
+        MlaSchedule(tile_rows=32, prefetch=1),
+    ):
+        with pytest.raises(ScheduleError, match="tokens of an FP8 cache wait in shared"):
+            check_mla_schedule(replace(DENSE, num_heads=128, num_queries=1), schedule)
+    with pytest.raises(ScheduleError, match="score_ahead = True"):
+        check_mla_schedule(DENSE, MlaSchedule(prefetch=1, score_ahead=True))
+    for schedule in (MlaSchedule(cluster=2, prefetch=1), MlaSchedule(tile_rows=32, cluster=2)):
+        check_mla_schedule(replace(DENSE, num_heads=128, num_queries=1), schedule)
 
 
 def test_problem_says_what_it_is() -> None:
@@ -259,6 +268,9 @@ def kernel_of(problem: MlaDecode) -> MlaKernel:
     [
         (DENSE, LoadTokens, lambda op: replace(op, num_warps=1), "the producer has 4 warps"),
         (DENSE, LoadTokens, lambda op: None, "must hold keys, holds nothing"),
+        (DENSE, LoadTokens, lambda op: replace(op, multicast=2), "must be shared by the cluster"),
+        (DENSE, LoadTokens, lambda op: replace(op, waiting=8), "must have 0 tokens waiting"),
+        (SPARSE, LoadTokens, lambda op: replace(op, waiting=0), "must have 64 tokens waiting"),
         (
             SPARSE,
             LoadTokens,
@@ -294,15 +306,48 @@ def test_verify_rejects(problem: MlaDecode, kind: type, change: Change, message:
 
 def test_verify_rejects_tokens_of_a_plain_cache() -> None:
     kernel = kernel_of(MlaDecode(4))
-    made = changed(kernel, LoadKeys, lambda op: LoadTokens(op.dst, op.src, op.table, 4))
+    made = changed(kernel, LoadKeys, lambda op: LoadTokens(op.dst, op.src, op.table, 4, 1, 0))
     with pytest.raises(VerifyError, match="decodes a cache that is not FP8"):
         verify(made)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "tokens"), [(16, True, True), (32, False, True), (64, True, False)]
+)
+def test_smem_plan_has_tokens_wait_where_there_is_room(
+    rows: int, outputs: bool, tokens: bool
+) -> None:
+    problem = MlaDecode(16, cache="fp8")
+    schedule = MlaSchedule(tile_rows=rows, prefetch=0 if tokens else 1)
+    plan = mla_smem_plan(problem, schedule)
+    assert plan.keys == rows * 576 * 2
+    assert (plan.p > plan.keys) == outputs  # else over the queries
+    assert stages_tokens(problem, schedule) == tokens
+    assert plan.states - plan.tokens == tokens * 64 * 656
+    verify(lower_mla(problem, schedule))
+
+
+def test_select_mla_fits_tiles_and_clusters_to_the_rows_of_an_fp8_cache() -> None:
+    for heads, queries, sparse, expected in (
+        (16, 1, False, (16, 1, 0)),
+        (17, 1, False, (32, 1, 0)),
+        (8, 2, False, (64, 1, 1)),  # a mask by rows
+        (16, 2, True, (16, 1, 0)),
+        (64, 2, True, (64, 1, 1)),
+        (128, 1, False, (64, 2, 1)),
+        (100, 3, False, (64, 1, 1)),  # five tiles
+    ):
+        problem = MlaDecode(heads, queries, causal=False, cache="fp8", sparse=sparse)
+        schedule = select_mla(problem)
+        assert (schedule.tile_rows, schedule.cluster, schedule.prefetch) == expected
 
 
 @pytest.mark.parametrize(
     "problem",
     [
         MlaDecode(16, causal=False, cache="fp8"),
+        MlaDecode(32, page=7, cache="fp8"),
+        MlaDecode(64, causal=False, cache="fp8"),
         MlaDecode(128, 2, page=128, cache="fp8"),
         MlaDecode(128, 2, causal=False, cache="fp8", sparse=True),
         MlaDecode(5, 3, page=16, causal=False, cache="fp8", sparse=True, sink=True),

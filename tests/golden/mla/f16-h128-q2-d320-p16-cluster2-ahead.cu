@@ -51,7 +51,9 @@ constexpr u32 kChunkBytes = 64 * 128;                       // 64 rows of 64 col
 constexpr u32 kChunks = kDimQk / 64, kHalfChunks = kDimV / 128;  // of a row of K; of the columns of O of a warpgroup
 constexpr u32 kSmemChunks = kChunks - kRegisterChunks;      // of Q that are read from shared memory
 constexpr u32 kStageBytes = kChunks * kChunkBytes;
+constexpr u32 kQueryChunkBytes = kIsFp8 ? kTileRows * 128 : kChunkBytes;  // wgmma reads 64 rows: others follow
 constexpr u32 kHalfV = kDimV / 2;
+constexpr bool kOutputsOverQueries = kSmemP < kSmemKeys;  // on their way out
 constexpr u32 kPieces = kBlockKeys / kPieceRows, kOwnPieces = kPieces / kCluster;  // of a block of keys, TMA boxes
 constexpr u32 kGroups = ceil_div(kChunks, kGroupChunks);    // of chunks that arrive together
 constexpr u32 kStageBarriers = kGroups + 2 + kIsSparse;     // full, one a group; empty, one a half; which keys there are
@@ -153,8 +155,8 @@ template <u32 kHalf> struct Math {
             }
 #pragma unroll
             for (u32 i = 0; i < 4; ++i) {
-                const u32 at = chunk * (kChunkBytes / 16) + 2 * i;
-                if (chunk < kSmemChunks) wgmma_16<T, false>(scores, q + at, k + at, chunk + i > 0);
+                const u32 at = chunk * (kChunkBytes / 16) + 2 * i, q_at = chunk * (kQueryChunkBytes / 16) + 2 * i;
+                if (chunk < kSmemChunks) wgmma_16<T, false>(scores, q + q_at, k + at, chunk + i > 0);
                 else wgmma_16<T, false>(scores, &queries[chunk - kSmemChunks][4 * i], k + at, chunk + i > 0);
             }
         }
@@ -319,16 +321,16 @@ template <u32 kHalf> struct Math {
 
     // The rows of a sequence that one part has whole.
     __device__ __forceinline__ void store_whole(const MlaResults& results, u32 sequence, u32 tile) {
-        if (warp_row >= kTileRows) return;
         const u32 lane = opaque(this->lane);
+        // Of a warp without rows, none: a branch around all this would spill.
+        const u32 first_row = warp_row < kTileRows ? tile * kTileRows + warp_row : kRows;
         float factors[2];
 #pragma unroll
         for (u32 row = 0; row < 2; ++row) {
-            const u32 of_row = tile * kTileRows + warp_row + lane / 4 + row * 8;
+            const u32 of_row = first_row + lane / 4 + row * 8;
             factors[row] = results.factor(results.denominator(of_row, state.max[row], state.sum[row]));
             if (kHalf == 0 && lane % 4 == 0)
-                results.store_lse(sequence, tile * kTileRows + warp_row + lane / 4 + row * 8, state.max[row],
-                                  state.sum[row]);
+                results.store_lse(sequence, of_row, state.max[row], state.sum[row]);
         }
         // By way of shared memory: 16 rows x 32 columns a warp.
         const u32 staging = smem_base + kSmemP + (kHalf * 4 + warp_row / 16) * 1024;
@@ -347,7 +349,7 @@ template <u32 kHalf> struct Math {
             __syncwarp();
 #pragma unroll
             for (u32 i = 0; i < 2; ++i) {
-                const u32 row = tile * kTileRows + warp_row + lane / 4 + i * 8;
+                const u32 row = first_row + lane / 4 + i * 8;
                 const uint4 v = ld_shared_u4(at(lane / 4 + i * 8, lane % 4));
                 if (row < kRows)
                     *reinterpret_cast<uint4*>(results.at(sequence, row, kHalf * kHalfV + column + lane % 4 * 8)) = v;
@@ -392,10 +394,14 @@ __device__ __forceinline__ void compute(u32 smem_base, const Announcement& annou
         math.run(announced.segment.length, announced.segment.begin, count, index, tile_index());
         index += count;
         const Segment segment = announced.segment;
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(q_empty);
+        auto give_up_queries = [&] {
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(q_empty);
+        };
+        if constexpr (!kOutputsOverQueries) give_up_queries();
         if (segment.num_parts == 1) math.store_whole(outputs.results, segment.sequence, tile_index());
         else math.store_part(outputs.partials, segment, part_index(), tile_index());
+        if constexpr (kOutputsOverQueries) give_up_queries();
     }
 }
 
@@ -410,7 +416,7 @@ __device__ __forceinline__ void merge(u32 smem_base, const Announcement& announc
 }
 
 // The producer's leader tells of a segment, of the end if there is none, and has the queries loaded.
-__device__ __forceinline__ void announce(Announcement& announced, Segment& segment, bool is_some, bool is_apart,
+__device__ __forceinline__ void announce(Announcement& announced, Segment segment, bool is_some, bool is_apart,
                                          u32& num_shared, u32 smem_base, u32 q_phase, const TensorMap& map_q,
                                          u32 tile) {
     const u32 q_full = smem_base + kSmemQueryBarriers, q_empty = q_full + 8;
@@ -424,7 +430,7 @@ __device__ __forceinline__ void announce(Announcement& announced, Segment& segme
     if (is_some && segment.begin < segment.end) {
         mbarrier_arrive_expect_tx(q_full, kChunks * kQueryBoxRows * 128);
         for (u32 chunk = 0; chunk < kChunks; ++chunk)
-            tma_load<false>(smem_base + chunk * kChunkBytes, map_q, q_full, chunk * 64,
+            tma_load<false>(smem_base + chunk * kQueryChunkBytes, map_q, q_full, chunk * 64,
                             segment.sequence * kRows + tile * kTileRows, 0);
     } else {
         mbarrier_arrive(q_full);
