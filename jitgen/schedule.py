@@ -40,6 +40,8 @@ F32_TWO_ROWS_ACCUMULATOR_REGISTERS = 136
 GROUPED_TWO_STAGES_ACCUMULATOR_REGISTERS = 176
 # Where every row of B has its scale, by number of math warpgroups: those of 16 columns are at hand.
 SCALED_BY_ROW_ACCUMULATOR_REGISTERS = {1: 156, 2: 156, 3: 92}
+# With float32 results, of one math warpgroup: a bfloat16 residual is widened beside them.
+F32_SCALED_BY_ROW_ACCUMULATOR_REGISTERS = 136
 
 Promotion = Literal["overlapped", "serial"]
 
@@ -237,6 +239,8 @@ def accumulator_registers(problem: Gemm, schedule: Schedule) -> int:
         limits.append(F32_TWO_ROWS_ACCUMULATOR_REGISTERS)
     if by_row:
         limits.append(SCALED_BY_ROW_ACCUMULATOR_REGISTERS[schedule.num_math_warpgroups])
+        if problem.d_dtype == F32 and schedule.num_math_warpgroups == 1:
+            limits.append(F32_SCALED_BY_ROW_ACCUMULATOR_REGISTERS)
     if isinstance(problem, GroupedGemm) and two_waves and schedule.num_stages == 2:
         limits.append(GROUPED_TWO_STAGES_ACCUMULATOR_REGISTERS)
     return min(limits)

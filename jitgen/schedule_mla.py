@@ -254,10 +254,12 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
             f"cluster = {schedule.cluster} does not divide the {tiles} tiles of"
             f" {problem.num_rows} query rows: choose 1"
         )
-    if schedule.meet > 1 and (schedule.cluster > 1 or schedule.whole or problem.is_fp8):
+    if schedule.meet > 1 and (
+        schedule.cluster > 1 or schedule.tile_rows < TILE_ROWS or schedule.whole or problem.is_fp8
+    ):
         raise ScheduleError(
-            f"meet = {schedule.meet}: of tiles that share keys, of sequences that are whole, and of"
-            " those over an FP8 cache, no parts meet: choose 1"
+            f"meet = {schedule.meet}: of tiles that share keys or have fewer than {TILE_ROWS} rows,"
+            " of sequences that are whole, and of those over an FP8 cache, no parts meet: choose 1"
         )
     ahead = 0 if stages_tokens(problem, schedule) else 1
     if problem.is_fp8 and (schedule.prefetch, schedule.evict_first) != (ahead, 0):

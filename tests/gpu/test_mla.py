@@ -59,7 +59,6 @@ def test_edge_lengths_meet_float64(problem: MlaDecode) -> None:
         MlaSchedule(tile_rows=32, cluster=2, slack=1),
         MlaSchedule(meet=2, score_ahead=True),
         MlaSchedule(meet=2, evict_first=32),
-        MlaSchedule(tile_rows=32, meet=2),
     ],
     ids=str,
 )

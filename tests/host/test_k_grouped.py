@@ -38,6 +38,7 @@ from jitgen.lower import lower
 from jitgen.numerics import sum_f32
 from jitgen.problem import of_k_groups
 from jitgen.runtime.store import KernelStore
+from jitgen.schedule import check_schedule
 from jitgen.tuning.model import rank
 from jitgen.tuning.select import select
 from jitgen.tuning.space import candidates
@@ -434,3 +435,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> KernelStore:
 def test_build_compiles_scaled_by_row(sample: tuple[Gemm, Schedule], store: KernelStore) -> None:
     resources = build(lower(*sample), store).resources
     assert (resources.spill_bytes, resources.stack_bytes) == (0, 0)
+
+
+def test_wide_tiles_scaled_by_row_leave_registers_for_float32() -> None:
+    problem = Gemm(32768, 512, F32, b_scale=BY_ROW)
+    schedule = Schedule(64, 240, 3, 1, promotion="serial")
+    with pytest.raises(ScheduleError, match="leave no registers"):
+        check_schedule(problem, schedule)
+    check_schedule(replace(problem, d_dtype=BF16), schedule)

@@ -127,6 +127,7 @@ def test_check_mla_rejects(change: dict[str, Any], message: str) -> None:
         (MlaDecode(16), MlaSchedule(meet=3), "meet = 3 must be one of 1, 2"),
         (MlaDecode(128), MlaSchedule(cluster=2, meet=2), "no parts meet: choose 1"),
         (MlaDecode(16), MlaSchedule(meet=2, whole=True), "no parts meet: choose 1"),
+        (MlaDecode(16), MlaSchedule(meet=2, tile_rows=32), "no parts meet: choose 1"),
         (MlaDecode(16, cache="fp8"), MlaSchedule(meet=2), "no parts meet: choose 1"),
         (MlaDecode(16), MlaSchedule(overhead=0), "overhead = 0"),
         (MlaDecode(16), MlaSchedule(prefetch=-1), "prefetch = -1"),
