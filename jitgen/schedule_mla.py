@@ -22,7 +22,6 @@ FP8_REGISTERS = (88, 208)  # a thread of the producer, and of the math warpgroup
 REGISTER_CHUNKS = 1
 ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
 EVICT_FIRST_BLOCKS = 16  # a tile; of 132 parts 150 MB: beyond, keys lose 2%, below they gain 10%
-H100_SMS = 132
 SHORT_KEYS = 12288  # of one sequence: up to there more blocks of fewer rows win
 PROGRESS_BYTES = 104  # of a warp of the producer: mla_decode.cu.j2
 
@@ -215,13 +214,8 @@ def select_mla(
     is_split = problem.num_queries == 1 and 32 < problem.num_rows <= (128 if is_short else 64)
     tile_rows = 32 if is_single and is_split else TILE_ROWS
     tiles = num_tiles(problem, tile_rows)
-    # Two parts or more of each of a few sequences, if that leaves hardly a multiprocessor idle.
-    parts = num_parts(tiles, H100_SMS, 2)
-    is_few = batch is not None and not is_single and 2 * batch <= parts
-    has_pairs = is_few and not batch_invariant and parts * tiles > 0.95 * H100_SMS
     return MlaSchedule(
         tile_rows=tile_rows,
-        meet=2 if has_pairs else 1,
         num_stages=stages,
         evict_first=EVICT_FIRST_BLOCKS * min(tiles, 4),
         score_ahead=num_tiles(problem) >= 4,
