@@ -136,3 +136,13 @@ def test_prebuild_takes_one_source_of_problems(run: Run, sources: tuple[object, 
     result = run(*sources)
     assert result.exit_code == 2
     assert "give one of --grid, --problems or --model" in result.stderr
+
+
+def test_prebuild_of_a_grid_makes_the_kernels_of_that_grid(
+    handed_over: Callable[..., list[Any]],
+) -> None:
+    kinds = {
+        grid: {type(problem) for problem, _ in handed_over("--grid", grid)} - {Quantization}
+        for grid in ("dense", "grouped", "mla")
+    }
+    assert kinds == {"dense": {Gemm}, "grouped": {GroupedGemm}, "mla": {MlaDecode}}
