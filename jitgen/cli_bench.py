@@ -260,17 +260,14 @@ def bench_load(
     Compiles the kernels of every m into the store first.
     """
     from . import build
+    from .plans import plan
     from .problem import Gemm
     from .runtime import driver
     from .tuning import bench, load
-    from .tuning.model import m_buckets
-    from .tuning.select import select
 
     device = bench.check_machine()
     driver.make_current(device.ordinal)
-    problem = Gemm(n, k)
-    buckets = m_buckets(range(1, 8193))
-    kernels = [*dict.fromkeys((problem, select(problem, m, device.gpu)) for m in buckets)]
+    kernels = plan(Gemm(n, k), range(1, 8193)).kernels
     build.prebuild(kernels)
     times = load.measure_loads(
         kernels,

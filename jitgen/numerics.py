@@ -255,13 +255,17 @@ def quantize_rows(x: NDArray[Any], power_of_two: bool = False) -> tuple[NDArray[
         scale: F32Array = amax / np.float32(E4M3_MAX)
         inverse: F32Array = np.float32(E4M3_MAX) / amax
         if power_of_two:
-            bits = scale.view(np.uint32)
-            rounded = (bits + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
-            scale = np.where(np.isfinite(scale), rounded.view(np.float32), scale)
+            scale = ceil_to_power_of_two(scale)
             inverse = np.float32(1) / scale
         scaled = (x * inverse[..., None].astype(x.dtype)).astype(np.float32)
     np.copyto(scale, NAN_F32, where=np.isnan(scale))
     return round_to(scaled, E4M3), scale
+
+
+def ceil_to_power_of_two(scale: F32Array) -> F32Array:
+    """Scales above 0 rounded up to powers of two, as ue8m0 holds them; infinities and NaN stay."""
+    rounded = (scale.view(np.uint32) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
+    return np.where(np.isfinite(scale), rounded.view(np.float32), scale)
 
 
 def check_block(block: object) -> None:

@@ -31,7 +31,7 @@ from .errors import ProblemError, ScheduleError, VerifyError
 from .ir_mla import MlaParameter, MlaTensor
 from .limits import require
 from .merge import NoSmem
-from .numerics import AMAX_FLOOR, E4M3_MAX, NAN_F32, round_to
+from .numerics import AMAX_FLOOR, E4M3_MAX, NAN_F32, ceil_to_power_of_two, round_to
 from .target import SM90A, Target
 
 TILE = 128  # rows and columns of a tile, and columns of a block
@@ -372,8 +372,7 @@ def _scales(values: Array, rows: int, rule: Rule) -> Array:
         else:
             sf = np.maximum(amax, _SMALLEST_AMAX) * (np.float32(1) / np.float32(E4M3_MAX))
     if rule == "reciprocal_ue8m0":
-        rounded = (sf.view(np.uint32) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
-        sf = np.where(np.isfinite(sf), rounded.view(np.float32), sf)
+        sf = ceil_to_power_of_two(sf)
     return np.where(np.isnan(sf), NAN_F32, sf)
 
 

@@ -32,9 +32,6 @@ class LinearShape:
         return f"[{self.tokens}, {self.in_features}] x {self.out_features}"
 
 
-SHAPES = (LinearShape(4096, 7168, 2112), LinearShape(4096, 7168, 4096))  # DeepSeek-V3
-
-
 @dataclass(frozen=True)
 class LinearRow:
     """Microseconds of a step, medians.
@@ -59,9 +56,7 @@ class LinearRow:
         return asdict(self) | {"derived": {"speedups": ratios}}
 
 
-def bench_linear(
-    shapes: Iterable[LinearShape] = SHAPES, device: str = "cuda"
-) -> Iterator[LinearRow]:
+def bench_linear(shapes: Iterable[LinearShape], device: str = "cuda") -> Iterator[LinearRow]:
     """A row for each shape, of random data."""
     for shape in shapes:
         steps = make_steps(shape, device)

@@ -14,12 +14,9 @@ from typing import TYPE_CHECKING
 
 from ..build import key_of
 from ..errors import StoreError
-from ..kernel import Kernel
-from ..lower import lower
-from ..problem import Gemm
+from ..lower import AnyKernel, AnyProblem, AnySchedule, lower_any
 from ..runtime.entry import Entry
 from ..runtime.store import KernelStore
-from ..schedule import Schedule
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,9 +41,9 @@ class LoadTime:
 
 
 def measure_loads(
-    kernels: Sequence[tuple[Gemm, Schedule]],
+    kernels: Sequence[tuple[AnyProblem, AnySchedule]],
     open_store: Callable[[], KernelStore],
-    load: Callable[[Entry, Kernel], object],
+    load: Callable[[Entry, AnyKernel], object],
     *,
     num_rounds: int,
 ) -> tuple[LoadTime, ...]:
@@ -67,7 +64,7 @@ def measure_loads(
         store = open_store()
         for problem, schedule in kernels:
             started = time.perf_counter()
-            kernel = lower(problem, schedule)
+            kernel = lower_any(problem, schedule)
             key = key_of(kernel)
             keyed = time.perf_counter()
             entry = store.get(key)
@@ -77,7 +74,7 @@ def measure_loads(
             load(entry, kernel)
             loaded = time.perf_counter()
             asked = time.perf_counter()
-            absent = replace(key_of(lower(problem, schedule)), arch="none")  # which nobody has
+            absent = replace(key_of(lower_any(problem, schedule)), arch="none")  # which nobody has
             found_absent = store.get(absent)
             missed = time.perf_counter()
             if round_ and found_absent is None:  # the first round warms up

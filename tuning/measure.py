@@ -5,7 +5,6 @@ It runs in a process of its own, see `worker`: a kernel may end that.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -20,7 +19,6 @@ from ..dtypes import E4M3, F32
 from ..errors import (
     CandidateError,
     CompileError,
-    DeviceError,
     ProblemError,
     ScheduleError,
     VerifyError,
@@ -37,7 +35,7 @@ from .keys import TunedProblem
 from .measure_mla import MlaCase
 from .operands import make_weights
 from .space import numerics_class
-from .timing import NUM_PROFILES, profile_calls, summarize_calls
+from .timing import profile_in_turns
 
 E4M3_NAN = 0x7F
 SAMPLE_MACS = 3 * 10**7  # multiply-adds of the interpreter that may prove a result, about
@@ -109,18 +107,8 @@ def time_in_turns(calls: Sequence[Callable[[], object]], num_calls: int) -> list
     ------
     DeviceError : records of the profiler were lost, several times
     """
-
-    def attempt() -> list[list[float]]:
-        runs = profile_calls([*calls] * (1 + num_calls))
-        of_each = [runs[i :: len(calls)][1:] for i in range(len(calls))]
-        for same in of_each:
-            summarize_calls(same)  # which sees that they ran the same kernels
-        return [[sum(event.duration_us for event in run) for run in same] for same in of_each]
-
-    for _ in range(NUM_PROFILES - 1):
-        with contextlib.suppress(DeviceError):
-            return attempt()
-    return attempt()
+    of_each = profile_in_turns(calls, 1 + num_calls, skipped=1)
+    return [[sum(event.duration_us for event in run) for run in same] for same in of_each]
 
 
 class _Case:

@@ -22,7 +22,6 @@ from .keys import TunedProblem, TunedSchedule, is_tunable, tuned
 from .model import choose, choose_for_all, m_bucket
 from .records import Key, file_of, read_file, shipped_folder, user_folder
 from .space import is_legal
-from .space_mla import is_mla_legal
 
 
 @overload
@@ -111,15 +110,9 @@ def _recorded(problem: TunedProblem, bucket: int, gpu: Gpu) -> TunedSchedule | N
     for folder in (user_folder(), shipped_folder()):
         schedule = _schedules(file_of(folder, gpu, plain)).get((gpu, plain, bucket))
         # That of an old record may be legal no more.
-        if schedule is not None and _can_run(schedule, problem):
+        if schedule is not None and is_legal(problem, schedule):
             return schedule
     return None
-
-
-def _can_run(schedule: TunedSchedule, problem: TunedProblem) -> bool:
-    if isinstance(problem, MlaDecode):
-        return isinstance(schedule, MlaSchedule) and is_mla_legal(problem, schedule)
-    return isinstance(schedule, Schedule) and is_legal(problem, schedule)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,7 +8,9 @@ from dataclasses import fields, replace
 
 from ..errors import ScheduleError
 from ..problem import Gemm, GroupedGemm
+from ..problem_mla import MlaDecode
 from ..schedule import Promotion, Schedule, check_schedule, max_stages
+from ..schedule_mla import MlaSchedule, check_mla_schedule
 from ..target import SM90A, Target
 
 # (rows of wgmma's, math warpgroups): 64 or 128 rows a warpgroup.
@@ -63,10 +65,17 @@ def _tiles(problem: Gemm) -> Iterator[Schedule]:
             )
 
 
-def is_legal(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> bool:
-    """Whether check_schedule accepts the schedule."""
+def is_legal(
+    problem: Gemm | MlaDecode, schedule: Schedule | MlaSchedule, target: Target = SM90A
+) -> bool:
+    """Whether the schedule is of the problem's family, and can run it."""
     try:
-        check_schedule(problem, schedule, target)
+        if isinstance(problem, MlaDecode) and isinstance(schedule, MlaSchedule):
+            check_mla_schedule(problem, schedule, target)
+        elif isinstance(problem, Gemm) and isinstance(schedule, Schedule):
+            check_schedule(problem, schedule, target)
+        else:
+            return False
     except ScheduleError:
         return False
     return True

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..dtypes import BF16
-from ..errors import ScheduleError
 from ..problem_mla import MlaDecode
-from ..schedule_mla import EVICT_FIRST_BLOCKS, MlaSchedule, check_mla_schedule
+from ..schedule_mla import EVICT_FIRST_BLOCKS, MlaSchedule
+from .space import is_legal
 
 # Sequences of a call: a schedule is for all batches down to the next lower of these. Lengths are
 # known on the device only.
@@ -37,22 +37,13 @@ def mla_name(problem: MlaDecode) -> str:
     return f"h{problem.num_heads}-q{problem.num_queries}-{dims}-p{problem.page}{form}"
 
 
-def is_mla_legal(problem: MlaDecode, schedule: MlaSchedule) -> bool:
-    """Whether check_mla_schedule accepts the schedule."""
-    try:
-        check_mla_schedule(problem, schedule)
-    except ScheduleError:
-        return False
-    return True
-
-
 def mla_candidates(problem: MlaDecode, first: MlaSchedule) -> list[MlaSchedule]:
     """Legal schedules, those first that differ from `first` in the fewest fields."""
     found = [
         replace(first, **dict(zip(VALUES, values, strict=True)))
         for values in itertools.product(*VALUES.values())
     ]
-    legal = (schedule for schedule in found if is_mla_legal(problem, schedule))
+    legal = (schedule for schedule in found if is_legal(problem, schedule))
     return sorted(
         legal, key=lambda s: sum(getattr(s, name) != getattr(first, name) for name in VALUES)
     )

@@ -80,9 +80,26 @@ def measure_in_turns(
         flush.fill_(1)
         call()
 
-    def attempt() -> list[Measurement]:
+    return [summarize_calls(runs) for runs in profile_in_turns(variants, calls)]
+
+
+def profile_in_turns(
+    variants: Sequence[Callable[[], object]], calls: int, *, skipped: int = 0
+) -> list[list[list[DeviceEvent]]]:
+    """What ran for each of `variants` in its `calls` calls, without the first `skipped`; they take
+    turns, each with a cold L2.
+
+    Raises
+    ------
+    DeviceError : records were lost, or the calls of one ran other kernels, several times
+    """
+
+    def attempt() -> list[list[list[DeviceEvent]]]:
         runs = profile_calls([*variants] * calls)
-        return [summarize_calls(runs[i :: len(variants)]) for i in range(len(variants))]
+        of_each = [runs[i :: len(variants)][skipped:] for i in range(len(variants))]
+        for same in of_each:
+            summarize_calls(same)  # which sees that they ran the same kernels
+        return of_each
 
     for _ in range(NUM_PROFILES - 1):
         with contextlib.suppress(DeviceError):

@@ -20,6 +20,13 @@ from ..layouts import GroupLayout, with_tensor
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by the size of an element
 
 
+def is_recorded(x: torch.Tensor) -> bool:
+    """Whether a compiler traces what is done with x, or a CUDA graph captures it: it is done again
+    later, with other values."""
+    is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return bool(torch.compiler.is_compiling() or is_captured)
+
+
 def multiply(
     a: torch.Tensor,
     b: torch.Tensor,

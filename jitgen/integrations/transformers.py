@@ -19,6 +19,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 
 from ..problem import Gemm, supports
 from .latent_attention import AbsorbedAttention, can_absorb
+from .tensors import is_recorded
 from .torch_ops import operators
 
 BLOCK = (128, 128)  # of the weights' scales
@@ -161,10 +162,7 @@ class _Inputs:
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of the rows of x."""
         rows = x.reshape(-1, x.shape[-1])
-        is_recorded = torch.compiler.is_compiling() or (
-            x.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
-        if is_recorded or x.is_inference() or x.numel() > self.MAX_ELEMENTS:
+        if is_recorded(x) or x.is_inference() or x.numel() > self.MAX_ELEMENTS:
             return _quantize(rows)
         last = self.last  # read once: other threads may replace it
         if last is None or last[0] is not x or last[1] != x._version:

@@ -20,7 +20,7 @@ import torch
 
 from ..errors import ProblemError
 from ..groups import find_fault
-from ..integrations.tensors import to_numpy
+from ..integrations.tensors import is_recorded, to_numpy
 from ..integrations.torch_ops import operators
 from ..problem import K_UNIT, of_k_groups
 
@@ -45,10 +45,7 @@ class _Layer(torch.nn.Module):  # type: ignore[misc]
         """Codes and scales of the weight, and of its transpose if that is wanted."""
         weight = self.weight.detach()
         # What a graph replays, or a compiler traces, quantizes the weight that is there then.
-        is_recorded = torch.compiler.is_compiling() or (
-            weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
-        if not self.keep_codes or is_recorded or weight.is_inference():
+        if not self.keep_codes or is_recorded(weight) or weight.is_inference():
             return _quantize(weight, (BLOCK, BLOCK), transposed)
         key = weight.data_ptr(), weight._version, weight.shape, weight.dtype, weight.device
         if self._kept is None or self._kept[0] != key or (transposed and len(self._kept[1]) < 4):

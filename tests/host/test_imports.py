@@ -108,7 +108,7 @@ ALLOWED |= {
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"}
     | {"tuning.bench_fused", "tuning.bench_mla", "tuning.report_mla"}
-    | {"tuning", "tuning.bench_linear", "tuning.load", "build", "problem", "runtime"},
+    | {"tuning.bench_linear", "tuning.load", "build", "plans", "problem", "runtime"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
     "cli_explain": _before
     | {"runtime", "build", "control", "epilogues", "schedule_text", "tuning"},

@@ -15,7 +15,7 @@ from jitgen.expr import gate, up
 from jitgen.layouts import Ragged
 from jitgen.problem import Gemm, GroupedGemm
 from jitgen.schedule import Schedule
-from jitgen.tuning import bench, measure
+from jitgen.tuning import bench, measure, timing
 from jitgen.tuning.measure import GpuMeasurer, time_in_turns
 from jitgen.tuning.timing import NUM_PROFILES, DeviceEvent
 
@@ -261,7 +261,7 @@ def profile(monkeypatch: pytest.MonkeyPatch, lost: list[bool]) -> None:
             raise DeviceError("records are missing")
         return [[DeviceEvent(name, 0.0, us) for name, us in call()] for call in calls]
 
-    monkeypatch.setattr(measure, "profile_calls", profile_calls)
+    monkeypatch.setattr(timing, "profile_calls", profile_calls)
 
 
 def test_time_in_turns_sums_the_kernels_of_each_call_after_the_first(

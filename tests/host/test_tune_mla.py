@@ -21,10 +21,10 @@ from jitgen.tuning.model import m_bucket, m_buckets
 from jitgen.tuning.records import Record, file_of, read_file, save
 from jitgen.tuning.select import reload_records, select
 from jitgen.tuning.session import Session, read_journal
+from jitgen.tuning.space import is_legal
 from jitgen.tuning.space_mla import (
     BATCHES,
     VALUES,
-    is_mla_legal,
     mla_as_tuned,
     mla_candidates,
     mla_name,
@@ -68,7 +68,7 @@ def test_candidates_are_legal_and_begin_with_the_choice_without_records(
         found = mla_candidates(problem, first)
         assert found[0] == first
         assert len(set(found)) == len(found) > 1
-        assert all(is_mla_legal(problem, schedule) for schedule in found)
+        assert all(is_legal(problem, schedule) for schedule in found)
         differ = [sum(getattr(s, n) != getattr(first, n) for n in VALUES) for s in found]
         assert differ == sorted(differ)
 
