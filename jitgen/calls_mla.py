@@ -210,6 +210,7 @@ def _arguments(kernel: MlaKernel, about: MlaCall) -> list[Argument]:
     values: dict[str, Argument] = {name: Pointer(i) for i, name in enumerate(places)}
     values |= {
         "map_q": tensor_map(0, num_rows, about.pitch_q, q_box),
+        "pitch_q": UInt32(about.pitch_q),
         "num_sequences": UInt32(about.batch * problem.num_tokens),
         "block_table_stride": UInt32(about.list_stride),
         "indices_stride": UInt32(about.list_stride),

@@ -35,6 +35,41 @@ def mla_constants(kernel: MlaKernel) -> dict[str, int]:
     merge = next(stmt for stmt in stmts if isinstance(stmt, Merge))
     boxes = [stmt.box[0] for stmt in stmts if isinstance(stmt, LoadKeys)]
     producer_registers, math_registers = registers(problem)
+    if problem.is_fp8:
+        run = 1 if problem.sparse else min(problem.page & -problem.page, 64)
+        return {
+            "kHeads": problem.num_heads,
+            "kQueries": problem.num_rows // problem.num_heads,
+            "kTokens": problem.num_tokens,
+            "kDimQk": problem.head_dim_qk,
+            "kDimV": problem.head_dim_v,
+            "kPage": problem.page,
+            "kRunTokens": run,
+            "kCausal": int(problem.causal),
+            "kTileRows": body.tile_rows,
+            "kTiles": body.tiles,
+            "kBlockKeys": loop.step,
+            "kOverhead": body.split.overhead,
+            "kWhole": int(body.split.whole),
+            "kSlack": body.split.slack,
+            "kNumStages": schedule.num_stages,
+            "kHasSink": int(problem.sink),
+            "kTokenBlockBytes": 1040,
+            "kPBlockBytes": 264,
+            "kProducerRegisters": 40,
+            "kScoreRegisters": 120,
+            "kOutRegisters": 176,
+            "kSmemQueries": smem.queries,
+            "kSmemP": smem.p,
+            "kSmemTokens": smem.tokens,
+            "kSmemTokenBlocks": smem.token_blocks,
+            "kSmemPBlocks": smem.p_blocks,
+            "kSmemStates": smem.states,
+            "kSmemBarriers": smem.barriers,
+            "kSmemAnnouncement": smem.announcement,
+            "kSmemWalkers": smem.walkers,
+            "kSmemBytes": smem.total_bytes,
+        }
     return {
         "kHeads": problem.num_heads,
         "kQueries": problem.num_rows // problem.num_heads,

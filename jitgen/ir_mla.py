@@ -380,16 +380,16 @@ class MlaKernel:
     @property
     def num_threads(self) -> int:
         """Threads of a block: the math warpgroups and the producer's."""
-        return WARPGROUP_THREADS * (self.schedule.num_math_warpgroups + 1)
+        return 512 if self.problem.is_fp8 else WARPGROUP_THREADS * (self.schedule.num_math_warpgroups + 1)
 
     @property
     def parameters(self) -> tuple[MlaParameter, ...]:
         """The kernel's arguments, in order."""
         fp8, sparse = self.problem.is_fp8, self.problem.sparse
-        maps = ("map_q",) if fp8 else ("map_q", "map_kv")
+        maps = () if fp8 else ("map_q", "map_kv")
         where = ("indices", "topk_length") if sparse else ("block_table", "seqlens_k")
         pointers = {
-            **({"kv_cache": "const u8*"} if fp8 else {}),
+            **({"q": f"const {self.problem.dtype.cuda}*", "kv_cache": "const u8*"} if fp8 else {}),
             **dict.fromkeys(where, "const int*"),
             "o": f"{self.problem.dtype.cuda}*",
             "lse": "float*",
@@ -399,7 +399,7 @@ class MlaKernel:
             **({"sink": "const float*"} if self.problem.sink else {}),
         }
         strides = ("indices_stride", "num_tokens", "topk") if sparse else ("block_table_stride",)
-        scalars = ("num_sequences", *strides, "page_rows", "scale_log2")
+        scalars = (*(("pitch_q",) if fp8 else ()), "num_sequences", *strides, "page_rows", "scale_log2")
         return (
             *(MlaParameter(name, f"const __grid_constant__ TensorMap {name}") for name in maps),
             *(MlaParameter(name, f"{kind} {name}") for name, kind in pointers.items()),

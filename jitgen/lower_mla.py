@@ -50,7 +50,7 @@ def lower_mla(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A)
     check_mla_schedule(problem, schedule, target)
     return MlaKernel(
         name=mla_kernel_name(problem, schedule),
-        family="mla_decode",
+        family="mla_decode_fp8" if problem.is_fp8 else "mla_decode",
         problem=problem,
         schedule=schedule,
         target=target,
@@ -119,7 +119,7 @@ def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
         smem_k, tensors["kv_cache"], where, kv_box, schedule.cluster
     )
     if problem.is_fp8:
-        waiting = own_tokens(schedule) if stages_tokens(problem, schedule) else 0
+        waiting = 0
         load = LoadTokens(
             smem_k, tensors["kv_cache"], where, LOADER_WARPS, schedule.cluster, waiting
         )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from .errors import ScheduleError
 from .problem_mla import TOKEN_BYTES, MlaDecode
@@ -17,6 +17,8 @@ CHUNK_COLUMNS = 64  # of 16 bits: 128 bytes, the swizzle span
 CHUNK_BYTES = 64 * ROW_BYTES
 GROUP_CHUNKS = 2  # chunks of a block of keys that arrive together, of a plain cache
 LOADER_WARPS = 4  # of the producer that decode an FP8 cache, each its share of every block of keys
+TOKEN_BLOCK_BYTES = 1040
+P_BLOCK_BYTES = 264
 BATCH_TOKENS = 4  # that such a warp decodes at a time
 FP8_REGISTERS = (88, 208)  # a thread of the producer, and of the math warpgroups: as REGISTER_SPLIT
 REGISTER_CHUNKS = 1
@@ -92,6 +94,8 @@ class MlaSmemPlan:
     maxima: int  # of the cluster's other part
     announcement: int
     walkers: int  # of the producer's warps, which decode an FP8 cache
+    token_blocks: int
+    p_blocks: int
     total_bytes: int
 
 
@@ -154,6 +158,25 @@ def num_meet_barriers(schedule: MlaSchedule) -> int:
 
 def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
     """Where each buffer lies: swizzled tiles first, on 1024-byte boundaries."""
+    if problem.is_fp8:
+        stages = schedule.num_stages
+        sizes = {
+            "queries": num_chunks(problem) * schedule.tile_rows * ROW_BYTES,
+            "p": 2 * CHUNK_BYTES,
+            "tokens": stages * BLOCK_KEYS * TOKEN_BYTES,
+            "token_blocks": stages * TOKEN_BLOCK_BYTES,
+            "p_blocks": 2 * P_BLOCK_BYTES,
+            "states": 1584,
+            "barriers": 8 * (3 * stages + 6),
+            "announcement": ANNOUNCEMENT_BYTES,
+            "walkers": 64,
+        }
+        offset, offsets = 0, {}
+        for name, size in sizes.items():
+            offsets[name] = offset
+            offset += size
+        rest = {f.name: 0 for f in fields(MlaSmemPlan) if f.name not in offsets}
+        return MlaSmemPlan(**{**rest, **offsets, "total_bytes": offset})
     rows = schedule.tile_rows if problem.is_fp8 else TILE_ROWS
     is_full = problem.is_fp8 and rows == 32  # 16 leave more room, and 64 have no tokens waiting
     sizes = {
@@ -173,7 +196,7 @@ def mla_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> MlaSmemPlan:
         offset += size
     if is_full:
         offsets["p"] = offsets["queries"]
-    return MlaSmemPlan(**offsets, total_bytes=offset)
+    return MlaSmemPlan(**offsets, token_blocks=0, p_blocks=0, total_bytes=offset)
 
 
 def num_parts(tiles: int, num_sms: int, meet: int = 1) -> int:
@@ -200,13 +223,11 @@ def select_mla(
     stages = 2 if problem.head_dim_qk > 320 else 4
     is_single = batch == 1 and not batch_invariant
     if problem.is_fp8:
-        rows, is_one = problem.num_rows, problem.num_queries == problem.num_tokens
-        tile_rows = (16 if rows <= 16 else 32) if is_one and rows <= 32 else TILE_ROWS
+        rows = problem.num_rows
+        tile_rows = next((r for r in (16, 32) if rows <= r), TILE_ROWS)
         return MlaSchedule(
             tile_rows=tile_rows,
-            cluster=2 if num_tiles(problem) % 2 == 0 else 1,
-            num_stages=stages,
-            prefetch=1 if tile_rows == TILE_ROWS else 0,
+            num_stages=3 if tile_rows == TILE_ROWS else 4,
             whole=batch_invariant,
         )
     # Parts of one sequence have few keys: with tiles of fewer rows they leave less for the merge.
@@ -231,7 +252,7 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
         ("tile_rows", (16, 32, 64) if problem.is_fp8 else (32, 64)),
         ("cluster", (1, 2)),
         ("meet", (1, 2)),
-        ("num_stages", (2, 4)),
+        ("num_stages", (2, 3, 4)),
         ("prefetch", range(9)),
         ("overhead", range(1, 65)),
         ("slack", range(1, 17)),
@@ -255,7 +276,7 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
             f"meet = {schedule.meet}: of tiles that share keys or have fewer than {TILE_ROWS} rows,"
             " of sequences that are whole, and of those over an FP8 cache, no parts meet: choose 1"
         )
-    ahead = 0 if stages_tokens(problem, schedule) else 1
+    ahead = 0
     if problem.is_fp8 and (schedule.prefetch, schedule.evict_first) != (ahead, 0):
         raise ScheduleError(
             f"prefetch = {schedule.prefetch}, evict_first = {schedule.evict_first}: tokens of an"
@@ -267,7 +288,7 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
             "score_ahead = True: the math warpgroups have no registers left for it where the"
             " producer decodes an FP8 cache, and keys would wait for room: choose False"
         )
-    if schedule.tile_rows < TILE_ROWS and problem.num_queries > problem.num_tokens:
+    if not problem.is_fp8 and schedule.tile_rows < TILE_ROWS and problem.num_queries > problem.num_tokens:
         raise ScheduleError(
             f"tile_rows = {schedule.tile_rows} takes one query token, not {problem.num_queries}: a"
             f" mask by rows would spill registers: choose {TILE_ROWS}"

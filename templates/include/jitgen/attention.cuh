@@ -13,6 +13,14 @@ __device__ __forceinline__ void ldmatrix_x4(u32 smem, u32* r) {
                  : "memory");
 }
 
+// The same, each transposed: of 8 rows of 16 bytes a lane gets rows 2 (lane % 4) and the next, columns lane / 4.
+__device__ __forceinline__ void ldmatrix_x4_transposed(u32 smem, u32* r) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(smem)
+                 : "memory");
+}
+
 // 2^x to 2 units in the last place, 0 for -inf (PTX ISA, ex2.approx.ftz).
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;

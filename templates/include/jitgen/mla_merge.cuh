@@ -5,11 +5,30 @@
 
 namespace jitgen {
 
+// How outputs lie in wgmma's accumulators, in units of four, two columns of two rows, in strips of rows.
+// Query rows are the accumulators' rows: columns 8 j + 2 t and the next one of rows g and g + 8, for [16 rows][half of
+// the columns][j][lane 4 g + t].
+template <u32 kDimV> struct RowUnits {
+    static constexpr u32 kStripRows = 16, kStripUnits = kStripRows * kDimV / 4, kSecondRow = 8;
+    static __device__ __forceinline__ u32 row(u32 unit) { return unit / kStripUnits * 16 + unit % 32 / 4; }
+    static __device__ __forceinline__ u32 column(u32 unit) {
+        return unit / (kStripUnits / 2) % 2 * (kDimV / 2) + unit / 32 % (kDimV / 16) * 8 + unit % 4 * 2;
+    }
+};
+// Query rows are the accumulators' columns: output columns 16 j + 2 g and the next one of rows 2 t and 2 t + 1, for
+// [8 rows][j][lane 4 g + t].
+template <u32 kDimV> struct ColumnUnits {
+    static constexpr u32 kStripRows = 8, kStripUnits = kStripRows * kDimV / 4, kSecondRow = 1;
+    static __device__ __forceinline__ u32 row(u32 unit) { return unit / kStripUnits * 8 + unit % 4 * 2; }
+    static __device__ __forceinline__ u32 column(u32 unit) { return unit / 32 % (kDimV / 16) * 16 + unit % 32 / 4 * 2; }
+};
+
 // Partial outputs, not yet divided, and their rows' maxima and sums: [part][0: its first, 1: its last segment][tile].
-// Outputs lie as wgmma's accumulators do, four of a thread side by side: columns 8 j + 2 t and the next one of rows g
-// and g + 8, for [16 rows][half of the columns][j][lane 4 g + t].
-template <u32 kTiles, u32 kDimV> struct Partials {
-    static constexpr u32 kRows = 64, kStripUnits = 16 * kDimV / 4;  // of a tile, at most; of 16 rows
+template <u32 kTiles, u32 kDimV, class Units_ = RowUnits<kDimV>> struct Partials {
+    using Units = Units_;
+    static constexpr u32 kRows = 64;  // of a tile, at most
+    static constexpr u32 kTileUnits = kRows * kDimV / 4;
+    static constexpr u32 kStripUnits = Units::kStripUnits;
     float4* out;
     float2* states;
     u32* counters;  // [part][tile], of the sequence that begins in the part: all zero between launches
@@ -59,7 +78,7 @@ struct Merged {
 template <class T, u32 kHeads, u32 kQueries, u32 kDimV, u32 kTokens, bool kHasSink, u32 kTileRows_>
 struct Results {
     static constexpr u32 kTileRows = kTileRows_, kRows = kHeads * kQueries;
-    static constexpr u32 kHalfV = kDimV / 2, kStripUnits = 16 * kDimV / 4;
+    static constexpr u32 kHalfV = kDimV / 2;
     T* o;
     float* lse;
     const float* sink;  // of each head, if kHasSink
@@ -82,25 +101,27 @@ struct Results {
         const u64 index = (head * kTokens + sequence % kTokens) * kQueries + row / kHeads;
         lse[index] = sum == 0.0f ? infinity() : (max + log2f(sum)) * 0.693147181f;
     }
-    // A unit of four merged outputs, of rows g and g + 8.
-    __device__ __forceinline__ void store_unit(u32 sequence, u32 tile, u32 unit, const Merged& v) const {
-        const u32 row = tile * kTileRows + unit / kStripUnits * 16 + unit % 32 / 4;
-        const u32 column = unit / (kStripUnits / 2) % 2 * kHalfV + unit / 32 % (kHalfV / 8) * 8 + unit % 4 * 2;
+    // A unit of four merged outputs.
+    template <class Units> __device__ __forceinline__ void store_unit(u32 sequence, u32 tile, u32 unit,
+                                                                      const Merged& v) const {
+        const u32 row = tile * kTileRows + Units::row(unit), column = Units::column(unit);
+        const u32 other = row + Units::kSecondRow;
         const float first = factor(denominator(row, v.max[0], v.sum[0]));
-        const float second = factor(denominator(row + 8, v.max[1], v.sum[1]));
+        const float second = factor(denominator(other, v.max[1], v.sum[1]));
         u32* to = reinterpret_cast<u32*>(at(sequence, row, column));
         if (row < kRows) *to = pack<T>(v.out.x * first, v.out.y * first);
-        if (row + 8 < kRows) to[8 * kDimV / 2] = pack<T>(v.out.z * second, v.out.w * second);
+        if (other < kRows) to[Units::kSecondRow * kDimV / 2] = pack<T>(v.out.z * second, v.out.w * second);
         if (column > 0) return;
         store_lse(sequence, row, v.max[0], v.sum[0]);
-        store_lse(sequence, row + 8, v.max[1], v.sum[1]);
+        store_lse(sequence, other, v.max[1], v.sum[1]);
     }
 };
 
-// Merges a part's share of the outputs of a sequence that it shares with others.
-template <class Shares, class Outcome> struct Merger {
-    static constexpr u32 kRows = Outcome::kRows, kStrip = Shares::kStripUnits;
-    static constexpr u32 kSlots = 12;  // partial results on a thread's way at a time: L2 answers after 700 clocks
+// Merges a part's share of the outputs of a sequence that it shares with others, with kSlots partial results on a
+// thread's way at a time: L2 answers after 700 clocks.
+template <class Shares, class Outcome, u32 kSlots = 12> struct Merger {
+    using Units = typename Shares::Units;
+    static constexpr u32 kRows = Outcome::kRows;
 
     const Shares& partials;
     const Outcome& results;
@@ -132,10 +153,10 @@ template <class Shares, class Outcome> struct Merger {
                 for (u32 k = 0; k < kUnits; ++k) {
                     const u32 index = unit + k * stride;
                     const bool is_there = split < num_splits() && index < last;
-                    const float2* state = partials.states + at * Shares::kRows + index / kStrip * 16 + index % 32 / 4;
-                    outs[k][i] = ld_l2_if(is_there, partials.out + at * (4 * kStrip) + index, float4{});
+                    const float2* state = partials.states + at * Shares::kRows + Units::row(index);
+                    outs[k][i] = ld_l2_if(is_there, partials.out + at * Shares::kTileUnits + index, float4{});
                     states[k][0][i] = ld_l2_if(is_there, state, {-infinity(), 0.0f});
-                    states[k][1][i] = ld_l2_if(is_there, state + 8, {-infinity(), 0.0f});
+                    states[k][1][i] = ld_l2_if(is_there, state + Units::kSecondRow, {-infinity(), 0.0f});
                 }
             }
 #pragma unroll
@@ -153,7 +174,7 @@ template <class Shares, class Outcome> struct Merger {
 #pragma unroll
             for (u32 k = 0; k < kUnits; ++k)
                 if (unit + k * threads < last)
-                    results.store_unit(segment.sequence, tile, unit + k * threads, merged[k]);
+                    results.template store_unit<Units>(segment.sequence, tile, unit + k * threads, merged[k]);
         }
     }
 
@@ -178,7 +199,7 @@ template <class Shares, class Outcome> struct Merger {
             const float2 first_row[1] = {{state.x, state.y}}, second_row[1] = {{state.z, state.w}};
             total.add(outs, first_row, second_row);
         }
-        results.store_unit(segment.sequence, tile, unit, total);
+        results.template store_unit<Units>(segment.sequence, tile, unit, total);
     }
 
     // By `threads` threads, 128 or 256, of which this one is `thread`; they meet at `barrier`.
@@ -186,7 +207,8 @@ template <class Shares, class Outcome> struct Merger {
         if (thread == 0) wait_at_least(partials.counter(segment, tile), segment.num_parts);
         named_barrier_sync(barrier, threads);
         // The share, in units of four outputs, whole 32-byte sectors of O.
-        const u32 num_units = ceil_div(min(Outcome::kTileRows, kRows - tile * Outcome::kTileRows), 16) * kStrip;
+        const u32 num_rows = min(Outcome::kTileRows, kRows - tile * Outcome::kTileRows);
+        const u32 num_units = ceil_div(num_rows, Units::kStripRows) * Units::kStripUnits;
         const u32 share = round_up(ceil_div(num_units, segment.num_parts), 8);
         const u32 first = (part - segment.first_part) * share, last = min(first + share, num_units);
         if (share <= threads / 2) {

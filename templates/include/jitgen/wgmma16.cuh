@@ -48,7 +48,12 @@ __device__ __forceinline__ void wgmma_16(float (&d)[kCount], const u32* a, u32 b
                        "n"(kDescriptorHigh));                                                                          \
     }
 #define JITGEN_WGMMA16_SHAPES(T, NAME)                                                   \
+    JITGEN_WGMMA16(T, NAME, false, 16, 2, 8, 9, 10, 11, 12, 13, 14, 15)                  \
+    JITGEN_WGMMA16(T, NAME, false, 32, 4, 16, 17, 18, 19, 20, 21, 22, 23)                \
     JITGEN_WGMMA16(T, NAME, false, 64, 8, 32, 33, 34, 35, 36, 37, 38, 39)                \
+    JITGEN_WGMMA16(T, NAME, true, 16, 2, 8, 9, 10, 11, 12, 13, 14, 15)                   \
+    JITGEN_WGMMA16(T, NAME, true, 32, 4, 16, 17, 18, 19, 20, 21, 22, 23)                 \
+    JITGEN_WGMMA16(T, NAME, true, 64, 8, 32, 33, 34, 35, 36, 37, 38, 39)                 \
     JITGEN_WGMMA16(T, NAME, true, 128, 16, 64, 65, 66, 67, 68, 69, 70, 71)               \
     JITGEN_WGMMA16(T, NAME, true, 256, 32, 128, 129, 130, 131, 132, 133, 134, 135)
 JITGEN_WGMMA16_SHAPES(bf16, "bf16")
