@@ -147,11 +147,12 @@ def check_register_split(kernel: AnyKernel, compiled: Compiled) -> None:
     """
     if isinstance(kernel, (MergeKernel, QuantizationKernel)):
         return  # they have no setmaxnreg
-    warpgroups = kernel.schedule.num_math_warpgroups
-    producer, math = (
-        registers(kernel.problem) if isinstance(kernel, MlaKernel) else REGISTER_SPLIT[warpgroups]
-    )
-    need = WARPGROUP_THREADS * (producer + warpgroups * math)
+    if isinstance(kernel, MlaKernel):
+        need = WARPGROUP_THREADS * sum(registers(kernel.problem))
+    else:
+        warpgroups = kernel.schedule.num_math_warpgroups
+        producer, math = REGISTER_SPLIT[warpgroups]
+        need = WARPGROUP_THREADS * (producer + warpgroups * math)
     have = compiled.resources.registers * kernel.num_threads
     if need > have:
         raise CompileError(

@@ -188,8 +188,7 @@ def _arguments(kernel: MlaKernel, about: MlaCall) -> list[Argument]:
     """The kernel's arguments; addresses are those of `mla_on_device`."""
     from .ir_mla import LoadKeys, LoadQueries, walk_mla
 
-    problem, loads = kernel.problem, list(walk_mla(kernel.body.body))
-    q_box = next(stmt.box for stmt in loads if isinstance(stmt, LoadQueries))
+    problem = kernel.problem
     num_rows = about.batch * problem.num_tokens * problem.num_rows
 
     def tensor_map(index: int, rows: int, pitch: int, box: tuple[int, int]) -> TensorMap:
@@ -209,7 +208,6 @@ def _arguments(kernel: MlaKernel, about: MlaCall) -> list[Argument]:
     places = (*ADDRESSED[problem.sparse], "o", "lse", "partial_out", "partial_states", "counters")
     values: dict[str, Argument] = {name: Pointer(i) for i, name in enumerate(places)}
     values |= {
-        "map_q": tensor_map(0, num_rows, about.pitch_q, q_box),
         "pitch_q": UInt32(about.pitch_q),
         "num_sequences": UInt32(about.batch * problem.num_tokens),
         "block_table_stride": UInt32(about.list_stride),
@@ -219,7 +217,9 @@ def _arguments(kernel: MlaKernel, about: MlaCall) -> list[Argument]:
         "page_rows": UInt32(about.page_rows),
         "scale_log2": UInt32(scale_bits),
     }
-    for stmt in loads:
+    for stmt in walk_mla(kernel.body.body):
+        if isinstance(stmt, LoadQueries):
+            values["map_q"] = tensor_map(0, num_rows, about.pitch_q, stmt.box)
         if isinstance(stmt, LoadKeys):
             rows = (about.num_blocks - 1) * about.page_rows + problem.page
             values["map_kv"] = tensor_map(1, rows, about.pitch_kv, stmt.box)

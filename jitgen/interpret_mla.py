@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .dtypes import DType
 from .errors import ProblemError
 from .ir_mla import (
     Attend,
@@ -28,7 +29,6 @@ from .ir_mla import (
     ForKeys,
     LoadKeys,
     LoadQueries,
-    LoadTokens,
     Mask,
     MaskTokens,
     Merge,
@@ -39,8 +39,26 @@ from .ir_mla import (
     Soften,
     StoreOutput,
 )
+from .ir_mla_fp8 import (
+    AttendTokens,
+    LoadTokens,
+    ScaleQueries,
+    ScoreTokens,
+    Settle,
+    SoftenTokens,
+    Tokens,
+    WeighTokens,
+)
 from .numerics_16 import wgmma_16
-from .tokens_mla import decode_tokens
+from .problem_mla import SCALE_COLUMNS
+from .tokens_mla import (
+    CODE_UNITS,
+    LEAST_UNIT,
+    MAX_SLACK,
+    UNIT_SLACK,
+    WEIGHT_EXPONENT,
+    split_tokens,
+)
 
 Array = NDArray[Any]
 Numerics = Literal["hopper", "exact"]
@@ -140,11 +158,9 @@ class _Machine:
                 case Fill():
                     self.buffers[stmt.dst.name] = np.full(stmt.dst.shape, stmt.value, self.real)
                 case LoadQueries():
-                    self.load_queries(stmt)
+                    self.buffers[stmt.dst.name] = self.queries
                 case LoadKeys():
                     self.load_keys(stmt)
-                case LoadTokens():
-                    self.load_tokens(stmt)
                 case Score():
                     a, b = self.buffers[stmt.a.name], self.buffers[stmt.b.name]
                     self.buffers[stmt.dst.name] = self.mma(a, b)
@@ -166,6 +182,24 @@ class _Machine:
                     self.merge(stmt)
                 case StoreOutput():
                     self.store(stmt)
+                case ScaleQueries():
+                    self.scale_queries(stmt)
+                case LoadTokens():
+                    self.load_tokens(stmt)
+                case ScoreTokens():
+                    self.score_tokens(stmt)
+                case WeighTokens():
+                    self.weigh_tokens(stmt)
+                case SoftenTokens():
+                    self.soften_tokens(stmt)
+                case AttendTokens():
+                    self.attend_tokens(stmt)
+                case Settle():
+                    self.settle(stmt)
+
+    def rounded(self, x: Array, dtype: DType) -> Array:
+        """x in a buffer of `dtype`; float64 stays exact."""
+        return x if self.exact else x.astype(dtype.numpy)
 
     def mma(self, a: Array, b: Array, out: Array | None = None) -> Array:
         """a @ b^T + out"""
@@ -174,13 +208,15 @@ class _Machine:
             return product if out is None else out + product
         return wgmma_16(a, b, out)
 
-    def load_queries(self, op: LoadQueries) -> None:
+    @property
+    def queries(self) -> Array:
+        """The tile's rows of q, 0 beyond the last one."""
         problem = self.kernel.problem
         source = self.tensors["q"].reshape(-1, problem.num_rows, problem.head_dim_qk)
         rows = source[self.segment.sequence][self.rows[0] : self.rows[-1] + 1]
-        tile = np.zeros(op.dst.shape, op.dst.dtype.numpy)
+        tile = np.zeros((self.kernel.body.tile_rows, problem.head_dim_qk), problem.dtype.numpy)
         tile[: len(rows)] = rows
-        self.buffers[op.dst.name] = tile
+        return tile
 
     def load_keys(self, op: LoadKeys) -> None:
         page, first = self.kernel.problem.page, self.block * op.dst.shape[0]
@@ -204,14 +240,87 @@ class _Machine:
         tokens[tokens >= len(self.tensors["kv_cache"]) * page] = -1
         return np.maximum(tokens, -1)
 
+    def scale_queries(self, op: ScaleQueries) -> None:
+        q, columns = self.queries, op.dst.shape[1]
+        largest = int((q.view(np.uint16) & 0x7FFF).max())
+        exponent = min(141 - (largest >> 7), 126)
+        scaled = np.ldexp(q.astype(self.real), exponent)
+        self.buffers[op.dst.name] = self.rounded(scaled[:, :columns], op.dst.dtype)
+        self.buffers[op.tail.name] = self.rounded(scaled[:, columns:], op.tail.dtype)
+        self.buffers[op.unit.name] = np.ldexp(np.ones(1, self.real), -exponent)
+
     def load_tokens(self, op: LoadTokens) -> None:
-        page, tokens = self.kernel.problem.page, self.tokens(op.dst.shape[0])
-        there = tokens >= 0
-        found = self.tensors["kv_cache"][tokens[there] // page, tokens[there] % page, 0]
-        decoded = decode_tokens(found, exact=self.exact)
-        tile = np.zeros(op.dst.shape, decoded.dtype)
-        tile[there] = decoded
-        self.buffers[op.dst.name] = tile
+        at = self.tokens(op.tokens.units.shape[0])
+        page, there = self.kernel.problem.page, at >= 0
+        found = self.tensors["kv_cache"][at[there] // page, at[there] % page, 0]
+        codes, scales, tail = split_tokens(found)
+        scales = scales.astype(self.real)
+        units = np.maximum(np.abs(scales).max(axis=1), self.real.type(LEAST_UNIT))
+        ratios = scales * self.real.type(CODE_UNITS) / units[:, None]
+        of_buffers = (
+            (op.tokens.codes, codes),
+            (op.tokens.tail, tail),
+            (op.tokens.ratios, self.rounded(ratios, op.tokens.ratios.dtype)),
+            (op.tokens.units, units),
+        )
+        for buffer, values in of_buffers:
+            block = np.zeros(buffer.shape, values.dtype)
+            block[there] = values
+            self.buffers[buffer.name] = block
+
+    def decode(self, tokens: Tokens) -> Array:
+        """The columns of codes, in units of CODE_UNITS a token's unit."""
+        codes, ratios = self.buffers[tokens.codes.name], self.buffers[tokens.ratios.name]
+        of_code = np.repeat(ratios.astype(self.real), SCALE_COLUMNS, axis=1)
+        return self.rounded(codes.astype(self.real) * of_code, tokens.ratios.dtype)
+
+    def score_tokens(self, op: ScoreTokens) -> None:
+        units = self.buffers[op.tokens.units.name] / self.real.type(CODE_UNITS)
+        scores = self.mma(self.buffers[op.queries.name], self.decode(op.tokens)) * units
+        self.buffers[op.dst.name] = self.mma(
+            self.buffers[op.query_tail.name], self.buffers[op.tokens.tail.name], scores
+        )
+
+    def weigh_tokens(self, op: WeighTokens) -> None:
+        units, before = self.buffers[op.units.name], self.buffers[op.exponent.name][0]
+        exponent, growth = before, 0.0
+        if units.any():
+            least = np.frexp(units.max())[1]  # that with which all units are below 2^exponent
+            exponent = least if least - 1 >= before + UNIT_SLACK else before
+            growth = max(before - exponent, -126) if before > -np.inf else 0.0
+        weight = np.exp2(WEIGHT_EXPONENT - exponent) if exponent > -np.inf else 0.0
+        self.buffers[op.exponent.name] = np.full(1, exponent, self.real)
+        self.buffers[op.growth.name] = np.full(1, np.exp2(growth), self.real)
+        self.buffers[op.weights.name] = units * self.real.type(weight)
+
+    def soften_tokens(self, op: SoftenTokens) -> None:
+        scores, top = self.buffers[op.scores.name], self.buffers[op.max.name]
+        growth = self.buffers[op.growth.name]
+        scale = self.real.type(self.softmax_scale * LOG2_E) * self.buffers[op.unit.name][0]
+        with np.errstate(over="ignore"):
+            limit = (self.real.type(MAX_SLACK) + top) * (1 / scale)
+        highest, new = scores.max(axis=1), top
+        if growth[0] != 1 or np.any(highest > limit):
+            new = np.maximum(top, highest * scale)
+        e = self.exp2(scores.astype(np.float64) * scale - new.astype(np.float64)[:, None])
+        factor = self.exp2(top.astype(np.float64) - new)
+        self.buffers[op.max.name] = new
+        self.buffers[op.factor.name] = factor * growth
+        self.buffers[op.sum.name] = self.buffers[op.sum.name] * factor + e.sum(axis=1)
+        self.buffers[op.p.name] = self.rounded(e * self.buffers[op.weights.name], op.p.dtype)
+
+    def attend_tokens(self, op: AttendTokens) -> None:
+        values = self.decode(op.tokens)[:, : op.out.shape[1]]
+        out = self.buffers[op.out.name] * self.buffers[op.factor.name][:, None]
+        p = self.buffers[op.p.name]
+        self.buffers[op.out.name] = self.mma(p, np.ascontiguousarray(values.T), out)
+
+    def settle(self, op: Settle) -> None:
+        exponent = self.buffers[op.exponent.name][0]
+        if exponent > -np.inf:
+            factor = self.real.type(np.exp2(exponent - WEIGHT_EXPONENT) / CODE_UNITS)
+            self.buffers[op.out.name] = self.buffers[op.out.name] * factor
+        self.buffers[op.max.name][self.buffers[op.sum.name] == 0] = -np.inf
 
     def mask(self, op: Mask) -> None:
         problem, scores = self.kernel.problem, self.buffers[op.scores.name]
@@ -230,7 +339,7 @@ class _Machine:
         self.buffers[op.max.name] = new
         self.buffers[op.factor.name] = factor
         self.buffers[op.sum.name] = self.buffers[op.sum.name] * factor + e.sum(axis=1)
-        self.buffers[op.p.name] = e if self.exact else e.astype(op.p.dtype.numpy)
+        self.buffers[op.p.name] = self.rounded(e, op.p.dtype)
 
     def exp2(self, x: Array) -> Array:
         """2^x of float64, to nearest; results below the normal range are 0 (ex2.approx.ftz)."""

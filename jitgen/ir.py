@@ -70,6 +70,18 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class MlaTensor:
+    """The same of other kernels than GEMM: extents known at run time only have a name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
 class Buffer:
     """A tile on the chip; pipelined buffers have one copy a stage.
 

@@ -7,7 +7,6 @@
              | LoadQueries(dst, src)        dst = the tile's rows of q
              | LoadKeys(dst, src, table)    dst = the block's keys, where the block table has them;
                                             0 beyond the sequence's end
-             | LoadTokens(dst, src, where)  as LoadKeys, of an FP8 cache, decoded
              | Score(dst, a, b)             dst = a @ b^T, a chain of k16 steps that starts at 0
              | Mask(scores, causal)         -inf for keys that a row must not see
              | MaskTokens(scores, indices)  -inf where a list has no token of the cache
@@ -15,6 +14,7 @@
              | Attend(out, p, values, ...)  out = out * factor + p @ the first columns of values
              | Merge(out, max, sum)         the parts' results become one, in the order of parts
              | StoreOutput(o, lse, ...)     o = out / sum, lse = log(sum) + max, in natural units
+             | an op of ir_mla_fp8          over an FP8 cache
 
 A segment is a range of blocks of one sequence's keys, worked on by one part for every tile of
 query rows; Split says which. The order of blocks within a segment, and of parts in a merge, is that
@@ -27,23 +27,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from .ir import Buffer
+from .ir import Buffer, MlaTensor
+from .ir_mla_fp8 import TokenOp
 from .problem_mla import MlaDecode
 from .schedule import WARPGROUP_THREADS
-from .schedule_mla import MlaSchedule, MlaSmemPlan
+from .schedule_mla import MlaSchedule, MlaSmemPlan, registers
 from .target import Target
-
-
-@dataclass(frozen=True)
-class MlaTensor:
-    """A kernel argument in global memory; extents known at run time only have a name."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
 @dataclass(frozen=True)
@@ -171,38 +160,6 @@ class LoadKeys:
         return (
             f"{self.dst.name} = load {self.src.name}[{self.table.name}[sequence, key / page],"
             f" key % page] for key:+{self.dst.shape[0]} via tma{note}"
-        )
-
-
-@dataclass(frozen=True)
-class LoadTokens:
-    """Of each token dst = code * s, s the float32 scale of the code's 128 columns, then the last 64
-    columns as they are; in bfloat16: s is split into h + l, h = s and l = s - h each rounded to
-    bfloat16, and code * h + code * l is rounded once, with code * l rounded before.
-
-    where : the block table, or for each query token the tokens of the cache that it looks at; 0 for
-        those that are not there: beyond a sequence's end, or no token of the cache
-    num_warps : that decode, each its share of dst's rows
-    multicast : blocks of a cluster, each of which decodes its share of these rows for all
-    waiting : tokens of a block that wait in shared memory as they are; 0: in registers
-    """
-
-    dst: Buffer
-    src: MlaTensor
-    where: MlaTensor
-    num_warps: int
-    multicast: int
-    waiting: int
-
-    def __str__(self) -> str:
-        at = (
-            f"{self.where.name}[token, key]"
-            if self.where.name == "indices"
-            else f"{self.where.name}[sequence, key / page], key % page"
-        )
-        return (
-            f"{self.dst.name} = decode {self.src.name}[{at}] for key:+{self.dst.shape[0]} by"
-            f" {self.num_warps} warps{f' of {self.multicast} blocks' if self.multicast > 1 else ''}"
         )
 
 
@@ -344,7 +301,6 @@ MlaStmt = (
     Fill
     | LoadQueries
     | LoadKeys
-    | LoadTokens
     | Score
     | Mask
     | MaskTokens
@@ -352,6 +308,7 @@ MlaStmt = (
     | Attend
     | Merge
     | StoreOutput
+    | TokenOp
     | ForKeys
 )
 
@@ -380,7 +337,7 @@ class MlaKernel:
     @property
     def num_threads(self) -> int:
         """Threads of a block: the math warpgroups and the producer's."""
-        return 512 if self.problem.is_fp8 else WARPGROUP_THREADS * (self.schedule.num_math_warpgroups + 1)
+        return WARPGROUP_THREADS * len(registers(self.problem))
 
     @property
     def parameters(self) -> tuple[MlaParameter, ...]:
@@ -399,7 +356,8 @@ class MlaKernel:
             **({"sink": "const float*"} if self.problem.sink else {}),
         }
         strides = ("indices_stride", "num_tokens", "topk") if sparse else ("block_table_stride",)
-        scalars = (*(("pitch_q",) if fp8 else ()), "num_sequences", *strides, "page_rows", "scale_log2")
+        pitch = ("pitch_q",) if fp8 else ()
+        scalars = (*pitch, "num_sequences", *strides, "page_rows", "scale_log2")
         return (
             *(MlaParameter(name, f"const __grid_constant__ TensorMap {name}") for name in maps),
             *(MlaParameter(name, f"{kind} {name}") for name, kind in pointers.items()),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from .dtypes import F32
-from .ir import Buffer
+from .dtypes import BF16, E4M3, F16, F32
+from .ir import Buffer, MlaTensor
 from .ir_mla import (
     Attend,
     Fill,
@@ -13,30 +13,37 @@ from .ir_mla import (
     ForSegments,
     LoadKeys,
     LoadQueries,
-    LoadTokens,
     Mask,
     MaskTokens,
     Merge,
     MlaKernel,
-    MlaTensor,
+    MlaStmt,
     Score,
     Soften,
     Split,
     StoreOutput,
 )
+from .ir_mla_fp8 import (
+    AttendTokens,
+    LoadTokens,
+    ScaleQueries,
+    ScoreTokens,
+    Settle,
+    SoftenTokens,
+    Tokens,
+    WeighTokens,
+)
 from .problem_mla import TOKEN_BYTES, MlaDecode, check_mla
 from .schedule_mla import (
     BLOCK_KEYS,
     CHUNK_COLUMNS,
-    LOADER_WARPS,
     MlaSchedule,
     check_mla_schedule,
     mla_smem_plan,
     num_tiles,
-    own_tokens,
-    stages_tokens,
 )
 from .target import SM90A, Target
+from .tokens_mla import CODES, COLUMNS, NO_MAX, NUM_SCALES
 
 
 def lower_mla(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A) -> MlaKernel:
@@ -63,16 +70,15 @@ def lower_mla(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A)
 def mla_kernel_name(problem: MlaDecode, schedule: MlaSchedule) -> str:
     """The kernel's `extern "C"` name: stable, and found by those who look for FlashMLA's."""
     p, s = problem, schedule
-    mask, ahead = "_causal" if p.causal else "", "_ahead" if s.score_ahead else ""
-    ahead += "_whole" if s.whole else ""
-    meet = f"_m{s.meet}" if s.meet > 1 else ""
-    once = f"_e{s.evict_first}" if s.evict_first else ""
     form = "_fp8" * p.is_fp8 + "_sparse" * p.sparse
+    meet, ahead = f"_m{s.meet}" * (s.meet > 1), f"_f{s.prefetch}" * (not p.is_fp8)
+    cluster = f"_c{s.cluster}{meet}" * (not p.is_fp8)
+    once = f"_e{s.evict_first}" * (s.evict_first > 0)
     return (
         f"flash_fwd_splitkv_mla{form}_kernel{'_sink' * p.sink}_{p.dtype}_h{p.num_heads}"
-        f"_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}_p{p.page}{mask}"
-        f"_r{s.tile_rows}_c{s.cluster}{meet}_s{s.num_stages}_f{s.prefetch}_o{s.overhead}"
-        f"_t{s.slack}{once}{ahead}"
+        f"_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}_p{p.page}"
+        f"{'_causal' * p.causal}_r{s.tile_rows}{cluster}_s{s.num_stages}{ahead}_o{s.overhead}"
+        f"_t{s.slack}{once}{'_ahead' * s.score_ahead}{'_whole' * s.whole}"
     )
 
 
@@ -102,27 +108,87 @@ def mla_tensors(problem: MlaDecode) -> dict[str, MlaTensor]:
 
 
 def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
-    tensors, dtype = mla_tensors(problem), problem.dtype
-    rows, keys = schedule.tile_rows, BLOCK_KEYS
-    smem_q = Buffer("smem_q", dtype, (rows, problem.head_dim_qk), "smem", swizzle_bytes=128)
-    smem_k = Buffer("smem_k", dtype, (keys, problem.head_dim_qk), "smem", True, 128)
-    scores = Buffer("scores", F32, (rows, keys), "registers")
-    p = Buffer("p", dtype, (rows, keys), "registers")
-    out = Buffer("out", F32, (rows, problem.head_dim_v), "registers")
+    rows, tensors = schedule.tile_rows, mla_tensors(problem)
     top, total, factor = (
         Buffer(name, F32, (rows,), "registers") for name in ("max", "sum", "factor")
     )
-    q_box = (min(rows, problem.num_rows), CHUNK_COLUMNS)
-    kv_box = (min(problem.page, keys // schedule.cluster), CHUNK_COLUMNS)
-    where = tensors["indices" if problem.sparse else "block_table"]
-    load: LoadKeys | LoadTokens = LoadKeys(
-        smem_k, tensors["kv_cache"], where, kv_box, schedule.cluster
+    scores = Buffer("scores", F32, (rows, BLOCK_KEYS), "registers")
+    out = Buffer("out", F32, (rows, problem.head_dim_v), "registers")
+    stmts = (_fp8_stmts if problem.is_fp8 else _plain_stmts)(
+        problem, schedule, scores, out, top, total, factor
     )
-    if problem.is_fp8:
-        waiting = 0
-        load = LoadTokens(
-            smem_k, tensors["kv_cache"], where, LOADER_WARPS, schedule.cluster, waiting
-        )
+    return ForSegments(
+        Split(BLOCK_KEYS, schedule.overhead, schedule.slack, schedule.whole),
+        rows,
+        num_tiles(problem, rows),
+        schedule.cluster,
+        (
+            *stmts,
+            Merge(out, top, total, schedule.meet),
+            StoreOutput(tensors["o"], tensors["lse"], tensors.get("sink"), out, top, total),
+        ),
+    )
+
+
+def _plain_stmts(
+    problem: MlaDecode,
+    schedule: MlaSchedule,
+    scores: Buffer,
+    out: Buffer,
+    top: Buffer,
+    total: Buffer,
+    factor: Buffer,
+) -> tuple[MlaStmt, ...]:
+    tensors, dtype, rows = mla_tensors(problem), problem.dtype, schedule.tile_rows
+    columns = problem.head_dim_qk
+    smem_q = Buffer("smem_q", dtype, (rows, columns), "smem", swizzle_bytes=128)
+    smem_k = Buffer("smem_k", dtype, (BLOCK_KEYS, columns), "smem", True, 128)
+    p = Buffer("p", dtype, (rows, BLOCK_KEYS), "registers")
+    q_box = (min(rows, problem.num_rows), CHUNK_COLUMNS)
+    kv_box = (min(problem.page, BLOCK_KEYS // schedule.cluster), CHUNK_COLUMNS)
+    loop = ForKeys(
+        BLOCK_KEYS,
+        (
+            LoadKeys(smem_k, tensors["kv_cache"], tensors["block_table"], kv_box, schedule.cluster),
+            Score(scores, smem_q, smem_k),
+            Mask(scores, tensors["seqlens_k"], problem.causal),
+            Soften(p, scores, top, total, factor),
+            Attend(out, p, smem_k, factor),
+        ),
+    )
+    return (
+        LoadQueries(smem_q, tensors["q"], q_box),
+        Fill(top, -math.inf),
+        Fill(total, 0.0),
+        Fill(out, 0.0),
+        loop,
+    )
+
+
+def _fp8_stmts(
+    problem: MlaDecode,
+    schedule: MlaSchedule,
+    scores: Buffer,
+    out: Buffer,
+    top: Buffer,
+    total: Buffer,
+    factor: Buffer,
+) -> tuple[MlaStmt, ...]:
+    tensors, rows, keys = mla_tensors(problem), schedule.tile_rows, BLOCK_KEYS
+    where = tensors["indices" if problem.sparse else "block_table"]
+    smem_q = Buffer("smem_q", F16, (rows, CODES), "smem", swizzle_bytes=128)
+    smem_q_tail = Buffer("smem_q_tail", BF16, (rows, COLUMNS - CODES), "smem", swizzle_bytes=128)
+    tokens = Tokens(
+        Buffer("smem_codes", E4M3, (keys, CODES), "smem", True),
+        Buffer("smem_tail", BF16, (keys, COLUMNS - CODES), "smem", True),
+        Buffer("smem_ratios", F16, (keys, NUM_SCALES), "smem", True),
+        Buffer("smem_units", F32, (keys,), "smem", True),
+    )
+    p = Buffer("p", F16, (rows, keys), "smem", True, 128)
+    weights = Buffer("weights", F32, (keys,), "registers")
+    unit, exponent, growth = (
+        Buffer(name, F32, (1,), "registers") for name in ("unit", "exponent", "growth")
+    )
     mask = (
         MaskTokens(scores, where)
         if problem.sparse
@@ -131,25 +197,20 @@ def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
     loop = ForKeys(
         keys,
         (
-            load,
-            Score(scores, smem_q, smem_k),
+            LoadTokens(tokens, tensors["kv_cache"], where),
+            ScoreTokens(scores, smem_q, smem_q_tail, tokens),
             mask,
-            Soften(p, scores, top, total, factor),
-            Attend(out, p, smem_k, factor),
+            WeighTokens(weights, growth, exponent, tokens.units),
+            SoftenTokens(p, scores, unit, top, total, factor, weights, growth),
+            AttendTokens(out, p, tokens, factor),
         ),
     )
-    return ForSegments(
-        Split(keys, schedule.overhead, schedule.slack, schedule.whole),
-        rows,
-        num_tiles(problem, rows),
-        schedule.cluster,
-        (
-            LoadQueries(smem_q, tensors["q"], q_box),
-            Fill(top, -math.inf),
-            Fill(total, 0.0),
-            Fill(out, 0.0),
-            loop,
-            Merge(out, top, total, schedule.meet),
-            StoreOutput(tensors["o"], tensors["lse"], tensors.get("sink"), out, top, total),
-        ),
+    return (
+        ScaleQueries(smem_q, smem_q_tail, unit, tensors["q"]),
+        Fill(top, NO_MAX),
+        Fill(total, 0.0),
+        Fill(exponent, -math.inf),
+        Fill(out, 0.0),
+        loop,
+        Settle(out, top, total, exponent),
     )

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from .dtypes import BF16, F16, F32, DType
 from .errors import ProblemError, ScheduleError, VerifyError
-from .ir_mla import MlaParameter, MlaTensor
+from .ir import MlaTensor
+from .ir_mla import MlaParameter
 from .limits import require
 from .target import SM90A, Target
 

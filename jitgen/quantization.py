@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from .dtypes import BF16, E4M3, F32, DType
 from .errors import ProblemError, ScheduleError, VerifyError
-from .ir_mla import MlaParameter, MlaTensor
+from .ir import MlaTensor
+from .ir_mla import MlaParameter
 from .limits import require
 from .merge import NoSmem
 from .numerics import AMAX_FLOOR, E4M3_MAX, NAN_F32, ceil_to_power_of_two, round_to

@@ -16,8 +16,13 @@ from .problem_mla import FP8_HEAD_DIMS, SCALE_COLUMNS, TOKEN_BYTES
 Array = NDArray[Any]
 COLUMNS, CODES = FP8_HEAD_DIMS
 NUM_SCALES = CODES // SCALE_COLUMNS
-_NAN_VALUE = 480.0  # what the code of NaN counts as: its bits go on where those of 448 end
-_BF16_BITS = 8  # of a significand
+# The arithmetic of `ir_mla_fp8`, with the same names in templates/include/jitgen/mla_codes.cuh.
+LEAST_UNIT = 2.0**-60  # of a token
+CODE_UNITS = 64.0  # that a code of the largest scale counts in a token's unit: a ratio in float16
+WEIGHT_EXPONENT = 4  # p <= 2^8 and units < 2^(exponent + 3): weighted p < 2^15, in float16
+UNIT_SLACK = 3  # by which units may exceed the exponent, in log2
+MAX_SLACK = 8.0  # by which scores may exceed the maximum that p is relative to, in log2
+NO_MAX = -1e38  # the maximum before the first key
 
 
 def quantize_tokens(keys: Array) -> Array:
@@ -33,24 +38,17 @@ def quantize_tokens(keys: Array) -> Array:
     return tokens.reshape(*keys.shape[:-1], TOKEN_BYTES)
 
 
-def decode_tokens(tokens: Array, *, exact: bool = False) -> Array:
-    """[n, 576] of uint8 [n, 656]: bfloat16 as `ir_mla.LoadTokens` says, or exact, as float64."""
-    codes, scales, tail = np.split(tokens, (CODES, CODES + 4 * NUM_SCALES), axis=1)
-    values = codes.view(E4M3.numpy).astype(np.float64)
-    values = np.where(np.isnan(values), np.where(codes & 0x80, -_NAN_VALUE, _NAN_VALUE), values)
-    of_code = np.repeat(np.ascontiguousarray(scales).view(np.float32), SCALE_COLUMNS, axis=1)
-    last = np.ascontiguousarray(tail).view(BF16.numpy)
-    if exact:
-        return np.concatenate([values * of_code.astype(np.float64), last.astype(np.float64)], 1)
-    with np.errstate(invalid="ignore", over="ignore"):
-        high = of_code.astype(BF16.numpy).astype(np.float32)
-        low = (of_code - high).astype(BF16.numpy).astype(np.float64)
-        decoded = _round(values * high.astype(np.float64) + _round(values * low))
-        return np.concatenate([decoded.astype(BF16.numpy), last], axis=1)
+def decode_tokens(tokens: Array) -> Array:
+    """float64 [n, 576] of uint8 [n, 656], exact; NaN for the codes of NaN."""
+    codes, scales, tail = split_tokens(tokens)
+    of_code = np.repeat(scales.astype(np.float64), SCALE_COLUMNS, axis=1)
+    return np.concatenate([codes.astype(np.float64) * of_code, tail.astype(np.float64)], axis=1)
 
 
-def _round(x: Array) -> Array:
-    """float64 rounded to bfloat16's precision, to nearest even, as float64."""
-    fraction, exponent = np.frexp(x)
-    rounded: Array = np.ldexp(np.rint(np.ldexp(fraction, _BF16_BITS)), exponent - _BF16_BITS)
-    return rounded
+def split_tokens(tokens: Array) -> tuple[Array, Array, Array]:
+    """Codes [n, 512], float32 scales [n, 4] and bfloat16 [n, 64] of uint8 [n, 656]."""
+    codes, scales, tail = (
+        np.ascontiguousarray(part)
+        for part in np.split(tokens, (CODES, CODES + 4 * NUM_SCALES), axis=1)
+    )
+    return codes.view(E4M3.numpy), scales.view(np.float32), tail.view(BF16.numpy)

@@ -6,7 +6,6 @@ been written for it, in the same loop or, where it is carried through the loop o
     LoadQueries -> queries                        once, before the loop
     Fill        -> max = -inf, sum = 0, out = 0   before the loop, which carries them
     LoadKeys    -> keys                           in the loop, for every block
-    LoadTokens  -> keys                           the same, of an FP8 cache
     Score       -> scores          queries, keys
     Mask        -> masked scores   scores
     MaskTokens  -> masked scores   scores, of sparse decode
@@ -14,6 +13,16 @@ been written for it, in the same loop or, where it is carried through the loop o
     Attend                         p, keys, factor; out
     Merge       -> merged          max, sum, out, after the loop
     StoreOutput                    merged
+
+Over an FP8 cache, where max begins at NO_MAX, and exponent is carried, too, -inf at first:
+
+    ScaleQueries -> queries, query tail, unit     once, before the loop
+    LoadTokens   -> codes, tail, ratios, units    in the loop, for every block
+    ScoreTokens  -> scores          queries, query tail; all of the tokens
+    WeighTokens  -> weights, growth units; exponent
+    SoftenTokens -> weighted p, factor  masked scores, unit, weights, growth; max, sum
+    AttendTokens                    weighted p, codes, ratios, factor; out
+    Settle       -> settled out     out, max, sum, exponent, after the loop; for Merge
 """
 
 from __future__ import annotations
@@ -22,7 +31,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .dtypes import F32, DType
+from .dtypes import BF16, E4M3, F16, F32, DType
 from .errors import ProblemError, ScheduleError, VerifyError
 from .ir import Buffer
 from .ir_mla import (
@@ -31,7 +40,6 @@ from .ir_mla import (
     ForKeys,
     LoadKeys,
     LoadQueries,
-    LoadTokens,
     Mask,
     MaskTokens,
     Merge,
@@ -42,23 +50,40 @@ from .ir_mla import (
     Split,
     StoreOutput,
 )
+from .ir_mla_fp8 import (
+    AttendTokens,
+    LoadTokens,
+    ScaleQueries,
+    ScoreTokens,
+    Settle,
+    SoftenTokens,
+    Tokens,
+    WeighTokens,
+)
 from .limits import MAX_BOX, require
 from .lower_mla import mla_tensors
-from .problem_mla import TOKEN_BYTES, check_mla
+from .problem_mla import check_mla
 from .schedule import SWIZZLE_ATOM_BYTES
 from .schedule_mla import (
     BLOCK_KEYS,
-    CHUNK_BYTES,
     CHUNK_COLUMNS,
-    LOADER_WARPS,
+    TOKEN_BLOCK_BYTES,
     check_mla_schedule,
     mla_smem_plan,
     num_tiles,
-    own_tokens,
-    stages_tokens,
 )
+from .tokens_mla import CODES, NO_MAX, NUM_SCALES
 
 SWIZZLE_BYTES = 128
+TOKEN_PARTS = ("codes", "tail", "ratios", "units")  # fields of Tokens
+# By what a buffer holds, if it is in shared memory: whether it has stages, and its swizzle.
+IN_SMEM = {
+    "queries": (False, SWIZZLE_BYTES),
+    "query tail": (False, SWIZZLE_BYTES),
+    "keys": (True, SWIZZLE_BYTES),
+    "weighted p": (True, SWIZZLE_BYTES),
+    **dict.fromkeys(TOKEN_PARTS, (True, 0)),
+}
 NUM_SPLIT_TRIALS = ((0, 1, 64, 65, 1000), (3,), (0, 0), (129,) * 7)  # lengths
 
 
@@ -133,7 +158,6 @@ class _Block:
     in_loop: bool = False
     has_looped: bool = False
     is_stored: bool = False
-    waiting_bytes: int = 0  # of tokens of an FP8 cache
 
     @property
     def rows(self) -> int:
@@ -149,8 +173,6 @@ class _Block:
                     self.fill(stmt)
                 case LoadQueries() | LoadKeys():
                     self.load(stmt)
-                case LoadTokens():
-                    self.load_tokens(stmt)
                 case Score():
                     self.read(stmt, (stmt.a, "queries"), (stmt.b, "keys"))
                     self.write(stmt, "scores", stmt.dst, F32, (self.rows, BLOCK_KEYS))
@@ -167,6 +189,20 @@ class _Block:
                     self.merge(stmt)
                 case StoreOutput():
                     self.store(stmt)
+                case ScaleQueries():
+                    self.scale_queries(stmt)
+                case LoadTokens():
+                    self.load_tokens(stmt)
+                case ScoreTokens():
+                    self.score_tokens(stmt)
+                case WeighTokens():
+                    self.weigh_tokens(stmt)
+                case SoftenTokens():
+                    self.soften_tokens(stmt)
+                case AttendTokens():
+                    self.attend_tokens(stmt)
+                case Settle():
+                    self.settle(stmt)
 
     def read(self, op: MlaStmt, *reads: tuple[Buffer, str]) -> None:
         for buffer, what in reads:
@@ -182,11 +218,9 @@ class _Block:
         buffer: Buffer,
         dtype: DType,
         shape: tuple[int, ...],
-        *,
-        smem: bool = False,
     ) -> None:
-        space, swizzle = ("smem", SWIZZLE_BYTES) if smem else ("registers", 0)
-        expected = (dtype, shape, space, what == "keys", swizzle)
+        space = "smem" if what in IN_SMEM else "registers"
+        expected = (dtype, shape, space, *IN_SMEM.get(what, (False, 0)))
         got = (buffer.dtype, buffer.shape, buffer.space, buffer.pipelined, buffer.swizzle_bytes)
         require(got == expected, op, f"{buffer} must be {expected}")
         require(what not in self.buffers, op, f"writes {what} a second time")
@@ -204,12 +238,16 @@ class _Block:
         self.in_loop, self.has_looped = False, True
         unread = set(self.holds) - before
         require(not unread, name, f"leaves {', '.join(sorted(unread))} unread")
-        require("p" in self.buffers, name, "attends to nothing")
+        require("factor" in self.buffers, name, "attends to nothing")
 
     def fill(self, op: Fill) -> None:
         require(not self.in_loop and not self.has_looped, op, "must come before the loop")
         rows, columns = self.rows, self.kernel.problem.head_dim_v
-        if op.value == -math.inf:
+        is_fp8 = self.kernel.problem.is_fp8
+        if op.dst.shape == (1,):
+            require(is_fp8 and op.value == -math.inf, op, "an exponent begins at -inf")
+            self.write(op, "exponent", op.dst, F32, (1,))
+        elif op.value == (NO_MAX if is_fp8 else -math.inf):
             self.write(op, "max", op.dst, F32, (rows,))
         elif len(op.dst.shape) == 1:
             require(op.value == 0, op, "a sum begins at 0")
@@ -223,39 +261,84 @@ class _Block:
         columns = problem.head_dim_qk
         is_keys = isinstance(op, LoadKeys)
         require(self.in_loop == is_keys and not self.has_looped, op, "is in the wrong loop")
+        require(not problem.is_fp8, op, "cannot load for an FP8 cache")
         if isinstance(op, LoadKeys):
-            require(not problem.is_fp8, op, "cannot load an FP8 cache")
             require(op.src == tensors["kv_cache"], op, "must load the cache")
             require(op.table == tensors["block_table"], op, "must look up the block table")
             require(op.multicast == self.kernel.body.cluster, op, "must be shared by the cluster")
             whole = BLOCK_KEYS % (op.box[0] * op.multicast) == 0
             fits = whole and problem.page % op.box[0] == 0
             require(fits, op, f"boxes of {op.box[0]} keys do not make up blocks and pages")
-            self.write(op, "keys", op.dst, problem.dtype, (BLOCK_KEYS, columns), smem=True)
+            self.write(op, "keys", op.dst, problem.dtype, (BLOCK_KEYS, columns))
         else:
             require(op.src == tensors["q"], op, "must load the queries")
             need = min(self.rows, problem.num_rows)
             require(op.box[0] == need, op, f"must load {need} rows")
-            self.write(op, "queries", op.dst, problem.dtype, (self.rows, columns), smem=True)
+            self.write(op, "queries", op.dst, problem.dtype, (self.rows, columns))
         require(0 < op.box[0] <= MAX_BOX, op, f"box {op.box} is too large")
         span = op.box[1] * problem.dtype.size_bytes
         require(span == SWIZZLE_BYTES, op, f"box {op.box} is not one swizzle span wide")
         require(columns % CHUNK_COLUMNS == 0, op, f"{columns} columns are not whole chunks")
 
+    def scale_queries(self, op: ScaleQueries) -> None:
+        problem = self.kernel.problem
+        require(not self.in_loop and not self.has_looped, op, "must come before the loop")
+        require(problem.is_fp8, op, "scales for a cache that is not FP8")
+        require(op.src == mla_tensors(problem)["q"], op, "must load the queries")
+        rest = problem.head_dim_qk - CODES
+        self.write(op, "queries", op.dst, F16, (self.rows, CODES))
+        self.write(op, "query tail", op.tail, BF16, (self.rows, rest))
+        self.write(op, "unit", op.unit, F32, (1,))
+
     def load_tokens(self, op: LoadTokens) -> None:
-        problem, schedule = self.kernel.problem, self.kernel.schedule
-        tensors = mla_tensors(problem)
+        problem = self.kernel.problem
+        tensors, tokens = mla_tensors(problem), op.tokens
         require(self.in_loop, op, "is in the wrong loop")
-        require(problem.is_fp8, op, "decodes a cache that is not FP8")
+        require(problem.is_fp8, op, "loads tokens of a cache that is not FP8")
         where = tensors["indices" if problem.sparse else "block_table"]
         require((op.src, op.where) == (tensors["kv_cache"], where), op, f"must look up {where}")
-        require(op.num_warps == LOADER_WARPS, op, f"the producer has {LOADER_WARPS} warps")
-        require(op.multicast == self.kernel.body.cluster, op, "must be shared by the cluster")
-        room = 0
-        require(op.waiting == room, op, f"must have {room} tokens waiting in shared memory")
-        self.waiting_bytes = op.waiting * TOKEN_BYTES
-        shape = BLOCK_KEYS, problem.head_dim_qk
-        self.write(op, "keys", op.dst, problem.dtype, shape, smem=True)
+        rest = problem.head_dim_qk - CODES
+        self.write(op, "codes", tokens.codes, E4M3, (BLOCK_KEYS, CODES))
+        self.write(op, "tail", tokens.tail, BF16, (BLOCK_KEYS, rest))
+        self.write(op, "ratios", tokens.ratios, F16, (BLOCK_KEYS, NUM_SCALES))
+        self.write(op, "units", tokens.units, F32, (BLOCK_KEYS,))
+
+    def read_tokens(self, op: MlaStmt, tokens: Tokens) -> None:
+        for what in TOKEN_PARTS:
+            self.read(op, (getattr(tokens, what), what))
+
+    def score_tokens(self, op: ScoreTokens) -> None:
+        self.read(op, (op.queries, "queries"), (op.query_tail, "query tail"))
+        self.read_tokens(op, op.tokens)
+        self.write(op, "scores", op.dst, F32, (self.rows, BLOCK_KEYS))
+
+    def weigh_tokens(self, op: WeighTokens) -> None:
+        require(self.in_loop, op, "must be in the loop")
+        self.read(op, (op.units, "units"), (op.exponent, "exponent"))
+        self.write(op, "weights", op.weights, F32, (BLOCK_KEYS,))
+        self.write(op, "growth", op.growth, F32, (1,))
+
+    def soften_tokens(self, op: SoftenTokens) -> None:
+        require(self.in_loop, op, "must be in the loop")
+        self.read(op, (op.scores, "masked scores"), (op.max, "max"), (op.sum, "sum"))
+        self.read(op, (op.unit, "unit"), (op.weights, "weights"), (op.growth, "growth"))
+        for buffer in (op.scores, op.weights, op.growth):
+            del self.holds[buffer.name]
+        self.write(op, "weighted p", op.p, F16, (self.rows, BLOCK_KEYS))
+        self.write(op, "factor", op.factor, F32, (self.rows,))
+
+    def attend_tokens(self, op: AttendTokens) -> None:
+        self.read(op, (op.p, "weighted p"), (op.factor, "factor"), (op.out, "out"))
+        self.read_tokens(op, op.tokens)
+        tokens = (getattr(op.tokens, what) for what in TOKEN_PARTS)
+        for buffer in (op.p, op.factor, *tokens):
+            del self.holds[buffer.name]
+
+    def settle(self, op: Settle) -> None:
+        require(self.has_looped, op, "must come after the loop")
+        self.read(op, (op.out, "out"), (op.max, "max"), (op.sum, "sum"))
+        self.read(op, (op.exponent, "exponent"))
+        self.holds[op.out.name], self.buffers["settled out"] = "settled out", op.out
 
     def mask(self, op: Mask | MaskTokens) -> None:
         self.read(op, (op.scores, "scores"))
@@ -280,10 +363,11 @@ class _Block:
         require(self.has_looped, op, "must come after the loop")
         meet = self.kernel.schedule.meet
         require(op.meet == meet, op, f"must merge {meet} parts at a time first")
-        self.read(op, (op.out, "out"), (op.max, "max"), (op.sum, "sum"))
-        for buffer in (op.out, op.max, op.sum):
-            what = f"merged {self.holds[buffer.name]}"
-            self.holds[buffer.name], self.buffers[what] = what, buffer
+        out = "settled out" if self.kernel.problem.is_fp8 else "out"
+        self.read(op, (op.out, out), (op.max, "max"), (op.sum, "sum"))
+        for buffer, what in ((op.out, "out"), (op.max, "max"), (op.sum, "sum")):
+            self.holds[buffer.name] = f"merged {what}"
+            self.buffers[f"merged {what}"] = buffer
 
     def store(self, op: StoreOutput) -> None:
         self.read(op, (op.out, "merged out"), (op.max, "merged max"), (op.sum, "merged sum"))
@@ -294,23 +378,30 @@ class _Block:
         self.is_stored = True
 
     def check_smem(self) -> None:
-        """The swizzled tiles lie on their boundaries, apart, and hold what is loaded."""
-        if self.kernel.problem.is_fp8:
-            return
-        plan, stages = self.kernel.smem, self.kernel.schedule.num_stages
-        end = 0
-        for name, offset, size in self.regions(stages):
-            require(offset >= end and offset % SWIZZLE_ATOM_BYTES == 0, plan, f"{name} at {offset}")
-            end = offset + size
+        """The swizzled tiles lie on their boundaries, and all buffers have the room they need."""
+        plan, sizes, offsets = (
+            self.kernel.smem,
+            dict(self.kernel.smem.sizes),
+            self.kernel.smem.offsets,
+        )
+        for name, need, is_swizzled in self.regions():
+            require(sizes[name] >= need, plan, f"{name} need {need} B")
+            aligned = offsets[name] % SWIZZLE_ATOM_BYTES == 0
+            require(aligned or not is_swizzled, plan, f"{name} at {offsets[name]}")
         limit = self.kernel.target.smem_per_block_bytes
-        require(end <= plan.states < plan.total_bytes <= limit, plan, f"exceeds {limit} B")
-        apart = plan.p > plan.queries or plan.p + CHUNK_BYTES <= plan.keys
-        require(apart, plan, f"outputs on their way at {plan.p} meet keys")
+        require(plan.total_bytes <= limit, plan, f"exceeds {limit} B")
 
-    def regions(self, stages: int) -> Iterator[tuple[str, int, int]]:
-        plan = self.kernel.smem
-        yield "queries", plan.queries, self.buffers["queries"].num_bytes
-        yield "keys", plan.keys, stages * self.buffers["keys"].num_bytes
-        if plan.p > plan.queries:
-            yield "p", plan.p, CHUNK_BYTES
-        yield "tokens", plan.tokens, self.waiting_bytes
+    def regions(self) -> Iterator[tuple[str, int, bool]]:
+        """Of a buffer in shared memory: its name, the bytes it needs, whether it is swizzled."""
+        stages, held = self.kernel.schedule.num_stages, self.buffers
+        if not self.kernel.problem.is_fp8:
+            yield "queries", held["queries"].num_bytes, True
+            yield "keys", stages * held["keys"].num_bytes, True
+            return
+        yield "queries", held["queries"].num_bytes + held["query tail"].num_bytes, True
+        yield "p", 2 * held["weighted p"].num_bytes, True
+        in_cache = held["codes"].num_bytes + held["tail"].num_bytes
+        yield "tokens", stages * (in_cache + BLOCK_KEYS * NUM_SCALES * F32.size_bytes), False
+        described = held["ratios"].num_bytes + held["units"].num_bytes
+        require(described <= TOKEN_BLOCK_BYTES, self.kernel.smem, f"{described} B of a block")
+        yield "token_blocks", stages * TOKEN_BLOCK_BYTES, False

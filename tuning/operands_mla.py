@@ -133,5 +133,5 @@ def _decode(tokens: Any) -> Any:
 
     if tokens.dtype != torch.uint8:
         return tokens.double()
-    decoded = decode_tokens(tokens.cpu().numpy()).astype(np.float32)
-    return torch.from_numpy(decoded).to(tokens.device).double()
+    decoded = decode_tokens(tokens.cpu().numpy())
+    return torch.from_numpy(decoded).to(tokens.device)

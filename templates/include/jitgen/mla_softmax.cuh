@@ -32,15 +32,6 @@ __device__ __forceinline__ void mask(float (&scores)[kCount], u32 first_key, con
         if (first + i / 4 * 8 + i % 2 >= limits[i / 2 % 2]) scores[i] = -infinity();
 }
 
-// Of 64 keys, those whose bit in `valid` is not set.
-__device__ __forceinline__ void mask(float (&scores)[32], const u32 (&valid)[2], u32 lane) {
-    // Opaque, or a mask for each bit would be kept in registers.
-    const u32 first = opaque(valid[0] >> lane % 4 * 2), second = opaque(valid[1] >> lane % 4 * 2);
-#pragma unroll
-    for (u32 i = 0; i < 32; ++i)
-        if (!((i < 16 ? first : second) >> (i / 4 % 4 * 8 + i % 2) & 1)) scores[i] = -infinity();
-}
-
 // A step of online softmax over a block of 64 keys. One warp of a scheduler is at it while the others' wait for the
 // tensor core: in chains of a quarter of the elements each, so that it need not wait for itself.
 struct Softening {
