@@ -18,6 +18,8 @@ BATCHES = tuple(1 << i for i in range(9))
 VALUES: dict[str, tuple[Any, ...]] = {
     "tile_rows": (16, 32, 64),
     "cluster": (1, 2),
+    "meet": (1, 2),
+    "num_stages": (2, 3, 4),
     "prefetch": (0, 1),
     "evict_first": tuple(EVICT_FIRST_BLOCKS * tiles for tiles in range(5)),
     "score_ahead": (False, True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,36 @@ import torch
 from numpy.typing import NDArray
 
 import jitgen
-from jitgen import BF16, F16, MlaDecode, MlaSchedule, ProblemError, ScheduleError, VerifyError
+from jitgen import (
+    BF16,
+    F16,
+    MlaDecode,
+    MlaSchedule,
+    ProblemError,
+    ScheduleError,
+    VerifyError,
+    tokens_mla,
+)
 from jitgen.build import build
-from jitgen.codegen import render
+from jitgen.codegen import headers
 from jitgen.interpret_mla import interpret_mla
-from jitgen.ir_mla import LoadKeys, LoadTokens, Mask, MaskTokens, MlaKernel, StoreOutput
+from jitgen.ir_mla import Fill, LoadKeys, Mask, MaskTokens, MlaKernel, StoreOutput, walk_mla
+from jitgen.ir_mla_fp8 import (
+    AttendTokens,
+    LoadTokens,
+    ScaleQueries,
+    ScoreTokens,
+    Settle,
+    SoftenTokens,
+    WeighTokens,
+)
 from jitgen.lower_mla import lower_mla, mla_tensors
 from jitgen.problem_mla import check_mla
 from jitgen.runtime.store import KernelStore
-from jitgen.schedule_mla import check_mla_schedule, mla_smem_plan, select_mla, stages_tokens
-from jitgen.tokens_mla import decode_tokens
+from jitgen.schedule_mla import check_mla_schedule, mla_smem_plan, registers, select_mla
+from jitgen.tokens_mla import decode_tokens, split_tokens
 from jitgen.verify import verify
+from tests.mla_bounds import check, expected
 
 from .test_mla import check_results, make_inputs
 from .test_mla_kernels import Change, changed
@@ -37,7 +57,7 @@ SPARSE = MlaDecode(4, 2, page=16, causal=False, cache="fp8", sparse=True)
 def fp8_inputs(
     problem: MlaDecode, lengths: tuple[int, ...], rng: np.random.Generator
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Inputs over an FP8 cache, and the same with its keys decoded; unused bytes are NaN."""
+    """Inputs over an FP8 cache, and the same with its exact keys; unused codes are NaN."""
     plain = make_inputs(replace(problem, cache="plain", sparse=False, sink=False), lengths, rng)
     keys = plain["kv_cache"]
     unused = np.isnan(keys.astype(np.float32)).any(axis=-1)
@@ -61,7 +81,7 @@ def test_quantize_mla_cache_is_the_same_from_numpy_and_torch(rng: np.random.Gene
     assert tokens.shape == (3, 16, 1, 656)
     as_torch = torch.from_numpy(keys.view(np.int16).copy()).view(torch.bfloat16)
     np.testing.assert_array_equal(jitgen.quantize_mla_cache(as_torch).numpy(), tokens)
-    back = decode_tokens(tokens.reshape(-1, 656), exact=True)
+    back = decode_tokens(tokens.reshape(-1, 656))
     want = keys.reshape(-1, 576).astype(np.float64)
     np.testing.assert_array_equal(back[:, 512:], want[:, 512:])
     top = np.abs(want[:, :512].reshape(-1, 4, 128)).max(axis=2).repeat(128, axis=1)
@@ -70,19 +90,20 @@ def test_quantize_mla_cache_is_the_same_from_numpy_and_torch(rng: np.random.Gene
     )
 
 
-def test_decode_tokens_rounds_once_but_for_the_last_bits(rng: np.random.Generator) -> None:
+def test_decode_tokens_is_exact(rng: np.random.Generator) -> None:
     tokens = rng.integers(0, 256, (40, 656), dtype=np.uint8)
     scales = np.exp2(rng.uniform(-20, 6, (40, 4))).astype(np.float32)
-    scales[:20] = np.exp2(np.round(np.log2(scales[:20])))
     tokens[:, 512:528] = scales.view(np.uint8)
-    tokens[:, 528:] = 0
-    exact, decoded = decode_tokens(tokens, exact=True), decode_tokens(tokens)
-    assert decoded.dtype == ml_dtypes.bfloat16
-    got = decoded.astype(np.float64)
-    np.testing.assert_array_equal(got[:20], exact[:20])  # scales that are powers of two
-    assert np.all(np.abs(got - exact) <= np.abs(exact) * 2**-8 * (1 + 2**-7))
-    nearest = exact.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
-    assert np.mean(nearest == got) > 0.97
+    tokens[:, 528:] = rng.standard_normal((40, 64)).astype(ml_dtypes.bfloat16).view(np.uint8)
+    codes, found, tail = split_tokens(tokens)
+    np.testing.assert_array_equal(found, scales)
+    values = decode_tokens(tokens)
+    assert values.dtype == np.float64
+    is_nan = np.isin(tokens[:, :512], (0x7F, 0xFF))
+    np.testing.assert_array_equal(np.isnan(values[:, :512]), is_nan)
+    want = codes.astype(np.float64)[:, 300] * scales[:, 2].astype(np.float64)
+    np.testing.assert_array_equal(values[:, 300], want)
+    np.testing.assert_array_equal(values[:, 512:], tail.astype(np.float64))
 
 
 def test_quantize_mla_cache_rejects_other_arrays(rng: np.random.Generator) -> None:
@@ -121,18 +142,21 @@ def test_check_mla_rejects(problem: MlaDecode, message: str) -> None:
 
 
 def test_check_mla_schedule_rejects_what_an_fp8_cache_cannot() -> None:
-    for schedule in (
-        MlaSchedule(),
-        MlaSchedule(prefetch=1, evict_first=1),
-        MlaSchedule(prefetch=2),
-        MlaSchedule(tile_rows=32, prefetch=1),
+    wide = replace(DENSE, num_heads=128, num_queries=1)
+    for schedule, message in (
+        (MlaSchedule(cluster=2), "cluster = 2 must be one of 1 over an FP8 cache"),
+        (MlaSchedule(meet=2), "meet = 2 must be one of 1 over an FP8 cache"),
+        (MlaSchedule(prefetch=1), "prefetch = 1 must be one of 0 over an FP8 cache"),
+        (MlaSchedule(evict_first=1), "evict_first = 1 must be one of 0 over an FP8 cache"),
+        (MlaSchedule(score_ahead=True), "score_ahead = True must be one of False over an FP8"),
+        (MlaSchedule(tile_rows=48), "tile_rows = 48 must be one of 16, 32, 64 over an FP8 cache"),
+        (MlaSchedule(num_stages=5), "num_stages = 5 must be one of 2, 3, 4 over an FP8 cache"),
+        (MlaSchedule(num_stages=4), r"lower num_stages \(4\) to 3"),
     ):
-        with pytest.raises(ScheduleError, match="tokens of an FP8 cache wait in shared"):
-            check_mla_schedule(replace(DENSE, num_heads=128, num_queries=1), schedule)
-    with pytest.raises(ScheduleError, match="score_ahead = True"):
-        check_mla_schedule(DENSE, MlaSchedule(prefetch=1, score_ahead=True))
-    for schedule in (MlaSchedule(cluster=2, prefetch=1), MlaSchedule(tile_rows=32, cluster=2)):
-        check_mla_schedule(replace(DENSE, num_heads=128, num_queries=1), schedule)
+        with pytest.raises(ScheduleError, match=message):
+            check_mla_schedule(wide, schedule)
+    for rows, stages in ((16, 4), (32, 4), (64, 3)):
+        check_mla_schedule(DENSE, MlaSchedule(tile_rows=rows, num_stages=stages))
 
 
 def test_problem_says_what_it_is() -> None:
@@ -148,15 +172,106 @@ def test_problem_says_what_it_is() -> None:
 def test_interpret_dense_meets_float64(parts: int, rng: np.random.Generator) -> None:
     inputs, decoded = fp8_inputs(DENSE, (0, 1, 63, 65, 130), rng)
     kernel = lower_mla(DENSE, select_mla(DENSE))
-    o, lse = interpret_mla(kernel, inputs, softmax_scale=576**-0.5, num_parts=parts)
-    check_results(DENSE, decoded, o, lse)
-    exact = inputs["kv_cache"].reshape(-1, 656)
-    with np.errstate(invalid="ignore"):
-        exact = decode_tokens(exact, exact=True).reshape(*inputs["kv_cache"].shape[:-1], 576)
-    o, lse = interpret_mla(
-        kernel, inputs, softmax_scale=576**-0.5, num_parts=parts, numerics="exact"
-    )
-    check_results(DENSE, inputs | {"kv_cache": exact}, o, lse)
+    for numerics in ("hopper", "exact"):
+        o, lse = interpret_mla(
+            kernel, inputs, softmax_scale=576**-0.5, num_parts=parts, numerics=numerics
+        )
+        slack = score_error(inputs["q"], decoded["kv_cache"]) if numerics == "hopper" else 1e-6
+        check_results(DENSE, decoded, o, lse, numerics, lse_error=slack)
+
+
+def score_error(q: Array, keys: Array) -> float:
+    """How far off scores may be in the worst case, by codes that are off by 2^-10."""
+    largest = np.nan_to_num(np.abs(keys.reshape(-1, 576))).max(axis=0)
+    return float(np.abs(q.astype(np.float64)).reshape(-1, 576).max(axis=0) @ largest) * 2**-10 / 24
+
+
+def spread_scales(tokens: Array, powers: Array) -> None:
+    """Multiplies the scales of tokens [n, 656] by 2^powers [n, 4]."""
+    scales = np.ascontiguousarray(tokens[:, 512:528]).view(np.float32)
+    tokens[:, 512:528] = np.ldexp(scales, powers).view(np.uint8)
+
+
+def attend(q: Array, tokens: Array, scale: float, schedule: MlaSchedule) -> tuple[Array, Array]:
+    """o [rows, 512] and lse [rows] of q [rows, 576] over tokens [n, 656], in one part."""
+    problem = MlaDecode(len(q), causal=False, cache="fp8")
+    cache = np.full((-(-len(tokens) // 64), 64, 1, 656), 0xFF, np.uint8)
+    cache.reshape(-1, 656)[: len(tokens)] = tokens
+    inputs = {
+        "q": q[None, None],
+        "kv_cache": cache,
+        "block_table": np.arange(len(cache), dtype=np.int32)[None],
+        "seqlens_k": np.array([len(tokens)], np.int32),
+    }
+    kernel = lower_mla(problem, schedule)
+    o, lse = interpret_mla(kernel, inputs, softmax_scale=scale, num_parts=1)
+    return o[0, 0], lse[0, :, 0]
+
+
+def make_tokens(count: int, rng: np.random.Generator) -> Array:
+    keys = rng.standard_normal((count, 576)).astype(ml_dtypes.bfloat16)
+    return jitgen.quantize_mla_cache(keys)
+
+
+@pytest.mark.parametrize("kind", ["any", "falling", "rising", "within tokens", "tiny", "zeros"])
+def test_interpret_is_within_bounds_whatever_the_scales(
+    kind: str, rng: np.random.Generator
+) -> None:
+    """Units of a segment grow and shrink by up to 2^40; scores stay where all tokens count."""
+    count = 300
+    tokens, each = make_tokens(count, rng), np.arange(count)[:, None]
+    powers = {
+        "any": rng.integers(-20, 21, (count, 1)) + rng.integers(-20, 21, (count, 4)),
+        "falling": 20 - 40 * each // count + np.zeros((1, 4), int),
+        "rising": 40 * each // count - 20 + np.zeros((1, 4), int),
+        "within tokens": np.array([[0, -22, 5, -40]]) + np.zeros((count, 1), int),
+        "tiny": rng.integers(-70, -50, (count, 4)),
+        "zeros": np.zeros((count, 4), int),
+    }[kind]
+    spread_scales(tokens, powers)
+    if kind == "zeros":
+        tokens[rng.random(count) < 0.5, 512:528] = 0
+        tokens[:130, 512:528] = 0  # two blocks without a code that counts
+    q = rng.standard_normal((20, 576)).astype(ml_dtypes.bfloat16)
+    q[:, 512:] *= 2.0 ** min(float(powers.max()), 20)  # what is not in codes counts as much
+    scale = 8 / np.abs(q.astype(np.float64) @ decode_tokens(tokens).T).max()
+    for rows in (16, 64):
+        o, lse = attend(q, tokens, scale, MlaSchedule(tile_rows=rows))
+        check(expected(q, tokens, scale), o, lse, kind)
+
+
+@pytest.mark.parametrize("step", [0.5, 7.9, 8.1, 30])
+def test_interpret_is_within_bounds_while_maxima_grow(
+    step: float, rng: np.random.Generator
+) -> None:
+    """By so many powers of two a block of 64 tokens: less than the slack of p's exponent, more."""
+    tokens = make_tokens(64 * 6, rng)
+    keys = decode_tokens(tokens)
+    q = np.repeat(rng.standard_normal((1, 576)), 5, axis=0).astype(ml_dtypes.bfloat16)
+    q[1:] *= np.array([[1], [0.5], [0.25], [0]], ml_dtypes.bfloat16)
+    # Tails set the scores: 2^(step * block) by the first row, less by the others.
+    q[:, 512] = q[:, 512] * 0 + np.array([1, 0.75, 0.5, 0.25, 0], ml_dtypes.bfloat16)
+    last = keys[:, 512:].astype(ml_dtypes.bfloat16)
+    last[:, 0] = np.arange(len(tokens)) // 64 * step * math.log(2) / 576**-0.5
+    tokens[:, 528:] = last.view(np.uint8)
+    o, lse = attend(q, tokens, 576**-0.5, MlaSchedule(tile_rows=16))
+    check(expected(q, tokens, 576**-0.5), o, lse, step)
+
+
+def test_weighted_p_and_decoded_codes_stay_within_float16(rng: np.random.Generator) -> None:
+    """The largest codes, units just below where the exponent grows, p of 2^8."""
+    tokens = make_tokens(192, rng)
+    tokens[:, :512] = 0x7E  # 448
+    units = np.ones((192, 4), np.float32)
+    units[64:] = np.nextafter(np.float32(16), np.float32(0))  # 2^(exponent + 3) at most
+    tokens[:, 512:528] = units.view(np.uint8)
+    tail = np.zeros((192, 64), ml_dtypes.bfloat16)
+    tail[64:, 0] = 7.9 * math.log(2)
+    tokens[:, 528:] = tail.view(np.uint8)
+    q = np.zeros((3, 576), ml_dtypes.bfloat16)
+    q[:, 512] = 1
+    o, lse = attend(q, tokens, 1.0, MlaSchedule(tile_rows=16))
+    check(expected(q, tokens, 1.0), o, lse)
 
 
 def sparse_lists(
@@ -200,7 +315,10 @@ def sparse_reference(
 @pytest.mark.parametrize("has_sink", [False, True])
 def test_interpret_sparse_meets_float64(has_sink: bool, rng: np.random.Generator) -> None:
     inputs, decoded = fp8_inputs(SPARSE, (150, 3, 9, 20), rng)
-    indices, lengths = sparse_lists(SPARSE, inputs, 100, rng)
+    indices, lengths = sparse_lists(SPARSE, inputs, 200, rng)
+    indices[-1, :, :70] = -1  # a block without tokens, first and last
+    indices[-1, 1, 128:] = -1
+    indices[1, 1] = -1
     sink = np.array([-math.inf, 0.5, 3, math.inf], np.float32) if has_sink else None
     o, lse = jitgen.mla_decode_sparse(
         inputs["q"], inputs["kv_cache"], indices, topk_length=lengths, attention_sink=sink
@@ -209,8 +327,9 @@ def test_interpret_sparse_meets_float64(has_sink: bool, rng: np.random.Generator
     want, want_lse = sparse_reference(inputs["q"], keys, indices, lengths, sink)
     error = np.abs(o.astype(np.float64) - want)
     assert np.all((error <= 8e-4) | (error <= 2.01 / 128 * np.abs(want))), error.max()
-    np.testing.assert_allclose(lse, want_lse, rtol=8 / 65536, atol=1e-6)
+    np.testing.assert_allclose(lse, want_lse, rtol=8 / 65536, atol=score_error(inputs["q"], keys))
     assert np.isinf(lse[0]).all()
+    assert np.isinf(lse[1, :, 1]).all()
     whole, _ = jitgen.mla_decode_sparse(inputs["q"][-1:], inputs["kv_cache"], indices[-1:])
     if not has_sink:
         np.testing.assert_array_equal(whole[0], o[-1])
@@ -263,20 +382,26 @@ def kernel_of(problem: MlaDecode) -> MlaKernel:
     return lower_mla(problem, select_mla(problem))
 
 
+OTHER_TABLE = mla_tensors(DENSE)["block_table"]
+
+
 @pytest.mark.parametrize(
     ("problem", "kind", "change", "message"),
     [
-        (DENSE, LoadTokens, lambda op: replace(op, num_warps=1), "the producer has 4 warps"),
-        (DENSE, LoadTokens, lambda op: None, "must hold keys, holds nothing"),
-        (DENSE, LoadTokens, lambda op: replace(op, multicast=2), "must be shared by the cluster"),
-        (DENSE, LoadTokens, lambda op: replace(op, waiting=8), "must have 0 tokens waiting"),
-        (SPARSE, LoadTokens, lambda op: replace(op, waiting=0), "must have 64 tokens waiting"),
-        (
-            SPARSE,
-            LoadTokens,
-            lambda op: replace(op, where=mla_tensors(DENSE)["block_table"]),
-            "must look up indices",
-        ),
+        (DENSE, LoadTokens, lambda op: None, "must hold codes, holds nothing"),
+        (SPARSE, LoadTokens, lambda op: replace(op, where=OTHER_TABLE), "must look up indices"),
+        (DENSE, ScaleQueries, lambda op: None, "must hold queries, holds nothing"),
+        (DENSE, ScaleQueries, lambda op: replace(op, src=OTHER_TABLE), "must load the queries"),
+        (DENSE, ScoreTokens, lambda op: replace(op, queries=op.query_tail), "must hold queries"),
+        (DENSE, ScoreTokens, lambda op: None, "must hold scores, holds nothing"),
+        (DENSE, WeighTokens, lambda op: None, "must hold weights, holds nothing"),
+        (DENSE, WeighTokens, lambda op: replace(op, weights=op.growth), "must be"),
+        (DENSE, SoftenTokens, lambda op: replace(op, weights=op.max), "must hold weights"),
+        (DENSE, SoftenTokens, lambda op: replace(op, p=replace(op.p, dtype=BF16)), "must be"),
+        (DENSE, AttendTokens, lambda op: None, "leaves factor, p, smem_codes.* unread"),
+        (DENSE, Settle, lambda op: None, "must hold settled out, holds out"),
+        (DENSE, Settle, lambda op: replace(op, exponent=op.sum), "must hold exponent, holds sum"),
+        (DENSE, Fill, lambda op: replace(op, value=-math.inf), "begins? at 0"),
         (SPARSE, MaskTokens, lambda op: replace(op, indices=op.scores), "mask by the lists"),
         (
             SPARSE,
@@ -287,8 +412,8 @@ def kernel_of(problem: MlaDecode) -> MlaKernel:
         (
             DENSE,
             LoadTokens,
-            lambda op: LoadKeys(op.dst, op.src, op.where, (16, 64), 1),
-            "cannot load an FP8 cache",
+            lambda op: LoadKeys(op.tokens.codes, op.src, op.where, (16, 64), 1),
+            "cannot load for an FP8 cache",
         ),
         (
             replace(SPARSE, sink=True),
@@ -306,40 +431,63 @@ def test_verify_rejects(problem: MlaDecode, kind: type, change: Change, message:
 
 def test_verify_rejects_tokens_of_a_plain_cache() -> None:
     kernel = kernel_of(MlaDecode(4))
-    made = changed(kernel, LoadKeys, lambda op: LoadTokens(op.dst, op.src, op.table, 4, 1, 0))
-    with pytest.raises(VerifyError, match="decodes a cache that is not FP8"):
+    loads = [op for op in walk_mla(kernel_of(DENSE).body.body) if isinstance(op, LoadTokens)]
+    made = changed(kernel, LoadKeys, lambda op: replace(loads[0], src=op.src, where=op.table))
+    with pytest.raises(VerifyError, match="loads tokens of a cache that is not FP8"):
         verify(made)
 
 
-@pytest.mark.parametrize(
-    ("rows", "outputs", "tokens"), [(16, True, True), (32, False, True), (64, True, False)]
-)
-def test_smem_plan_has_tokens_wait_where_there_is_room(
-    rows: int, outputs: bool, tokens: bool
-) -> None:
+@pytest.mark.parametrize(("rows", "stages"), [(16, 4), (32, 4), (64, 3), (64, 2)])
+def test_smem_plan_has_room_for_tokens_as_they_are(rows: int, stages: int) -> None:
     problem = MlaDecode(16, cache="fp8")
-    schedule = MlaSchedule(tile_rows=rows, prefetch=0 if tokens else 1)
+    schedule = MlaSchedule(tile_rows=rows, num_stages=stages)
     plan = mla_smem_plan(problem, schedule)
-    assert plan.keys == rows * 576 * 2
-    assert (plan.p > plan.keys) == outputs  # else over the queries
-    assert stages_tokens(problem, schedule) == tokens
-    assert plan.states - plan.tokens == tokens * 64 * 656
+    assert plan.offsets["p"] == rows * 576 * 2
+    assert dict(plan.sizes)["tokens"] == stages * 64 * 656
+    assert plan.offsets["walkers"] + 64 == plan.total_bytes
     verify(lower_mla(problem, schedule))
 
 
-def test_select_mla_fits_tiles_and_clusters_to_the_rows_of_an_fp8_cache() -> None:
-    for heads, queries, sparse, expected in (
-        (16, 1, False, (16, 1, 0)),
-        (17, 1, False, (32, 1, 0)),
-        (8, 2, False, (64, 1, 1)),  # a mask by rows
-        (16, 2, True, (16, 1, 0)),
-        (64, 2, True, (64, 1, 1)),
-        (128, 1, False, (64, 2, 1)),
-        (100, 3, False, (64, 1, 1)),  # five tiles
+def test_kernels_have_four_warpgroups_and_all_registers() -> None:
+    kernel = kernel_of(DENSE)
+    assert (kernel.family, kernel.num_threads) == ("mla_decode_fp8", 512)
+    assert sum(registers(DENSE)) == 512  # 128 of each of 4 * 128 threads
+    assert kernel_of(MlaDecode(4)).num_threads == 384
+
+
+def test_constants_are_the_headers() -> None:
+    text = headers()["jitgen/mla_codes.cuh"]
+    for name, value in (
+        ("kLeastUnit", tokens_mla.LEAST_UNIT),
+        ("kRatio", tokens_mla.CODE_UNITS),
+        ("kWeightExponent", tokens_mla.WEIGHT_EXPONENT),
+        ("kUnitSlack", tokens_mla.UNIT_SLACK),
+        ("kMaxSlack", tokens_mla.MAX_SLACK),
+        ("kNoMax", tokens_mla.NO_MAX),
+    ):
+        (found,) = re.findall(rf"constexpr \w+ {name} = ([^;f]+)f?;", text)
+        assert (float.fromhex if "x" in found else float)(found) == value
+
+
+def test_str_reads_as_a_program() -> None:
+    text = str(kernel_of(SPARSE))
+    assert "= load kv_cache[indices[token, key]] for key:+64 via bulk copies" in text
+    assert "out = out * factor + mma(p, (smem_codes * smem_ratios)^T)" in text
+
+
+def test_select_mla_fits_tiles_to_the_rows_of_an_fp8_cache() -> None:
+    for heads, queries, sparse, expected_tile in (
+        (16, 1, False, (16, 4)),
+        (17, 1, False, (32, 4)),
+        (8, 2, False, (16, 4)),
+        (16, 2, False, (32, 4)),
+        (16, 2, True, (16, 4)),
+        (64, 2, True, (64, 3)),
+        (100, 3, False, (64, 3)),
     ):
         problem = MlaDecode(heads, queries, causal=False, cache="fp8", sparse=sparse)
         schedule = select_mla(problem)
-        assert (schedule.tile_rows, schedule.cluster, schedule.prefetch) == expected
+        assert (schedule.tile_rows, schedule.num_stages) == expected_tile
 
 
 @pytest.mark.parametrize(
@@ -356,7 +504,5 @@ def test_select_mla_fits_tiles_and_clusters_to_the_rows_of_an_fp8_cache() -> Non
 )
 def test_nvrtc_compiles_without_spills_or_advisories(problem: MlaDecode, tmp_path: Path) -> None:
     kernel = kernel_of(problem)
-    source = render(kernel)
-    assert ("mask(scores, valid, lane)" in source) == problem.sparse
     entry = build(kernel, KernelStore(tmp_path))
     assert entry.resources.spill_bytes == 0

@@ -32,7 +32,7 @@ from jitgen.runtime import launch
 from jitgen.runtime.driver import LoadedKernel
 from jitgen.runtime.nvrtc import headers_used
 from jitgen.runtime.store import KernelStore
-from jitgen.schedule_mla import num_tiles, select_mla
+from jitgen.schedule_mla import MlaSmemPlan, num_tiles, select_mla
 from jitgen.tuning.bench_mla import (
     MlaRow,
     MlaShape,
@@ -49,6 +49,14 @@ GOLDEN_KERNELS = {
     "f16-h128-q2-d320-p16-cluster2-ahead": (
         MlaDecode(128, 2, 320, 256, 16, F16),
         MlaSchedule(cluster=2, num_stages=4, prefetch=1, overhead=5, score_ahead=True),
+    ),
+    "fp8-h8-q2-p64": (
+        MlaDecode(8, 2, cache="fp8"),
+        MlaSchedule(tile_rows=16, num_stages=4),
+    ),
+    "fp8-sparse-sink-h128": (
+        MlaDecode(128, causal=False, cache="fp8", sparse=True, sink=True),
+        MlaSchedule(num_stages=3, overhead=5, slack=1, whole=True),
     ),
 }
 PROBLEMS = [
@@ -131,7 +139,7 @@ def test_verify_rejects_another_split_plan_and_tensors() -> None:
             replace(kernel, body=replace(body, split=replace(body.split, whole=True))),
             "the schedule's is",
         ),
-        (replace(kernel, smem=replace(kernel.smem, p=0)), "must be MlaSmemPlan"),
+        (replace(kernel, smem=MlaSmemPlan(kernel.smem.sizes[1:])), "must be MlaSmemPlan"),
         (replace(kernel, tensors=kernel.tensors[:-1]), "takes"),
         (replace(kernel, schedule=MlaSchedule(cluster=2)), "does not divide"),
     ):
@@ -156,7 +164,9 @@ def test_golden_has_a_kernel_for_each_file() -> None:
     assert {path.stem for path in GOLDEN.glob("*.cu")} == set(GOLDEN_KERNELS)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize(
+    "problem", [*PROBLEMS, *(problem for problem, _ in GOLDEN_KERNELS.values())], ids=str
+)
 def test_render_is_pure_and_uses_every_constant(problem: MlaDecode) -> None:
     kernel = kernel_of(problem)
     source = render(kernel)
@@ -183,6 +193,7 @@ SCHEDULES = [
     MlaSchedule(cluster=2, score_ahead=True, whole=True),
     MlaSchedule(meet=2, evict_first=32),
     MlaSchedule(meet=2, score_ahead=True),
+    MlaSchedule(tile_rows=32, meet=2),
 ]
 
 
