@@ -17,9 +17,9 @@ ROUNDING = 2.0**-11
 # In a token's units: ratios of 2^-14 and less are multiples of 2^-24, codes 448 at most, and 64 of
 # both together a unit; then the product.
 TINY = 448 * 2.0**-25 / 64 + 2.0**-31
-# In units of the largest one: weighted p of 2^-14 and less are multiples of 2^-24, where that unit
-# counts 2^4 / 2^3 at least.
-TINY_P = 448 * 2.0**-25 / 2
+# In units of the largest one, of which p has a weight of 2^3 at least: weighted p of 2^-14 and less
+# are multiples of 2^-24.
+TINY_P = 448 * 2.0**-25 / 2**3
 # wgmma: 36 steps of 17 terms, each cut off 2^-25 below the largest; exponentials and sums.
 SUMMING = 36 * 17 * 2.0**-25
 

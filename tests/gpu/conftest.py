@@ -21,8 +21,8 @@ EVERY_LANE = {
 }
 
 
-# The same for MLA decode, where warpgroups also count each other in without waiting, and for an FP8
-# cache; (times in the source, what takes its place).
+# The same for MLA decode, where warpgroups also count each other in without waiting; (times in the
+# source, what takes its place).
 MLA_EVERY_LANE = {
     "if (lane == 0) mbarrier_arrive(q_empty);": (1, "mbarrier_arrive(q_empty);"),
     "mbarrier_init(q_empty, kMathThreads / 32);": (1, "mbarrier_init(q_empty, kMathThreads);"),
@@ -33,13 +33,48 @@ MLA_EVERY_LANE = {
         " mbarrier_arrive_remote(stage.empty(kHalf), rank);",
     ),
     "} else if (lane == 0) {": (1, "} else {"),
-    "named_barrier_arrive<": (2, "named_barrier_sync<"),
+    "named_barrier_arrive<": (3, "named_barrier_sync<"),
 }
+# And for MLA decode over an FP8 cache.
 FP8_EVERY_LANE = {
-    ".full(group), kLoaders);": (1, ".full(group), 32 * kLoaders);"),
-    "if (lane_index() == 0) mbarrier_arrive(stage.full(0));": (
+    "if (lane == 0) mbarrier_arrive_expect_tx(stage.full(), total * kTokenBytes);": (
         1,
-        "mbarrier_arrive(stage.full(0));",
+        "mbarrier_arrive_expect_tx(stage.full(), lane == 0 ? total * kTokenBytes : 0);",
+    ),
+    "if (lane == 0) mbarrier_arrive(stage.ready());": (1, "mbarrier_arrive(stage.ready());"),
+    "if (lane == 0) mbarrier_arrive(shared.p_full(index));": (
+        1,
+        "mbarrier_arrive(shared.p_full(index));",
+    ),
+    "if (lane == 0) {\n                mbarrier_arrive(shared.p_empty(index));": (
+        1,
+        "{\n                mbarrier_arrive(shared.p_empty(index));",
+    ),
+    "if (lane == 0) mbarrier_arrive(shared.segment_empty());": (
+        1,
+        "mbarrier_arrive(shared.segment_empty());",
+    ),
+    "if (lane_index() == 0) mbarrier_arrive(shared.segment_empty());": (
+        1,
+        "mbarrier_arrive(shared.segment_empty());",
+    ),
+    "mbarrier_init(stage.full(), 1);": (1, "mbarrier_init(stage.full(), 32);"),
+    "mbarrier_init(stage.ready(), 1);": (1, "mbarrier_init(stage.ready(), 32);"),
+    "mbarrier_init(stage.empty(), kOutThreads / 32);": (
+        1,
+        "mbarrier_init(stage.empty(), kOutThreads);",
+    ),
+    "mbarrier_init(shared.p_full(i), kScoreThreads / 32);": (
+        1,
+        "mbarrier_init(shared.p_full(i), kScoreThreads);",
+    ),
+    "mbarrier_init(shared.p_empty(i), kOutThreads / 32);": (
+        1,
+        "mbarrier_init(shared.p_empty(i), kOutThreads);",
+    ),
+    "mbarrier_init(shared.segment_empty(), kMathWarps + 1);": (
+        1,
+        "mbarrier_init(shared.segment_empty(), 32 * (kMathWarps + 1));",
     ),
 }
 
@@ -57,7 +92,7 @@ def render_for_racecheck(kernel: Kernel | MlaKernel | MergeKernel) -> str:
     if isinstance(kernel, Kernel):
         changes = {one_lane: (1, every_lane) for one_lane, every_lane in EVERY_LANE.items()}
     elif isinstance(kernel, MlaKernel):
-        changes = MLA_EVERY_LANE | (FP8_EVERY_LANE if kernel.problem.is_fp8 else {})
+        changes = FP8_EVERY_LANE if kernel.problem.is_fp8 else MLA_EVERY_LANE
     for one_lane, (count, every_lane) in changes.items():
         if source.count(one_lane) != count:
             raise AssertionError(f"the template has changed: it holds no {one_lane!r}")

@@ -59,12 +59,16 @@ def test_edge_lengths_meet_float64(problem: MlaDecode) -> None:
         MlaSchedule(tile_rows=32, cluster=2, slack=1),
         MlaSchedule(meet=2, score_ahead=True),
         MlaSchedule(meet=2, evict_first=32),
+        MlaSchedule(tile_rows=32, meet=2),
     ],
     ids=str,
 )
 def test_schedules_meet_float64(schedule: MlaSchedule) -> None:
+    batches = [(5000,), (150,), (700, 0, 129, 64) * 5, (1000,) * 33, (900, 1000, 330) * 4]
+    if schedule.meet > 1:  # sequences that share parts
+        batches += [(700, 0, 129, 64) * 40, (1000,) * 150, (130, 3000, 1) * 50]
     for page in (16, 64):
-        for lengths in ((5000,), (150,), (700, 0, 129, 64) * 5, (1000,) * 33, (900, 1000, 330) * 4):
+        for lengths in batches:
             run_and_compare(MlaDraw(MlaDecode(128, page=page), lengths, schedule, 5))
 
 

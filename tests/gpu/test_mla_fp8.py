@@ -14,6 +14,7 @@ import torch
 import jitgen
 from jitgen import MlaDecode, MlaPlan, MlaSchedule
 from jitgen.problem_mla import PAGES
+from jitgen.tokens_mla import decode_tokens
 from tests.gpu.draws import to_numpy
 from tests.gpu.mla_draws import (
     HEADS,
@@ -23,7 +24,9 @@ from tests.gpu.mla_draws import (
     draw_lengths,
     make_inputs,
     run_and_compare,
+    score_error,
 )
+from tests.mla_bounds import check, expected
 
 NUM_PROBLEMS, CASES_EACH = 16, 16
 PROBLEMS = [
@@ -60,35 +63,59 @@ def test_random_dense_calls_meet_float64(index: int) -> None:
 
 
 SCHEDULES = [
-    (128, MlaSchedule(prefetch=1, overhead=1)),
-    (128, MlaSchedule(cluster=2, prefetch=1)),
-    (64, MlaSchedule(tile_rows=32, cluster=2)),
-    (40, MlaSchedule(tile_rows=16)),
+    (128, MlaSchedule(num_stages=3, overhead=1)),
+    (128, MlaSchedule(num_stages=2, slack=1)),
+    (64, MlaSchedule(tile_rows=32, num_stages=4)),
+    (40, MlaSchedule(tile_rows=32, num_stages=2)),
+    (40, MlaSchedule(tile_rows=16, num_stages=4)),
+    (9, MlaSchedule(tile_rows=16, num_stages=3, whole=True)),
+    (16, MlaSchedule(tile_rows=64, num_stages=3)),
 ]
 
 
 @pytest.mark.parametrize(("heads", "schedule"), SCHEDULES, ids=str)
 def test_schedules_meet_float64(heads: int, schedule: MlaSchedule) -> None:
     for lengths in ((5000,), (700, 0, 129, 64) * 5, (3000, 65) * 70):
-        run_and_compare(MlaDraw(MlaDecode(heads, page=16, cache="fp8"), lengths, schedule, 5))
+        for queries in (1, 3):
+            problem = MlaDecode(heads, queries, page=16, cache="fp8")
+            run_and_compare(MlaDraw(problem, lengths, schedule, 5))
 
 
-@pytest.mark.parametrize(
-    ("problem", "schedule"),
-    [
-        (MlaDecode(16, cache="fp8"), MlaSchedule(tile_rows=16)),
-        (MlaDecode(128, cache="fp8"), MlaSchedule(cluster=2, prefetch=1)),
-    ],
-    ids=str,
-)
-def test_small_results_do_not_depend_on_who_decodes(
-    problem: MlaDecode, schedule: MlaSchedule
-) -> None:
-    inputs = make_inputs(MlaDraw(problem, (1000, 3, 77, 0, 640), None, 31)).values()
-    first = jitgen.mla_decode(*inputs, schedule=schedule)
-    second = jitgen.mla_decode(*inputs, schedule=MlaSchedule(prefetch=1))
-    for one, other in zip(first, second, strict=True):
-        assert torch.equal(bits(one), bits(other))
+@pytest.mark.parametrize("kind", ["any", "falling", "rising", "zeros"])
+@pytest.mark.parametrize(("heads", "tile_rows"), [(16, 16), (32, 32), (100, 64)])
+def test_wide_scales_are_within_bounds(kind: str, heads: int, tile_rows: int) -> None:
+    """As tests/host/test_mla_fp8.py has the interpreter: units of 2^-20 to 2^20 in a sequence."""
+    rng, lengths = np.random.default_rng(heads), (1, 64, 777, 3000, 5000)
+    problem = MlaDecode(heads, causal=False, cache="fp8")
+    inputs = make_inputs(MlaDraw(problem, lengths, None, heads))
+    pages, page = to_numpy(inputs["block_table"]), problem.page
+    cache, q = to_numpy(inputs["kv_cache"]).reshape(-1, 656), to_numpy(inputs["q"]).copy()
+    found = []
+    for sequence, length in enumerate(lengths):
+        keys = np.arange(length)
+        rows = pages[sequence][keys // page] * page + keys % page
+        powers = {
+            "any": rng.integers(-10, 11, (length, 1)) + rng.integers(-10, 11, (length, 4)),
+            "falling": 20 - 40 * keys[:, None] // length + np.zeros((1, 4), int),
+            "rising": 40 * keys[:, None] // length - 20 + np.zeros((1, 4), int),
+            "zeros": np.where(rng.random((length, 1)) < 0.5, -140, 0) + np.zeros((1, 4), int),
+        }[kind]
+        scales = np.ascontiguousarray(cache[rows, 512:528]).view(np.float32)
+        cache[rows, 512:528] = np.ldexp(scales, powers).view(np.uint8)
+        found.append(cache[rows])
+    q[..., 512:] *= 2.0 ** (0 if kind == "zeros" else 20)
+    tops = [np.abs(q[i, 0].astype("f8") @ decode_tokens(t).T).max() for i, t in enumerate(found)]
+    scale = 8 / max(tops)
+    schedule = MlaSchedule(tile_rows=tile_rows, num_stages=3)
+    given = inputs | {
+        "q": torch.from_numpy(q.view(np.int16)).view(torch.bfloat16).cuda(),
+        "kv_cache": torch.from_numpy(cache.reshape(inputs["kv_cache"].shape)).cuda(),
+    }
+    o, lse = jitgen.mla_decode(*given.values(), softmax_scale=scale, schedule=schedule)
+    got, got_lse = to_numpy(o), lse.cpu().numpy()
+    for sequence, tokens in enumerate(found):
+        want = expected(q[sequence, 0], tokens, scale)
+        check(want, got[sequence, 0], got_lse[sequence, :, 0], (kind, lengths[sequence]))
 
 
 def test_pages_that_lie_apart_meet_float64() -> None:
@@ -96,13 +123,26 @@ def test_pages_that_lie_apart_meet_float64() -> None:
     run_and_compare(MlaDraw(problem, (1000, 3, 77), None, 9), gap=48)
 
 
+def check_like_interpreter(o: torch.Tensor, want: Any, keys: torch.Tensor) -> None:
+    """Raise AssertionError if o differs by more than what is not modelled.
+
+    Exponentials, sums and the order of a merge differ by a few 2^-23, so that a p may be rounded
+    the other way, by 2^-10 of itself at most: 2^-10 of the largest |v| if all were; the same if
+    maxima grow with another block. Then o is rounded to bfloat16, perhaps the other way.
+    """
+    expected = want.astype(np.float64)
+    limit = 2**-10 * float(keys.abs().max()) + 2**-7 * np.abs(expected)
+    error = np.abs(to_numpy(o).astype(np.float64) - expected)
+    assert np.all(error <= limit), (error / limit).max()
+
+
 def test_small_fp8_equals_interpreter_within_tolerance() -> None:
     problem, lengths = MlaDecode(3, 2, cache="fp8"), (0, 1, 63, 130, 321)
     inputs = make_inputs(MlaDraw(problem, lengths, None, 11))
     o, lse = jitgen.mla_decode(*inputs.values())
     want, want_lse = jitgen.mla_decode(*map(to_numpy, inputs.values()))
-    error = np.abs(to_numpy(o).astype(np.float64) - want.astype(np.float64)).max(axis=(1, 2, 3))
-    assert np.all(error <= 4 * 2**-7 / np.maximum(lengths, 1) ** 0.5), error
+    keys = decoded(inputs["kv_cache"].reshape(-1, 656))
+    check_like_interpreter(o, want, keys[:, :512].nan_to_num(nan=0))
     np.testing.assert_allclose(lse.cpu().numpy(), want_lse, rtol=2e-6, atol=2e-6)
 
 
@@ -167,7 +207,8 @@ def check_sparse(d: SparseDraw, given: dict[str, Any], o: torch.Tensor, lse: tor
             bad = (error > 8e-4) & (error > 2.01 / 128 * want.abs())
             assert not bad.any(), f"[{i}, {t}] is off by {float(error.max()):.2e}: {d}"
             off = (lse[i, :, t].double() - want_lse).abs()
-            wrong = (lse[i, :, t] != want_lse) & (off > 8 / 65536 * want_lse.abs()) & (off > 1e-6)
+            slack = score_error(given["q"][i, t : t + 1], keys)[0] if len(keys) else 0.0
+            wrong = (lse[i, :, t] != want_lse) & (off > 8 / 65536 * want_lse.abs()) & (off > slack)
             assert not wrong.any(), f"lse of [{i}, {t}] is off by {float(off.max()):.2e}: {d}"
 
 
@@ -202,7 +243,8 @@ def test_small_sparse_equals_interpreter_within_tolerance(problem: MlaDecode) ->
     o, lse = jitgen.mla_decode_sparse(**given)
     host = {name: t if t is None else to_numpy(t) for name, t in given.items()}
     want, want_lse = jitgen.mla_decode_sparse(**host)
-    np.testing.assert_allclose(to_numpy(o).astype("f4"), want.astype("f4"), atol=2e-3, rtol=0.02)
+    keys = decoded(given["kv_cache"].view(-1, 656))
+    check_like_interpreter(o, want, keys[:, :512].nan_to_num(nan=0))
     np.testing.assert_allclose(lse.cpu().numpy(), want_lse, rtol=2e-6, atol=2e-6)
 
 

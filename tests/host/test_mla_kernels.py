@@ -41,6 +41,7 @@ from jitgen.tuning.bench_mla import (
     mla_baselines,
 )
 from jitgen.verify import verify
+from tests.gpu.conftest import render_for_racecheck
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "mla"
 GOLDEN_KERNELS = {
@@ -176,6 +177,12 @@ def test_render_is_pure_and_uses_every_constant(problem: MlaDecode) -> None:
         assert len(re.findall(rf"\b{name}\b", text)) > 1, f"{name} is not used"
     for parameter in kernel.parameters:
         assert len(re.findall(rf"\b{parameter.name}\b", source)) > 1, parameter.name
+
+
+@pytest.mark.parametrize("name", GOLDEN_KERNELS)
+def test_source_for_racecheck_knows_the_template(name: str) -> None:
+    kernel = lower_mla(*GOLDEN_KERNELS[name])
+    assert render_for_racecheck(kernel) != render(kernel)
 
 
 def test_str_reads_as_a_program() -> None:

@@ -24,10 +24,6 @@ constexpr u32 kSlack = 8;
 constexpr u32 kNumStages = 2;
 constexpr u32 kCluster = 1;
 constexpr u32 kMeet = 2;
-constexpr u32 kIsFp8 = 0;
-constexpr u32 kIsSparse = 0;
-constexpr u32 kHasSink = 0;
-constexpr u32 kLoaders = 1;
 constexpr u32 kPrefetch = 0;
 constexpr u32 kEvictFirst = 16;
 constexpr u32 kScoreAhead = 0;
@@ -52,28 +48,25 @@ constexpr u32 kChunkBytes = 64 * 128;                       // 64 rows of 64 col
 constexpr u32 kChunks = kDimQk / 64, kHalfChunks = kDimV / 128;  // of a row of K; of the columns of O of a warpgroup
 constexpr u32 kSmemChunks = kChunks - kRegisterChunks;      // of Q that are read from shared memory
 constexpr u32 kStageBytes = kChunks * kChunkBytes;
-constexpr u32 kQueryChunkBytes = kIsFp8 ? kTileRows * 128 : kChunkBytes;  // wgmma reads 64 rows: others follow
 constexpr u32 kHalfV = kDimV / 2;
-constexpr bool kOutputsOverQueries = kSmemP < kSmemKeys;  // on their way out
 constexpr u32 kPieces = kBlockKeys / kPieceRows, kOwnPieces = kPieces / kCluster;  // of a block of keys, TMA boxes
 constexpr u32 kGroups = ceil_div(kChunks, kGroupChunks);    // of chunks that arrive together
-constexpr u32 kStageBarriers = kGroups + 2 + kIsSparse;     // full, one a group; empty, one a half; which keys there are
+constexpr u32 kStageBarriers = kGroups + 2;                 // full, one a group; empty, one a half
 constexpr u32 kSmemQueryBarriers = kSmemBarriers + 8 * kStageBarriers * kNumStages;
 constexpr u32 kMathThreads = 256, kNumThreads = 384;        // two math warpgroups, and one for the producer
 
 static_assert(kTileRows <= 64 && kBlockKeys == 64, "a warpgroup's wgmma scores 64 rows for 64 keys");
 static_assert(kTileRows % 16 == 0, "a warp has its 16 rows whole, or none");
-static_assert(kHalfChunks % kGroupChunks == 0 || kGroups == 1, "the warpgroups share whole chunks of V");
+static_assert(kHalfChunks % kGroupChunks == 0, "the warpgroups share whole chunks of V");
 static_assert(kDimQk % 64 == 0, "chunks have 64 columns");
-static_assert(kRegisterChunks >= 1 || kIsFp8, "the second P lies over the chunk of Q that is read from registers");
+static_assert(kRegisterChunks >= 1, "the second P lies over the chunk of Q that is read from registers");
 static_assert(kTiles % kCluster == 0, "a cluster's blocks work on tiles of one sequence");
 static_assert(kCluster == 1 || kMeet == 1, "or on parts of one tile");
 static_assert(kSmemBytes <= 232448, "sm_90 allows 227 KiB of shared memory a block");
 
-using Lengths = SequenceLengths;
-using Walker = SegmentWalker<Lengths, kBlockKeys, kOverhead, kSlack, kWhole>;
+using Walker = SegmentWalker<SequenceLengths, kBlockKeys, kOverhead, kSlack, kWhole>;
 using MlaPartials = Partials<kTiles, kDimV>;
-using MlaResults = Results<T, kHeads, kQueries, kDimV, kTokens, kHasSink, kTileRows>;
+using MlaResults = Results<T, kHeads, kQueries, kDimV, kTokens, false, kTileRows>;
 // Outputs lie over the keys, sums over the queries: all have been read by then.
 using MlaMeeting = Meeting<MlaResults, kSmemQueryBarriers + 16, kSmemMaxima, 0, kSmemKeys>;
 // Named barriers of the math threads: results of one warpgroup that the other waits for, then those they both wait at.
@@ -92,15 +85,8 @@ struct Stage {
     __device__ __forceinline__ void wait_values(u32 half) const {
 #pragma unroll
         for (u32 i = half * kHalfChunks / kGroupChunks; i < ceil_div((half + 1) * kHalfChunks, kGroupChunks); ++i)
-            wait(full(i));
+            mbarrier_wait(full(i), phase);
     }
-    // With what other threads wrote, for wgmma to read. (A fence behind their own stores would have them wait for all
-    // that they load.)
-    __device__ __forceinline__ void wait(u32 barrier) const {
-        mbarrier_wait(barrier, phase);
-        if constexpr (kIsFp8) fence_proxy_async();
-    }
-    __device__ __forceinline__ u32 valid() const { return barriers + 8 * (kGroups + 2); }
 };
 
 // A cluster's blocks work on tiles of a part, or on parts of a tile.
@@ -119,17 +105,15 @@ struct Outputs {
 template <u32 kHalf> struct Math {
     const u32 smem_base, lane, warp_row;
     const float scale;
-    u32 queries[kRegisterChunks + kIsFp8][16];  // A fragments of the last chunks of Q
+    u32 queries[kRegisterChunks][16];  // A fragments of the last chunks of Q
     float scores[32], out[kHalfV / 2];
     RowState state;
     u32 p[16];
     u32 limits[2];  // keys that rows g and g + 8 see
     u32 first_limit, length;
 
-    // Where a warpgroup has the other find the P of the block of keys in `stage`: over its last chunk, of which V is
-    // no part, if the producer waits for both halves before it writes there.
-    __device__ __forceinline__ u32 smem_p(Stage stage, u32 half) const {
-        if constexpr (kIsFp8) return stage.keys + (kChunks - 1) * kChunkBytes;
+    // Where a warpgroup has the other find its P.
+    __device__ __forceinline__ u32 smem_p(u32 half) const {
         return half == 0 ? smem_base + kSmemP : smem_base + (kChunks - 1) * kChunkBytes;
     }
     __device__ __forceinline__ u32 smem_max(u32 half) const { return smem_base + kSmemStates + half * 256; }
@@ -153,13 +137,13 @@ template <u32 kHalf> struct Math {
 #pragma unroll
         for (u32 chunk = 0; chunk < kChunks; ++chunk) {
             if (chunk % kGroupChunks == 0) {
-                stage.wait(stage.full(chunk / kGroupChunks));
+                mbarrier_wait(stage.full(chunk / kGroupChunks), stage.phase);
                 wgmma_fence();
             }
 #pragma unroll
             for (u32 i = 0; i < 4; ++i) {
-                const u32 at = chunk * (kChunkBytes / 16) + 2 * i, q_at = chunk * (kQueryChunkBytes / 16) + 2 * i;
-                if (chunk < kSmemChunks) wgmma_16<T, false>(scores, q + q_at, k + at, chunk + i > 0);
+                const u32 at = chunk * (kChunkBytes / 16) + 2 * i;
+                if (chunk < kSmemChunks) wgmma_16<T, false>(scores, q + at, k + at, chunk + i > 0);
                 else wgmma_16<T, false>(scores, &queries[chunk - kSmemChunks][4 * i], k + at, chunk + i > 0);
             }
         }
@@ -169,7 +153,7 @@ template <u32 kHalf> struct Math {
     }
 
     // The block's largest scores, once keys that a row must not see are masked.
-    __device__ __forceinline__ void find_top(Stage stage, u32 block, Softening& softening) {
+    __device__ __forceinline__ void find_top(u32 block, Softening& softening) {
         if ((block + 1) * kBlockKeys > first_limit) mask(scores, block * kBlockKeys, limits, lane);
         softening.find_top(scores);
     }
@@ -184,8 +168,8 @@ template <u32 kHalf> struct Math {
     }
 
     // p of all keys, likewise.
-    __device__ __forceinline__ void exponentiate(Stage stage, Softening& softening) {
-        const u32 fragment = opaque(smem_p(stage, kHalf) + fragment_offset(warp_row, opaque(lane)));
+    __device__ __forceinline__ void exponentiate(Softening& softening) {
+        const u32 fragment = opaque(smem_p(kHalf) + fragment_offset(warp_row, opaque(lane)));
 #pragma unroll
         for (u32 k = 0; k < 4; ++k) {
             softening.exponentiate<T>(scores, p, k, scale);
@@ -206,7 +190,6 @@ template <u32 kHalf> struct Math {
 
     // Keys beyond the sequence's end have p = 0, and must be zero themselves.
     __device__ __forceinline__ void zero_tail(Stage stage, u32 block) {
-        if constexpr (kIsFp8) return;  // the producer writes zeros there
         if ((block + 1) * kBlockKeys <= length) return;
         zero_rows<kHalfChunks>(stage.keys + kHalf * kHalfChunks * kChunkBytes, length - block * kBlockKeys);
         named_barrier_sync<128>(kWarpgroupBarrier + kHalf);
@@ -215,7 +198,7 @@ template <u32 kHalf> struct Math {
     // out += P V for the half of the columns, in flight; P is this warpgroup's (in registers) or the other's.
     template <bool kOwn> __device__ __forceinline__ void issue_out(Stage stage) {
         const u32 v = descriptor_n_major(stage.keys + kHalf * kHalfChunks * kChunkBytes, kChunkBytes);
-        const u32 other_p = descriptor_k_major(smem_p(stage, 1 - kHalf));
+        const u32 other_p = descriptor_k_major(smem_p(1 - kHalf));
         pin_registers(out);
         wgmma_fence();
 #pragma unroll
@@ -257,9 +240,9 @@ template <u32 kHalf> struct Math {
             const bool has_second = i + 1 < count;
             Softening softening;
             if constexpr (kHalf == 0) {
-                find_top(stage(i), block, softening);
+                find_top(block, softening);
                 grow(softening);
-                exponentiate(stage(i), softening);
+                exponentiate(softening);
                 named_barrier_arrive<kMathThreads>(kFirstReady);
                 rescale(out, softening.factors);
                 zero_tail(stage(i), block);
@@ -281,18 +264,18 @@ template <u32 kHalf> struct Math {
                 zero_tail(stage(i), block);
                 issue_out<false>(stage(i));
                 if (kScoreAhead && has_second) {
-                    find_top(stage(i + 1), block + 1, softening);
+                    find_top(block + 1, softening);
                     grow(softening);
-                    exponentiate(stage(i + 1), softening);
+                    exponentiate(softening);
                     named_barrier_arrive<kMathThreads>(kSecondReady);
                 }
                 finish_out<false>(stage(i));
                 if (has_second) {
                     if constexpr (!kScoreAhead) {
                         score(stage(i + 1));
-                        find_top(stage(i + 1), block + 1, softening);
+                        find_top(block + 1, softening);
                         grow(softening);
-                        exponentiate(stage(i + 1), softening);
+                        exponentiate(softening);
                         named_barrier_arrive<kMathThreads>(kSecondReady);
                     }
                     rescale(out, softening.factors);
@@ -464,18 +447,14 @@ __device__ __forceinline__ void compute(u32 smem_base, const Announcement& annou
         math.run(announced.segment.length, announced.segment.begin, count, index, tile_index());
         index += count;
         const Segment segment = announced.segment;
-        auto give_up_queries = [&] {
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(q_empty);
-        };
-        if constexpr (!kOutputsOverQueries) give_up_queries();
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(q_empty);
         if (segment.num_parts == 1) math.store_whole(outputs.results, segment.sequence, tile_index());
         else if (announced.is_apart && (part_index() ^ 1) - segment.first_part < segment.num_parts) {
             math.meet(MlaMeeting{smem_base, part_index() % 2}, outputs, segment, part_index(), tile_index());
             return mbarrier_wait(q_full, q_phase ^ 1);  // it has no other
         }
         else math.store_part(outputs.partials, segment, part_index(), tile_index());
-        if constexpr (kOutputsOverQueries) give_up_queries();
     }
 }
 
@@ -504,7 +483,7 @@ __device__ __forceinline__ void announce(Announcement& announced, Segment segmen
     if (is_some && segment.begin < segment.end) {
         mbarrier_arrive_expect_tx(q_full, kChunks * kQueryBoxRows * 128);
         for (u32 chunk = 0; chunk < kChunks; ++chunk)
-            tma_load<false>(smem_base + chunk * kQueryChunkBytes, map_q, q_full, chunk * 64,
+            tma_load<false>(smem_base + chunk * kChunkBytes, map_q, q_full, chunk * 64,
                             segment.sequence * kRows + tile * kTileRows, 0);
     } else {
         mbarrier_arrive(q_full);
@@ -540,7 +519,7 @@ void flash_fwd_splitkv_mla_kernel_bf16_h64_q1_d576x512_p64_r64_c1_m2_s2_f0_o3_t8
         tma_prefetch_descriptor(map_q);
         tma_prefetch_descriptor(map_kv);
         for (u32 stage = 0; stage < kNumStages; ++stage) {
-            for (u32 group = 0; group < kGroups; ++group) mbarrier_init(Stage(smem_base, stage).full(group), kLoaders);
+            for (u32 group = 0; group < kGroups; ++group) mbarrier_init(Stage(smem_base, stage).full(group), 1);
             for (u32 half = 0; half < 2; ++half) mbarrier_init(Stage(smem_base, stage).empty(half), 4 * kCluster);
         }
         mbarrier_init(q_full, 1);
