@@ -54,7 +54,7 @@ def make_fp8(page: int) -> tuple[Any, Any, Any]:
     cache = jitgen.quantize_mla_cache(keys)
     scales = cache[..., 512:528].contiguous().view(torch.float32).repeat_interleave(128, -1)
     values = cache[..., :512].contiguous().view(torch.float8_e4m3fn).float() * scales
-    read = torch.cat((values.bfloat16(), keys[..., 512:]), dim=-1)
+    read = torch.cat((values, keys[..., 512:].float()), dim=-1)
     cache = cache.view(torch.float8_e4m3fn)  # as FlashMLA has it
     return q, cache[:, :page], read[:, :page, 0].double()
 
@@ -88,7 +88,8 @@ def test_sparse_decode_is_attention_over_lists(page: int, has_extras: bool) -> N
             if sink is not None:
                 o /= 1 + (sink.double() - expected).exp()[:, None]
             assert torch.allclose(out[row, token].double(), o, atol=2**-6, rtol=2**-6)
-            assert torch.allclose(lse[row, :, token].double(), expected, atol=1e-3)
+            # Each of a key's four blocks of columns is off by 2^-11 of its part of a score, about 1.
+            assert torch.allclose(lse[row, :, token].double(), expected, atol=2**-8)
 
 
 def test_dense_decode_reads_an_fp8_cache() -> None:
