@@ -7,6 +7,9 @@ that of a merge. Each moves a result by a few 2^-23 of its size; but a p that li
 of two bfloat16 may then round the other way, by 2^-8 of that p. With n keys of like weight that is
 2^-8 / n of a value for the few p concerned. So GPU and interpreter agree to 2^-7 of the largest
 |v| / sqrt(n), which the tests allow, and mostly to far less.
+Over an FP8 cache p are float16: 2^-10 of the largest |v|. There a fourth thing is not modelled: a
+block of keys whose scores are just at the slack may have maxima grow or not, which rounds its p
+anew, to no more than that.
 numerics="exact" computes in float64, p too, and rounds o and lse once.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from .dtypes import BF16, E4M3, F16, F32
 from .ir import Buffer, MlaTensor
@@ -107,6 +108,16 @@ def mla_tensors(problem: MlaDecode) -> dict[str, MlaTensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
+class _Carried(NamedTuple):
+    """What ops over either cache write and read."""
+
+    scores: Buffer
+    out: Buffer
+    max: Buffer
+    sum: Buffer
+    factor: Buffer
+
+
 def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
     rows, tensors = schedule.tile_rows, mla_tensors(problem)
     top, total, factor = (
@@ -114,31 +125,22 @@ def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
     )
     scores = Buffer("scores", F32, (rows, BLOCK_KEYS), "registers")
     out = Buffer("out", F32, (rows, problem.head_dim_v), "registers")
-    stmts = (_fp8_stmts if problem.is_fp8 else _plain_stmts)(
-        problem, schedule, scores, out, top, total, factor
-    )
+    of_cache = _over_tokens if problem.is_fp8 else _over_keys
     return ForSegments(
         Split(BLOCK_KEYS, schedule.overhead, schedule.slack, schedule.whole),
         rows,
         num_tiles(problem, rows),
         schedule.cluster,
         (
-            *stmts,
+            *of_cache(problem, schedule, _Carried(scores, out, top, total, factor)),
             Merge(out, top, total, schedule.meet),
             StoreOutput(tensors["o"], tensors["lse"], tensors.get("sink"), out, top, total),
         ),
     )
 
 
-def _plain_stmts(
-    problem: MlaDecode,
-    schedule: MlaSchedule,
-    scores: Buffer,
-    out: Buffer,
-    top: Buffer,
-    total: Buffer,
-    factor: Buffer,
-) -> tuple[MlaStmt, ...]:
+def _over_keys(problem: MlaDecode, schedule: MlaSchedule, carried: _Carried) -> tuple[MlaStmt, ...]:
+    scores, out, top, total, factor = carried
     tensors, dtype, rows = mla_tensors(problem), problem.dtype, schedule.tile_rows
     columns = problem.head_dim_qk
     smem_q = Buffer("smem_q", dtype, (rows, columns), "smem", swizzle_bytes=128)
@@ -165,15 +167,10 @@ def _plain_stmts(
     )
 
 
-def _fp8_stmts(
-    problem: MlaDecode,
-    schedule: MlaSchedule,
-    scores: Buffer,
-    out: Buffer,
-    top: Buffer,
-    total: Buffer,
-    factor: Buffer,
+def _over_tokens(
+    problem: MlaDecode, schedule: MlaSchedule, carried: _Carried
 ) -> tuple[MlaStmt, ...]:
+    scores, out, top, total, factor = carried
     tensors, rows, keys = mla_tensors(problem), schedule.tile_rows, BLOCK_KEYS
     where = tensors["indices" if problem.sparse else "block_table"]
     smem_q = Buffer("smem_q", F16, (rows, CODES), "smem", swizzle_bytes=128)
