@@ -26,6 +26,7 @@ COMPILER = (
     ("traversal",),  # the order of its tiles
     ("ir",),  # the tile program that both become
     ("kernel",),  # it, and what a launch passes
+    ("ir_mla_fp8",),  # ops over an FP8 cache
     ("ir_mla",),  # that of MLA decode
     ("numerics",),  # arithmetic of the tensor core, in NumPy
     ("numerics_16",),  # of BF16 and FP16
