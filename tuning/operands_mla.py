@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from ..api_mla import mla_decode, mla_decode_sparse, quantize_mla_cache
 from ..errors import VerifyError
 from ..problem_mla import TOKEN_BYTES, MlaDecode
