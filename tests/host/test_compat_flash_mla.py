@@ -88,7 +88,7 @@ def test_sparse_decode_is_attention_over_lists(page: int, has_extras: bool) -> N
             if sink is not None:
                 o /= 1 + (sink.double() - expected).exp()[:, None]
             assert torch.allclose(out[row, token].double(), o, atol=2**-6, rtol=2**-6)
-            # Each of a key's four blocks of columns is off by 2^-11 of its part of a score, about 1.
+            # Each of a key's blocks of columns is off by 2^-11 of its part of a score, about 1.
             assert torch.allclose(lse[row, :, token].double(), expected, atol=2**-8)
 
 
