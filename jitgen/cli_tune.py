@@ -138,9 +138,7 @@ def _read_pairs(
         listed = read_problems(problems)
         pairs = [(p, m) for p, m in listed if isinstance(p, TunedProblem) and is_tunable(p, m)]
         if left_out := len(listed) - len(pairs):
-            typer.echo(
-                f"left out: {left_out} shapes of k_grouped or of one sequence, not tuned", err=True
-            )
+            typer.echo(f"left out: {left_out} shapes of one sequence, not tuned", err=True)
         return pairs
     problem = Gemm(n or 0, k or 0, dtype_of(out_dtype), gate * up if gated else acc)
     if num_groups is not None:

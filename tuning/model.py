@@ -72,6 +72,8 @@ TWO_WAVES_SHARE = 0.04  # more clocks with 128 rows of groups a math warpgroup
 
 # Two steps an octave from the least row tile on; below it, extents that a schedule may exploit.
 M_BUCKETS = (16, 32, *sorted(base << i for i in range(11) for base in (64, 96))[:-1])
+# Of k_grouped m is a weight's extent, one a layer: every row tile of wgmma's is a bucket.
+K_GROUPED_BUCKETS = tuple(range(WGMMA_M, M_BUCKETS[-1] + 1, WGMMA_M))
 
 
 def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.num_sms) -> float:
@@ -210,7 +212,8 @@ def m_bucket(m: int, problem: Gemm | MlaDecode | None = None) -> int:
     """The extent that a schedule is chosen for: the least of M_BUCKETS at or above m, or the last.
 
     So every problem has a finite number of kernels, whatever m comes. Of groups, whose rows in all
-    vary around what is expected, it is the nearest (by ratio); of MLA decode m counts sequences,
+    vary around what is expected, it is the nearest (by ratio). Of k_grouped, whose m is fixed and
+    whose k varies, it is one of K_GROUPED_BUCKETS, whatever k is. Of MLA decode m counts sequences,
     and it is one of BATCHES.
     """
     buckets, ends = _buckets(problem)
@@ -237,11 +240,14 @@ def _nearest_ends() -> tuple[int, ...]:
 
 def _buckets(problem: Gemm | MlaDecode | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The buckets of a problem, and the largest m of each."""
+    buckets = M_BUCKETS
     if isinstance(problem, MlaDecode):
-        return BATCHES, (*BATCHES[:-1], MAX_EXTENT)
-    if isinstance(problem, GroupedGemm) and not is_k_grouped(problem):
-        return M_BUCKETS, _nearest_ends()
-    return M_BUCKETS, (*M_BUCKETS[:-1], MAX_EXTENT)
+        buckets = BATCHES
+    elif isinstance(problem, GroupedGemm):
+        if not is_k_grouped(problem):
+            return M_BUCKETS, _nearest_ends()
+        buckets = K_GROUPED_BUCKETS
+    return buckets, (*buckets[:-1], MAX_EXTENT)
 
 
 def _soft_max(a: float, b: float) -> float:
