@@ -19,6 +19,7 @@ from ..schedule import Schedule
 from .bench import to_numpy
 
 CHECK = Schedule(64, 64, 2, 1)  # of which size tiles are: no schedule of groups changes a bit
+NUM_RANDOM_TILES = 4  # that are compared with the interpreter, beside the first and the last
 
 
 class KTile(NamedTuple):
@@ -148,16 +149,19 @@ class KGroupedOperands:
         return KTile(group, row - row % CHECK.block_m, column - column % CHECK.block_n)
 
     def _sample(self) -> list[KTile]:
-        """The first tile and the last one of those that are computed, and any other; then one of a
-        group without k, if there is one."""
+        """The first tile and the last one of those that are computed, and some others; then one of
+        a group without k, if there is one."""
         groups = [g for g, (a, b) in enumerate(itertools.pairwise(self._ends)) if a < b]
         empty = [g for g, (a, b) in enumerate(itertools.pairwise(self._ends)) if a == b]
         rng = random.Random(0)
         rows, columns = range(0, self.m, CHECK.block_m), range(0, self.problem.n, CHECK.block_n)
         found = [
             KTile(groups[0], 0, 0),
-            KTile(rng.choice(groups), rng.choice(rows), rng.choice(columns)),
             KTile(groups[-1], rows[-1], columns[-1]),
+            *(
+                KTile(rng.choice(groups), rng.choice(rows), rng.choice(columns))
+                for _ in range(NUM_RANDOM_TILES)
+            ),
             *(KTile(group, 0, 0) for group in empty[:1]),
         ]
         return list(dict.fromkeys(found))
