@@ -79,7 +79,7 @@ def place_in_file(problem: TunedProblem) -> tuple[int | str, ...]:
     """Where it stands among those of its file."""
     if isinstance(problem, MlaDecode):
         return ()
-    return problem.d_dtype.name, problem.num_halves, problem.b_scale.rows
+    return problem.d_dtype.name, problem.num_halves, not _has_usual_b_scale(problem)
 
 
 def head_json(problem: TunedProblem) -> dict[str, Any]:

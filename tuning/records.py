@@ -255,7 +255,9 @@ def _read_records(data: object) -> list[Record]:
         try:
             record = _read_record(head, entry)
             if found.setdefault(record.key, record) is not record:
-                raise StoreError("it is for what a record before is for")
+                raise StoreError(
+                    "num_sms, out_dtype, gated, b_scale and m are those of a record before"
+                )
         except JitgenError as error:
             raise StoreError(f"record {i}: {error}") from None
     return list(found.values())

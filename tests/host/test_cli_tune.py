@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from jitgen import build, cli
-from jitgen.dtypes import E4M3
+from jitgen.dtypes import BF16, E4M3
 from jitgen.errors import CompileError
 from jitgen.expr import gate, silu, up
-from jitgen.problem import Gemm, GroupedGemm
+from jitgen.problem import Gemm, GroupedGemm, ScaleBlock, of_k_groups
 from jitgen.problem_mla import MlaDecode
 from jitgen.runtime import driver
 from jitgen.runtime.driver import Device
@@ -193,9 +193,7 @@ def test_tune_records_groups_for_every_layout(run: Run, fake: Fake, records: Pat
         assert select.select(problem, 90) == record.schedule
 
 
-def test_tune_takes_every_family_of_a_list_but_k_grouped(
-    run: Run, fake: Fake, records: Path
-) -> None:
+def test_tune_takes_every_family_of_a_list(run: Run, fake: Fake, records: Path) -> None:
     path = records.parent / "list.json"
     entries = [
         {"n": 256, "k": 512, "m": [16], "num_groups": 3, "layout": "masked"},
@@ -205,10 +203,35 @@ def test_tune_takes_every_family_of_a_list_but_k_grouped(
     ]
     path.write_text(json.dumps(entries))
     result = run("tune", "--problems", path, "--candidates", 2)
-    assert "left out: 2 shapes of k_grouped or of one sequence, not tuned" in result.stderr
-    assert result.stdout.startswith("shapes: 4 measured")
-    attention = [r for r in read_folder(records) if isinstance(r.problem, MlaDecode)]
+    assert "left out: 1 shapes of one sequence, not tuned" in result.stderr
+    assert result.stdout.startswith("shapes: 5 measured")
+    found = read_folder(records)
+    (gradient,) = (r for r in found if r.problem == of_k_groups(256, 3))
+    assert gradient.m == 64
+    select.reload_records()
+    assert select.select(of_k_groups(256, 3), 16) == gradient.schedule
+    attention = [r for r in found if isinstance(r.problem, MlaDecode)]
     assert [(r.problem, r.m) for r in attention] == [(MlaDecode(16), 8), (MlaDecode(16), 16)]
+
+
+def test_tune_of_weight_gradients_goes_on_where_it_was(run: Run, fake: Fake, records: Path) -> None:
+    path = records.parent / "list.json"
+    entry = {"n": 7168, "m": [2112, 4096], "num_groups": 1, "layout": "k_grouped"}
+    path.write_text(json.dumps([entry, entry | {"out_dtype": "bf16", "b_scale": "128x128"}]))
+    arguments = ("tune", "--problems", path, "--candidates", 2)
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("shapes: 4 measured")
+    lines = map(json.loads, (records / JOURNAL).read_text().splitlines())
+    assert {line["job"] for line in lines} == {
+        f"m{m}-g1-n7168-by-k-{rest}" for m in (2112, 4096) for rest in ("f32", "bf16-b128x128")
+    }
+    problems = of_k_groups(7168, 1), of_k_groups(7168, 1, BF16, ScaleBlock(128, 128))
+    found = {(record.problem, record.m) for record in read_folder(records)}
+    assert found == {(problem, m) for problem in problems for m in (2112, 4096)}
+    again = run(*arguments)
+    assert "4 shapes are recorded already" in again.stderr
+    assert again.stdout.startswith("shapes: 0 measured")
 
 
 def test_tune_compile_only_needs_no_gpu(
@@ -279,7 +302,7 @@ def test_records_merge_puts_folders_together(run: Run, tmp_path: Path) -> None:
     save(tmp_path / "b", [faster, *OTHERS[2:]])
     result = run("records", "merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c")
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"records: 11 read, 10 in {tmp_path / 'c'}\n"
+    assert result.stdout == f"records: {len(OTHERS) + 2} read, {len(OTHERS) + 1} in {tmp_path / 'c'}\n"
     assert set(read_folder(tmp_path / "c")) == {faster, *OTHERS}
 
 
