@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from ..dtypes import dtype_of
+from ..dtypes import BF16, F32, dtype_of
 from ..errors import ProblemError, StoreError
 from ..expr import acc, gate, up
 from ..problem import (
@@ -60,6 +60,56 @@ def job_name(problem: TunedProblem, m: int) -> str:
         return f"b{m}-mla-{mla_name(problem)}"
     name = f"m{m}-{tuned_name(problem)}-{problem.d_dtype}{'-gated' * (problem.num_halves > 1)}"
     return name if _has_usual_b_scale(problem) else f"{name}-b{problem.b_scale}"
+
+
+_GEMM_JOB = re.compile(
+    r"m(\d+)-(?:g(\d+)-)?n(\d+)-(?:k(\d+)|by-k)-(\w+?)(-gated)?(?:-b(\d+x\d+))?", re.ASCII
+)
+
+
+def read_gemm_job(name: str) -> tuple[Gemm, int] | None:
+    """The problem and m that `job_name` named; None for those of another family or version."""
+    if not (found := _GEMM_JOB.fullmatch(name)):
+        return None
+    m, groups, n, k, dtype, gated, block = found.groups()
+    b_scale = read_scale_block(block) if block else None
+    try:
+        problem = tuned_gemm(
+            *(int(n), int(k) if k else None, int(groups) if groups else None, dtype),
+            gated=bool(gated),
+            b_scale=b_scale,
+        )
+        check_problem(problem)
+    except ProblemError:
+        return None
+    return problem, int(m)
+
+
+def tuned_gemm(
+    n: int,
+    k: int | None,
+    num_groups: int | None,
+    dtype: str | None,
+    *,
+    gated: bool = False,
+    b_scale: ScaleBlock | None = None,
+) -> Gemm:
+    """The GEMM of these, as `as_tuned`; not checked.
+
+    k, num_groups : with groups and no k it is K-grouped
+    dtype : of D; by default bfloat16 or, K-grouped, float32
+    b_scale : by default the usual one
+    """
+    epilogue = gate * up if gated else acc
+    problem: Gemm
+    if k is None:
+        d_dtype = F32 if dtype is None else dtype_of(dtype)
+        problem = replace(of_k_groups(n, num_groups or 0, d_dtype), epilogue=epilogue)
+    else:
+        problem = Gemm(n, k, BF16 if dtype is None else dtype_of(dtype), epilogue)
+        if num_groups is not None:
+            problem = GroupedGemm(**vars(problem), num_groups=num_groups)
+    return problem if b_scale is None else replace(problem, b_scale=b_scale)
 
 
 def schedule_type(job: str) -> type[Schedule] | type[MlaSchedule]:
@@ -124,18 +174,12 @@ def read_problem(head: Mapping[str, Any], entry: Mapping[str, Any]) -> TunedProb
         raise StoreError(f"gated must be a bool, got {gated!r:.80}")
     if not isinstance(name, str) or not name:
         raise StoreError(f"out_dtype must be a text, not empty, got {name!r:.80}")
-    dtype, epilogue = dtype_of(name), gate * up if gated else acc
-    problem: Gemm
-    if "layout" in head:
-        if head["layout"] != "k_grouped":
-            raise StoreError(f"layout must be k_grouped or left out, got {head['layout']!r:.80}")
-        problem = replace(of_k_groups(head["n"], head["num_groups"], dtype), epilogue=epilogue)
-    else:
-        problem = Gemm(head["n"], head["k"], dtype, epilogue)
-        if "num_groups" in head:
-            problem = GroupedGemm(**vars(problem), num_groups=head["num_groups"])
-    if "b_scale" in entry:
-        problem = replace(problem, b_scale=read_scale_block(entry["b_scale"]))
+    if (layout := head.get("layout", "k_grouped")) != "k_grouped":
+        raise StoreError(f"layout must be k_grouped or left out, got {layout!r:.80}")
+    b_scale = read_scale_block(entry["b_scale"]) if "b_scale" in entry else None
+    problem = tuned_gemm(
+        *(head["n"], head.get("k"), head.get("num_groups"), name), gated=gated, b_scale=b_scale
+    )
     check_problem(problem)
     return problem
 

@@ -24,6 +24,7 @@ from jitgen.runtime import driver
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule
 from jitgen.tuning import machine, measure, select, worker
+from jitgen.tuning.keys import job_name, read_gemm_job
 from jitgen.tuning.records import read_folder, save
 from jitgen.tuning.session import JOURNAL
 from jitgen.tuning.tune import NUM_CANDIDATES, make_jobs
@@ -234,6 +235,23 @@ def test_tune_of_weight_gradients_goes_on_where_it_was(run: Run, fake: Fake, rec
     assert again.stdout.startswith("shapes: 0 measured")
 
 
+def test_tune_of_groups_without_k_is_k_grouped(run: Run, fake: Fake, records: Path) -> None:
+    result = run("tune", "--n", 256, "--num-groups", 3, "--m", "1..128", "--candidates", 1)
+    assert result.exit_code == 0, result.output
+    found = [(record.problem, record.m) for record in read_folder(records)]
+    assert found == [(of_k_groups(256, 3), 64), (of_k_groups(256, 3), 128)]
+    result = run("tune", "--n", 256, "--num-groups", 3, "--m", 64, "--gated")
+    assert result.exit_code != 0
+    assert "k_grouped adds to D" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("problem", [record.problem for record in (RECORD, *OTHERS)], ids=str)
+def test_job_names_are_read_back(problem: Gemm) -> None:
+    assert read_gemm_job(job_name(problem, 192)) == (problem, 192)
+    assert read_gemm_job(f"{job_name(problem, 192)}-x") is None
+    assert read_gemm_job(job_name(MlaDecode(16), 4)) is None
+
+
 def test_tune_compile_only_needs_no_gpu(
     run: Run, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +286,7 @@ def test_tune_without_torch_is_one_error_line(run: Run, monkeypatch: pytest.Monk
     [
         ([], "give one of --grid, --problems, or --n with --k"),
         (["--n", 256], "give one of --grid, --problems, or --n with --k"),
+        (["--k", 256, "--num-groups", 4], "give one of --grid, --problems, or --n with --k"),
         (["--grid", "dense", *SHAPE], "give one of --grid, --problems, or --n with --k"),
         (["--grid", "dense", "--num-groups", 4], "--num-groups and --gated go with --n"),
         ([*SHAPE, "--gpu", "NVIDIA H200"], "--gpu and --num-sms go with --compile-only"),
