@@ -50,6 +50,9 @@ TURN_CLOCKS = 94.0  # from the K loop of one math warpgroup to that of the next
 CLUSTER_CLOCKS = 77.4
 SFB_ROW_CLOCKS = 73.1
 SERIAL_CLOCKS_ALONE = 74.5
+# Where every row of B has its scale, math warpgroups drift apart while they promote, and a stage
+# waits for the last: clocks for each that ENOUGH_STAGES has more.
+ENOUGH_STAGES, SHALLOW_STAGE_CLOCKS = 4, 65.0
 SMEM_CLOCKS_PER_ROW = 0.696  # a row of 128 bytes read by wgmma or written by TMA
 EPILOGUE_CLOCKS_PER_ELEMENT = 0.023
 LOAD_BYTES_PER_CLOCK = 88.8  # of one SM from L2
@@ -184,6 +187,7 @@ def block_clocks(problem: Gemm, schedule: Schedule) -> float:
     extra = BLOCK_CLOCKS
     if is_scaled_by_row(problem):
         smem_rows += waves * columns // 8  # 16 bytes for 16 columns, read by each of 4 warps
+        extra += SHALLOW_STAGE_CLOCKS * max(ENOUGH_STAGES - s.num_stages, 0)
     elif s.swap_ab:
         extra += SWAPPED_COLUMN_CLOCKS * s.num_waves * columns
     else:

@@ -162,12 +162,13 @@ template <u32 kBlockM, u32 kBlockN, u32 kBlocks, u32 kNumThreads> struct RowScal
 
     // The chunk at K block `k_base` for the tile at row `row_m` of A and `row_n` of B, as ScaleLoader's.
     __device__ __forceinline__ void load(u32 smem, u32 row_m, u32 row_n, u32 k_base, u32 empty, u32 parity) const {
+        const u32 first_row = opaque(thread);  // or what follows from it would be kept from chunk to chunk, and spill
 #pragma unroll 1
         for (u32 turn = 0; turn < kTurns; turn += kTurnsAtOnce) {
             float scale[kTurnsAtOnce][kBlocks];
 #pragma unroll
             for (u32 i = 0; i < kTurnsAtOnce; ++i) {
-                const u32 row = thread + (turn + i) * kNumThreads;
+                const u32 row = first_row + (turn + i) * kNumThreads;
                 const bool is_a = row < kBlockM;
                 const u32 index = is_a ? row_m + row : row_n + row - kBlockM, stride_k = is_a ? a.stride_k : b.stride_k;
                 const float* source = (is_a ? a.scales : b.scales) + u64(index) * (is_a ? a.stride_row : b.stride_row) +
@@ -184,7 +185,7 @@ template <u32 kBlockM, u32 kBlockN, u32 kBlocks, u32 kNumThreads> struct RowScal
             if (turn == 0) mbarrier_wait(empty, parity);  // the first loads are under way before the stage is free
 #pragma unroll
             for (u32 i = 0; i < kTurnsAtOnce; ++i) {
-                const u32 row = thread + (turn + i) * kNumThreads;
+                const u32 row = first_row + (turn + i) * kNumThreads;
 #pragma unroll
                 for (u32 k = 0; k < kBlocks; ++k)
                     if (row < kRows) st_shared(smem + (k * kRows + row_scale_position(row)) * 4, scale[i][k]);
