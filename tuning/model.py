@@ -9,6 +9,9 @@ the fitting 3.7%, 19% at worst.
 What grouped GEMMs add was fitted to 664 timings of 40 shapes (2026-11-22): 1 to 64 groups of 8 to
 8192 rows. There the pick is 1.5% slower than the fastest of some ten to twenty, 9% at worst. Of 822
 timings of 65 shapes with the kernels that followed it is 1.0% slower, 11% at worst.
+
+What scales of every row of B add was fitted to 96 timings of four shapes of k_grouped (2026-11-22).
+There the pick is the fastest, and predicted times are within 2.8% (standard deviation).
 """
 
 from __future__ import annotations
