@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 
 class Layout(str, Enum):
-    """How the rows of a grouped GEMM lie, of those that are measured; or that SwiGLU is fused."""
+    """The layouts of a grouped GEMM that are measured; swiglu: that it is fused."""
 
     group_of_row = "group_of_row"
     ragged = "ragged"
     masked = "masked"
     swiglu = "swiglu"
+    k_grouped = "k_grouped"
 
 
 bench_app = typer.Typer(help="Measure on this machine's GPU.", no_args_is_help=True)
@@ -75,7 +76,9 @@ def bench_grouped(
     layout: Annotated[
         list[Layout] | None, typer.Option(help="Only these layouts; repeatable.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="N = 4096, K = 2048 only.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="N = 4096, K = 2048 only; of k_grouped four shapes.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the result here, after each shape.")
     ] = None,
@@ -85,10 +88,11 @@ def bench_grouped(
 ) -> None:
     """Kernel times of the grouped FP8 GEMM beside DeepGEMM (from a file).
 
-    Layout swiglu: ragged, with SwiGLU and requantization fused, beside the unfused sequence.
+    Layout swiglu: ragged, with SwiGLU and requantization fused, beside the unfused sequence. Layout
+    k_grouped: weight gradients, beside those of torch.
     """
     from . import __version__
-    from .tuning import bench, bench_fused, bench_grouped, report, report_grouped
+    from .tuning import bench, bench_fused, bench_grouped, bench_k_grouped, report, report_grouped
 
     shapes = [
         shape
@@ -116,6 +120,13 @@ def bench_grouped(
     for fused in bench_fused.bench_fused(bench_fused.FUSED_SHAPES if with_fused else (), device):
         result = replace(result, fused=(*result.fused, fused))
         keep(f"{fused.shape}, SwiGLU: {fused.fused.kernel_us:.2f} us")
+    by_k: Sequence[bench_k_grouped.KGroupedShape] = ()
+    if not layout or Layout.k_grouped in layout:
+        whole, few = bench_k_grouped.K_GROUPED_SHAPES, bench_k_grouped.DEEPGEMM_SHAPES
+        by_k = few if quick else whole
+    for gradient in bench_k_grouped.bench_k_grouped(by_k, device):
+        result = replace(result, k_grouped=(*result.k_grouped, gradient))
+        keep(f"{gradient.shape}: {gradient.jitgen.kernel_us:.2f} us")
     report_grouped.print_result(make_console(), result)
 
 

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import make_console
-from .dtypes import BF16, dtype_of
 from .errors import DeviceError, JitgenError, one_line
-from .expr import acc, gate, up
-from .problem import Gemm, GroupedGemm, check_problem
+from .problem import check_problem
 from .problem_list import (
     GPU_HELP,
     NUM_SMS_HELP,
@@ -26,7 +24,7 @@ from .problem_list import (
     parse_extents,
     read_problems,
 )
-from .tuning.keys import TunedProblem, is_tunable
+from .tuning.keys import TunedProblem, is_tunable, tuned_gemm
 
 if TYPE_CHECKING:
     from .lower import AnyProblem, AnySchedule
@@ -41,9 +39,15 @@ def tune(
     grid: Annotated[Grid | None, typer.Option(help="The shapes of `jitgen bench`.")] = None,
     problems: Annotated[Path | None, typer.Option(help=PROBLEMS_HELP)] = None,
     n: Annotated[int | None, typer.Option(help="Columns of D, with --k and --m.")] = None,
-    k: Annotated[int | None, typer.Option(help="Columns of A and of B.")] = None,
+    k: Annotated[
+        int | None,
+        typer.Option(help="Columns of A and of B; K-grouped, with --num-groups, without."),
+    ] = None,
     m: Annotated[str, typer.Option(help='Such as "64" or "1..4096,8192".')] = "1..4096",
-    out_dtype: Annotated[str, typer.Option(help="Of D, such as float8_e4m3fn.")] = BF16.name,
+    out_dtype: Annotated[
+        str | None,
+        typer.Option(help="Of D, such as float8_e4m3fn; default: bfloat16, K-grouped float32."),
+    ] = None,
     num_groups: Annotated[
         int | None, typer.Option(help="With --n: of a grouped GEMM, with m rows in all.")
     ] = None,
@@ -123,12 +127,13 @@ def _read_pairs(
     n: int | None,
     k: int | None,
     m: str,
-    out_dtype: str,
+    out_dtype: str | None,
     num_groups: int | None,
     gated: bool,
 ) -> list[tuple[TunedProblem, int]]:
     """Each problem with each m, from the one of three sources that was given."""
-    if ((grid is None) + (problems is None) + (n is None)) != 2 or (n is None) != (k is None):
+    has_k = k is not None or (n is not None and num_groups is not None)
+    if ((grid is None) + (problems is None) + (n is None)) != 2 or (n is None) == has_k:
         raise typer.BadParameter("give one of --grid, --problems, or --n with --k")
     if n is None and (num_groups is not None or gated):
         raise typer.BadParameter("--num-groups and --gated go with --n")
@@ -138,13 +143,9 @@ def _read_pairs(
         listed = read_problems(problems)
         pairs = [(p, m) for p, m in listed if isinstance(p, TunedProblem) and is_tunable(p, m)]
         if left_out := len(listed) - len(pairs):
-            typer.echo(
-                f"left out: {left_out} shapes of k_grouped or of one sequence, not tuned", err=True
-            )
+            typer.echo(f"left out: {left_out} shapes of one sequence, not tuned", err=True)
         return pairs
-    problem = Gemm(n or 0, k or 0, dtype_of(out_dtype), gate * up if gated else acc)
-    if num_groups is not None:
-        problem = GroupedGemm(**vars(problem), num_groups=num_groups)
+    problem = tuned_gemm(n or 0, k, num_groups, out_dtype, gated=gated)
     check_problem(problem)
     return [(problem, extent) for extent in parse_extents(m, problem)]
 

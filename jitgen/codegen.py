@@ -32,6 +32,7 @@ from .schedule import (
     num_parts,
     num_scale_stages,
     part_columns,
+    products_ahead,
     slice_columns,
 )
 
@@ -117,6 +118,8 @@ def constants(kernel: Kernel) -> dict[str, int]:
             "kAlignment": problem.alignment,
             "kSmemGroups": kernel.smem.groups,
         }
+    if is_scaled_by_row(problem):
+        special["kProductsAhead"] = products_ahead(problem, schedule)
     if problem.is_quantized:
         special["kUe8m0"] = int(problem.ue8m0)
     return special | {

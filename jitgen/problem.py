@@ -154,9 +154,9 @@ def as_tuned(problem: Gemm) -> Gemm:
 
 
 def tuned_name(problem: Gemm) -> str:
-    """A name of `as_tuned`, its type of D left out: of records' files and the tuner's jobs."""
+    """A name of `as_tuned`, types and scales left out: of records' files and the tuner's jobs."""
     groups = f"g{problem.num_groups}-" if isinstance(problem, GroupedGemm) else ""
-    return f"{groups}n{problem.n}-k{problem.k}"
+    return f"{groups}n{problem.n}-{'by-k' if is_k_grouped(problem) else f'k{problem.k}'}"
 
 
 def is_masked(problem: Gemm) -> bool:
@@ -213,7 +213,7 @@ def check_problem(problem: Gemm) -> None:
         )
     for name, block, legal in (
         ("a_scale", problem.a_scale, (ScaleBlock(1, 128),)),
-        ("b_scale", problem.b_scale, _legal_b_scales(problem)),
+        ("b_scale", problem.b_scale, legal_b_scales(problem)),
     ):
         if block not in legal:
             must = " or ".join(map(str, legal))
@@ -225,7 +225,7 @@ def check_problem(problem: Gemm) -> None:
         _check_groups(problem)
 
 
-def _legal_b_scales(problem: Gemm) -> tuple[ScaleBlock, ...]:
+def legal_b_scales(problem: Gemm) -> tuple[ScaleBlock, ...]:
     """The granularity of sfb that a problem may have, its usual one first."""
     blocks, rows = ScaleBlock(128, 128), ScaleBlock(1, 128)
     if is_k_grouped(problem):
@@ -324,7 +324,7 @@ def _nearest(problem: Gemm) -> Gemm | None:
         check_expr(problem.epilogue)
     except ProblemError:
         return None
-    legal_scales = _legal_b_scales(problem)
+    legal_scales = legal_b_scales(problem)
     if is_k_grouped(problem):
         d_dtype = problem.d_dtype if problem.d_dtype == BF16 else F32
         problem = replace(problem, d_dtype=d_dtype, epilogue=acc)

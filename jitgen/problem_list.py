@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from .dtypes import BF16, DType, dtype_of
+from .dtypes import BF16, F32, DType, dtype_of
 from .errors import ProblemError
 from .expr import acc, gate, silu, up
 from .files import read_json
@@ -21,7 +21,7 @@ from .problem_mla import MlaDecode, check_mla
 from .quantization import Quantization, QuantizationSchedule
 from .schedule_mla import SHORT_KEYS
 from .target import Gpu
-from .tuning.keys import TunedProblem
+from .tuning.keys import TunedProblem, read_scale_block
 from .tuning.model import m_buckets
 from .tuning.select import select
 from .tuning.space_mla import BATCHES
@@ -29,12 +29,15 @@ from .tuning.space_mla import BATCHES
 PROBLEMS_HELP = (
     'JSON: a list of {"n": 7168, "k": 2048, "m": [1, 64]}; instead of m, "m_max": 4096 stands for'
     ' every m up to it; "out_dtype" is bfloat16 by default, "name" a remark. With "num_groups" a'
-    ' grouped GEMM, m rows in all; "layout" is ragged by default; k_grouped has no k, no choice of'
-    ' out_dtype. "swiglu": true for silu(gate) * up of its rows. {"num_heads": 16, "num_queries":'
-    " 1, ...}, the fields of jitgen.MlaDecode, is MLA decode, for any number of sequences or, with"
+    ' grouped GEMM, m rows in all; "layout" is ragged by default; k_grouped has no k, which may be'
+    ' any, and its out_dtype is float32 by default. "swiglu": true for silu(gate) * up of its rows.'
+    ' "b_scale": "1x128" or "128x128", where B may have either. {"num_heads": 16, "num_queries": 1,'
+    " ...}, the fields of jitgen.MlaDecode, is MLA decode, for any number of sequences or, with"
     ' "b": [1, 16], for these.'
 )
-GEMM_FIELDS = ("name", "n", "k", "m", "m_max", "out_dtype", "swiglu", "num_groups", "layout")
+GEMM_FIELDS = (
+    *("name", "n", "k", "m", "m_max", "out_dtype", "swiglu", "b_scale", "num_groups", "layout"),
+)
 MLA_FIELDS = ("name", "b", *(field.name for field in fields(MlaDecode)))
 
 
@@ -47,18 +50,23 @@ class Grid(str, Enum):
 
     dense = "dense"
     grouped = "grouped"
+    k_grouped = "k_grouped"
     mla = "mla"
 
     def problems(self) -> list[tuple[TunedProblem, int]]:
-        """The shapes that `jitgen bench gemm` measures, or `bench grouped`, or `bench mla`."""
+        """The shapes that `jitgen bench gemm` measures, or `bench grouped` (of those with layout
+        k_grouped by themselves), or `bench mla`."""
         from .tuning.bench import GRID_DENSE
         from .tuning.bench_fused import FUSED_SHAPES, fused_problem
         from .tuning.bench_grouped import grid_grouped
+        from .tuning.bench_k_grouped import K_GROUPED_SHAPES
         from .tuning.bench_mla import FORMS, mla_baselines
 
         if self is Grid.mla:
             decoded = [shape for form in FORMS for shape in mla_baselines(form)]
             return list(dict.fromkeys((shape.problem, shape.b) for shape in decoded))
+        if self is Grid.k_grouped:
+            return [(shape.problem, shape.m) for shape in K_GROUPED_SHAPES]
         if self is Grid.grouped:
             pairs = [(shape.problem, shape) for shape in (*grid_grouped(), *FUSED_SHAPES)]
             pairs += [(fused_problem(shape), shape) for shape in FUSED_SHAPES]
@@ -169,19 +177,23 @@ def _read_gemm(entry: dict[str, Any]) -> Gemm:
     by_k = entry.get("layout") == "k_grouped"
     if missing := {"n", "num_groups" if by_k else "k"} - set(entry):
         raise ProblemError(f"field {min(missing)} is missing")
-    if by_k:
-        if given := {"k", "out_dtype", "swiglu"} & set(entry):
-            raise ProblemError(f"{min(given)} is no choice of layout k_grouped: leave it out")
-        return of_k_groups(entry["n"], entry["num_groups"])
-    dtype = _read_dtype("out_dtype", entry.get("out_dtype", BF16.name))
+    dtype = _read_dtype("out_dtype", entry.get("out_dtype", F32.name if by_k else BF16.name))
     if type(swiglu := entry.get("swiglu", False)) is not bool:
         raise ProblemError(f"swiglu must be a bool, got {swiglu!r:.80}")
-    problem = Gemm(entry["n"], entry["k"], dtype, silu(gate) * up if swiglu else acc)
-    if "num_groups" in entry:
-        groups, layout = entry["num_groups"], entry.get("layout", "ragged")
-        return GroupedGemm(**vars(problem), num_groups=groups, layout=layout)
-    if "layout" in entry:
-        raise ProblemError("layout is of a grouped GEMM: give num_groups too")
+    problem: Gemm
+    if by_k:
+        if given := {"k", "swiglu"} & set(entry):
+            raise ProblemError(f"{min(given)} is no choice of layout k_grouped: leave it out")
+        problem = of_k_groups(entry["n"], entry["num_groups"], dtype)
+    else:
+        problem = Gemm(entry["n"], entry["k"], dtype, silu(gate) * up if swiglu else acc)
+        if "num_groups" in entry:
+            groups, layout = entry["num_groups"], entry.get("layout", "ragged")
+            problem = GroupedGemm(**vars(problem), num_groups=groups, layout=layout)
+        elif "layout" in entry:
+            raise ProblemError("layout is of a grouped GEMM: give num_groups too")
+    if "b_scale" in entry:
+        problem = replace(problem, b_scale=read_scale_block(entry["b_scale"]))
     return problem
 
 

@@ -275,6 +275,22 @@ def part_registers(problem: Gemm, schedule: Schedule, columns: int) -> int:
     return num_parts(schedule) * columns // 2 + scales
 
 
+def products_ahead(problem: Gemm, schedule: Schedule) -> int:
+    """Products of two scales that a math thread forms while a chain of wgmmas runs.
+
+    One for each accumulator of the chain; as far as registers last, beside scales for the others,
+    in steps of SCALE_ROWS columns. Only where every row of B has its scale.
+    """
+    columns = part_columns(problem, schedule) or 0
+    sums = schedule.num_waves * schedule.mma_tile[1] // 2
+    free = ACCUMULATOR_REGISTERS[schedule.num_math_warpgroups] - sums
+    free -= part_registers(problem, schedule, columns)
+    if columns // 2 <= free:
+        return columns // 2
+    step = SCALE_ROWS // 2
+    return (free - step) // step * step
+
+
 def check_schedule(problem: Gemm, schedule: Schedule, target: Target = SM90A) -> None:
     """Raise ScheduleError, naming the rule and the remedy, unless `schedule` can run `problem`."""
     check_ranges(schedule)

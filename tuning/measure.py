@@ -27,11 +27,12 @@ from ..groups import Rows, spread_rows
 from ..kernel import Kernel
 from ..layouts import Ragged
 from ..lower import lower
-from ..problem import D_SCALE, Gemm, GroupedGemm
+from ..problem import D_SCALE, Gemm, GroupedGemm, is_k_grouped
 from ..problem_mla import MlaDecode
 from ..schedule import BLOCK_K, WGMMA_M, Schedule
 from .bench import check_machine, check_tiles, sample_tiles, to_numpy
 from .keys import TunedProblem
+from .measure_k_grouped import KGroupedCase
 from .measure_mla import MlaCase
 from .operands import make_weights
 from .space import numerics_class
@@ -56,7 +57,7 @@ class GpuMeasurer:
     def __init__(self, device: str = "cuda") -> None:
         check_machine()
         self._device = device
-        self._case: _Case | MlaCase | None = None
+        self._case: _Case | KGroupedCase | MlaCase | None = None
 
     def check(self, problem: TunedProblem, m: int, schedule: Any) -> None:
         """Raise CandidateError unless the result of the schedule, one of the problem's family, is
@@ -90,11 +91,13 @@ class GpuMeasurer:
             for i in range(0, len(calls), each)
         ]
 
-    def _case_of(self, problem: TunedProblem, m: int) -> _Case | MlaCase:
+    def _case_of(self, problem: TunedProblem, m: int) -> _Case | KGroupedCase | MlaCase:
         if self._case is None or (self._case.problem, self._case.m) != (problem, m):
             self._case = None  # frees its memory first
             if isinstance(problem, MlaDecode):
                 self._case = MlaCase(problem, m)
+            elif isinstance(problem, GroupedGemm) and is_k_grouped(problem):
+                self._case = KGroupedCase(problem, m, self._device)
             else:
                 self._case = _Case(problem, m, self._device)
         return self._case
@@ -128,7 +131,8 @@ class _Case:
             rows = itertools.starmap(Rows, itertools.pairwise(ends))
             self._rows = {g: some for g, some in enumerate(rows) if some.begin < some.end}
             self._layout = Ragged(torch.tensor(ends, dtype=torch.int32, device=device))
-        self.b, self.sfb = make_weights(groups, problem.n, problem.k, device)
+        scale_rows = problem.b_scale.rows
+        self.b, self.sfb = make_weights(groups, problem.n, problem.k, device, scale_rows)
         dtype = getattr(torch, problem.d_dtype.name)
         self._outputs = [torch.empty(m, problem.columns, dtype=dtype, device=device)]
         if problem.is_quantized:

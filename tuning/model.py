@@ -9,6 +9,9 @@ the fitting 3.7%, 19% at worst.
 What grouped GEMMs add was fitted to 664 timings of 40 shapes (2026-11-22): 1 to 64 groups of 8 to
 8192 rows. There the pick is 1.5% slower than the fastest of some ten to twenty, 9% at worst. Of 822
 timings of 65 shapes with the kernels that followed it is 1.0% slower, 11% at worst.
+
+What scales of every row of B add was fitted to 96 timings of four shapes of k_grouped (2026-11-22).
+There the pick is the fastest, and predicted times are within 2.8% (standard deviation).
 """
 
 from __future__ import annotations
@@ -50,6 +53,9 @@ TURN_CLOCKS = 94.0  # from the K loop of one math warpgroup to that of the next
 CLUSTER_CLOCKS = 77.4
 SFB_ROW_CLOCKS = 73.1
 SERIAL_CLOCKS_ALONE = 74.5
+# Where every row of B has its scale, math warpgroups drift apart while they promote, and a stage
+# waits for the last: clocks for each that ENOUGH_STAGES has more.
+ENOUGH_STAGES, SHALLOW_STAGE_CLOCKS = 4, 65.0
 SMEM_CLOCKS_PER_ROW = 0.696  # a row of 128 bytes read by wgmma or written by TMA
 EPILOGUE_CLOCKS_PER_ELEMENT = 0.023
 LOAD_BYTES_PER_CLOCK = 88.8  # of one SM from L2
@@ -72,6 +78,8 @@ TWO_WAVES_SHARE = 0.04  # more clocks with 128 rows of groups a math warpgroup
 
 # Two steps an octave from the least row tile on; below it, extents that a schedule may exploit.
 M_BUCKETS = (16, 32, *sorted(base << i for i in range(11) for base in (64, 96))[:-1])
+# Of k_grouped m is a weight's extent, one a layer: every row tile of wgmma's is a bucket.
+K_GROUPED_BUCKETS = tuple(range(WGMMA_M, M_BUCKETS[-1] + 1, WGMMA_M))
 
 
 def predict_us(problem: Gemm, schedule: Schedule, m: int, num_sms: int = SM90A.num_sms) -> float:
@@ -182,6 +190,7 @@ def block_clocks(problem: Gemm, schedule: Schedule) -> float:
     extra = BLOCK_CLOCKS
     if is_scaled_by_row(problem):
         smem_rows += waves * columns // 8  # 16 bytes for 16 columns, read by each of 4 warps
+        extra += SHALLOW_STAGE_CLOCKS * max(ENOUGH_STAGES - s.num_stages, 0)
     elif s.swap_ab:
         extra += SWAPPED_COLUMN_CLOCKS * s.num_waves * columns
     else:
@@ -210,7 +219,8 @@ def m_bucket(m: int, problem: Gemm | MlaDecode | None = None) -> int:
     """The extent that a schedule is chosen for: the least of M_BUCKETS at or above m, or the last.
 
     So every problem has a finite number of kernels, whatever m comes. Of groups, whose rows in all
-    vary around what is expected, it is the nearest (by ratio); of MLA decode m counts sequences,
+    vary around what is expected, it is the nearest (by ratio). Of k_grouped, whose m is fixed and
+    whose k varies, it is one of K_GROUPED_BUCKETS, whatever k is. Of MLA decode m counts sequences,
     and it is one of BATCHES.
     """
     buckets, ends = _buckets(problem)
@@ -237,11 +247,14 @@ def _nearest_ends() -> tuple[int, ...]:
 
 def _buckets(problem: Gemm | MlaDecode | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The buckets of a problem, and the largest m of each."""
+    buckets = M_BUCKETS
     if isinstance(problem, MlaDecode):
-        return BATCHES, (*BATCHES[:-1], MAX_EXTENT)
-    if isinstance(problem, GroupedGemm) and not is_k_grouped(problem):
-        return M_BUCKETS, _nearest_ends()
-    return M_BUCKETS, (*M_BUCKETS[:-1], MAX_EXTENT)
+        buckets = BATCHES
+    elif isinstance(problem, GroupedGemm):
+        if not is_k_grouped(problem):
+            return M_BUCKETS, _nearest_ends()
+        buckets = K_GROUPED_BUCKETS
+    return buckets, (*buckets[:-1], MAX_EXTENT)
 
 
 def _soft_max(a: float, b: float) -> float:

@@ -2,6 +2,7 @@
 
     <folder>/<GPU's name in lower case, with dashes>/gemm-n7168-k2048.json
     <folder>/<...>/grouped-gemm-g32-n4096-k7168.json
+    <folder>/<...>/grouped-gemm-g32-n7168-by-k.json
     <folder>/<...>/mla-h16-q1-d576x512-p64-fp8.json
 
 tuning/records/README.md describes the files. A user's folder goes before the one shipped here.
@@ -71,10 +72,10 @@ class Record:
     """The fastest schedule that was found for one M bucket of a problem on one GPU.
 
     problem : from `keys.tuned`
-    m : the bucket, and the extent that was measured: rows of all groups, if there are groups; of
+    m : the bucket, and the extent that was measured: rows of all groups, if rows have groups; of
         MLA decode sequences
-    kernel_us : device time of a call, median of `num_calls`; of MLA decode its geometric mean over
-        the lengths that are measured
+    kernel_us : device time of a call, median of `num_calls`; of MLA decode and of k_grouped its
+        geometric mean over the lengths that are measured
     spread_us : standard deviation over these calls
     num_candidates : schedules that were measured
     sm_clock_mhz : right after the measurement; None if it could not be read
@@ -254,7 +255,9 @@ def _read_records(data: object) -> list[Record]:
         try:
             record = _read_record(head, entry)
             if found.setdefault(record.key, record) is not record:
-                raise StoreError("num_sms, out_dtype, gated and m are those of a record before")
+                raise StoreError(
+                    "num_sms, out_dtype, gated, b_scale and m are those of a record before"
+                )
         except JitgenError as error:
             raise StoreError(f"record {i}: {error}") from None
     return list(found.values())

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..dtypes import dtype_of
-from ..errors import ProblemError
-from ..expr import acc, gate, up
-from ..problem import Gemm, GroupedGemm
+from ..problem import Gemm
 from ..schedule import Schedule
 from ..target import Gpu
+from .keys import place, read_gemm_job
 from .model import predict_us
 from .session import JournalLine
 from .space import is_legal
 from .tune import Trial
-
-_JOB = re.compile(r"m(\d+)-(?:g(\d+)-)?n(\d+)-k(\d+)-(\w+?)(-gated)?")
 
 
 @dataclass(frozen=True)
@@ -48,25 +43,13 @@ def regrets(journal: Iterable[JournalLine]) -> list[Regret]:
     """
     newest = {(line.gpu, line.job): line for line in journal if line.status == "measured"}
     found = [regret for line in newest.values() if (regret := _regret(line))]
-    return sorted(found, key=_place)
-
-
-def _place(regret: Regret) -> tuple[int, ...]:
-    problem = regret.problem
-    groups = problem.num_groups if isinstance(problem, GroupedGemm) else 0
-    return groups, problem.n, problem.k, regret.m
+    return sorted(found, key=lambda regret: (*place(regret.problem), regret.m))
 
 
 def _regret(line: JournalLine) -> Regret | None:
-    if not (job := _JOB.fullmatch(line.job)):
+    if (job := read_gemm_job(line.job)) is None:
         return None  # another family's
-    m, n, k = int(job[1]), int(job[3]), int(job[4])
-    try:
-        problem = Gemm(n, k, dtype_of(job[5]), gate * up if job[6] else acc)
-    except ProblemError:
-        return None
-    if job[2]:
-        problem = GroupedGemm(**vars(problem), num_groups=int(job[2]))
+    problem, m = job
     predicted = {
         trial: predict_us(problem, trial.schedule, m, line.gpu.num_sms)
         for trial in line.trials

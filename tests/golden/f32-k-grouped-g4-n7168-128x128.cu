@@ -19,6 +19,7 @@ constexpr u32 kNumGroups = 4;
 constexpr u32 kGroupLayout = 4;
 constexpr u32 kAlignment = 128;
 constexpr u32 kSmemGroups = 229376;
+constexpr u32 kProductsAhead = 32;
 constexpr u32 kN = 7168;
 constexpr u32 kK = 2147483520;
 constexpr u32 kBlockM = 128;
@@ -162,7 +163,8 @@ __device__ __forceinline__ void accumulate(float (&acc)[kNumWaves][kColumns / 2]
         pin_registers(d);
     };
 
-    ThreadRowScales<kSwapAB, kBlockM, kNumSfbRows, kPartColumns> scale{scales, chunk_block, math.thread_row, math.lane};
+    ThreadRowScales<kSwapAB, kBlockM, kNumSfbRows, kPartColumns, kProductsAhead> scale{
+        scales, chunk_block, math.thread_row, math.lane};
     scale.prefetch(0, 0, 0);
     if constexpr (kOverlap) issue(0);
 #pragma unroll

@@ -171,6 +171,22 @@ def test_k_grouped_equals_interpreter(index: int) -> None:
     run_and_compare(draw(random.Random(f"{SEED} {index}"), index))
 
 
+# Products of scales formed ahead: all of a chain's, a part; half a chain each; swapped; in turns.
+SMALL = (
+    Schedule(128, 128, 3, 2, promotion="serial"),
+    Schedule(128, 144, 2, 2, promotion="serial"),
+    Schedule(64, 128, 2, 1, cluster_n=2),
+    Schedule(96, 64, 3, 1, swap_ab=True),
+    Schedule(64, 48, 4, 2, pingpong=True),
+)
+
+
+@pytest.mark.parametrize("schedule", SMALL, ids=str)
+def test_k_grouped_small_equals_interpreter(schedule: Schedule) -> None:
+    d = Draw(of_k_groups(200, 3), schedule, 136, "mixed", ("row-padded", "row"), 7)
+    run_and_compare(d, num_runs=2)
+
+
 @pytest.mark.parametrize("index", range(NUM_DENSE_DRAWS))
 def test_gemm_with_a_scale_for_every_row_of_b_equals_interpreter(index: int) -> None:
     rng = random.Random(f"{SEED} {index}")

@@ -79,6 +79,33 @@ def test_tune_records_grouped_gemms_for_every_layout(records: Path, layout: str)
     assert select.select(problem, 390, record.gpu) == record.schedule
 
 
+@pytest.mark.parametrize("entry", [{}, {"out_dtype": "bf16", "b_scale": "128x128"}], ids=str)
+def test_tune_records_k_grouped_gemms(records: Path, tmp_path: Path, entry: dict[str, str]) -> None:
+    listed = tmp_path / "list.json"
+    shape = {"n": 520, "m": [200], "num_groups": 5, "layout": "k_grouped"}
+    listed.write_text(json.dumps([shape | entry]))
+    options = ("--problems", str(listed), "--candidates", "4")
+    result = CliRunner().invoke(cli.app, ["tune", *options])
+    assert result.exit_code == 0, result.output
+    (line,) = map(json.loads, (records / "journal.jsonl").read_text().splitlines())
+    assert line["errors"] == []
+    assert line["job"] == f"m256-g5-n520-by-k-{'bf16-b128x128' if entry else 'f32'}"
+    if line["status"] == "unstable":
+        pytest.skip(f"something else runs on this GPU: {line['reason']}")
+    (record,) = read_folder(records)
+    select.reload_records()
+    assert select.select(record.problem, 200, record.gpu) == record.schedule
+    a, sfa = jitgen.quantize(torch.randn(200, 640, device="cuda"))
+    b, sfb = jitgen.quantize(torch.randn(520, 640, device="cuda"), (128 if entry else 1, 128))
+    layout = jitgen.KGrouped(torch.arange(6, dtype=torch.int32, device="cuda") * 128)
+    out = torch.zeros(5, 200, 520, dtype=torch.bfloat16 if entry else torch.float32, device="cuda")
+    jitgen.grouped_gemm(a, b, (sfa, sfb), layout=layout, out=out)
+    chosen = out.clone()
+    out.zero_()
+    jitgen.grouped_gemm(a, b, (sfa, sfb), layout=layout, out=out, schedule=record.schedule)
+    assert torch.equal(out, chosen)
+
+
 def test_measurer_rejects_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong = Schedule(64, 64, 4, 1), Schedule(64, 96, 4, 1)
 

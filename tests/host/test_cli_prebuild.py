@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,21 @@ import pytest
 from typer.testing import CliRunner
 
 from jitgen import (
+    BF16,
     Gemm,
     GroupedGemm,
     MlaDecode,
     Quantization,
     QuantizationSchedule,
+    ScaleBlock,
     build,
     cli,
 )
 from jitgen.models import read_model
 from jitgen.plans import plan
+from jitgen.problem import of_k_groups
+from jitgen.problem_list import Grid
+from jitgen.target import H100
 from jitgen.tuning.select import named_gpu
 
 CONFIG = Path(__file__).parent / "configs" / "deepseek-v3.json"
@@ -146,3 +152,19 @@ def test_prebuild_of_a_grid_makes_the_kernels_of_that_grid(
         for grid in ("dense", "grouped", "mla")
     }
     assert kinds == {"dense": {Gemm}, "grouped": {GroupedGemm}, "mla": {MlaDecode}}
+
+
+def test_prebuild_of_weight_gradients_makes_what_their_plans_launch(
+    handed_over: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    shapes = Grid.k_grouped.problems()
+    found = handed_over("--grid", "k_grouped", "--gpu", H100.name)
+    plans = [plan(problem, [m], gpu=H100.name, num_sms=132) for problem, m in shapes]
+    expected = [kernel for made in plans for kernel in made.kernels]
+    assert found == [*dict.fromkeys(expected), (Quantization(), QuantizationSchedule())]
+    entry = {"n": 7168, "m": [2112], "num_groups": 1, "layout": "k_grouped", "out_dtype": "bf16"}
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps([entry | {"b_scale": "128x128"}]))
+    ((problem, schedule),) = handed_over("--problems", listed, "--schedule", "256x128")
+    assert problem == of_k_groups(7168, 1, BF16, ScaleBlock(128, 128))
+    assert (schedule.block_m, schedule.block_n) == (256, 128)

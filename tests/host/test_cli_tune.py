@@ -15,15 +15,16 @@ import pytest
 from typer.testing import CliRunner
 
 from jitgen import build, cli
-from jitgen.dtypes import E4M3
+from jitgen.dtypes import BF16, E4M3
 from jitgen.errors import CompileError
 from jitgen.expr import gate, silu, up
-from jitgen.problem import Gemm, GroupedGemm
+from jitgen.problem import Gemm, GroupedGemm, ScaleBlock, of_k_groups
 from jitgen.problem_mla import MlaDecode
 from jitgen.runtime import driver
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule
 from jitgen.tuning import machine, measure, select, worker
+from jitgen.tuning.keys import job_name, read_gemm_job
 from jitgen.tuning.records import read_folder, save
 from jitgen.tuning.session import JOURNAL
 from jitgen.tuning.tune import NUM_CANDIDATES, make_jobs
@@ -193,9 +194,7 @@ def test_tune_records_groups_for_every_layout(run: Run, fake: Fake, records: Pat
         assert select.select(problem, 90) == record.schedule
 
 
-def test_tune_takes_every_family_of_a_list_but_k_grouped(
-    run: Run, fake: Fake, records: Path
-) -> None:
+def test_tune_takes_every_family_of_a_list(run: Run, fake: Fake, records: Path) -> None:
     path = records.parent / "list.json"
     entries = [
         {"n": 256, "k": 512, "m": [16], "num_groups": 3, "layout": "masked"},
@@ -205,10 +204,52 @@ def test_tune_takes_every_family_of_a_list_but_k_grouped(
     ]
     path.write_text(json.dumps(entries))
     result = run("tune", "--problems", path, "--candidates", 2)
-    assert "left out: 2 shapes of k_grouped or of one sequence, not tuned" in result.stderr
-    assert result.stdout.startswith("shapes: 4 measured")
-    attention = [r for r in read_folder(records) if isinstance(r.problem, MlaDecode)]
+    assert "left out: 1 shapes of one sequence, not tuned" in result.stderr
+    assert result.stdout.startswith("shapes: 5 measured")
+    found = read_folder(records)
+    (gradient,) = (r for r in found if r.problem == of_k_groups(256, 3))
+    assert gradient.m == 64
+    select.reload_records()
+    assert select.select(of_k_groups(256, 3), 16) == gradient.schedule
+    attention = [r for r in found if isinstance(r.problem, MlaDecode)]
     assert [(r.problem, r.m) for r in attention] == [(MlaDecode(16), 8), (MlaDecode(16), 16)]
+
+
+def test_tune_of_weight_gradients_goes_on_where_it_was(run: Run, fake: Fake, records: Path) -> None:
+    path = records.parent / "list.json"
+    entry = {"n": 7168, "m": [2112, 4096], "num_groups": 1, "layout": "k_grouped"}
+    path.write_text(json.dumps([entry, entry | {"out_dtype": "bf16", "b_scale": "128x128"}]))
+    arguments = ("tune", "--problems", path, "--candidates", 2)
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("shapes: 4 measured")
+    lines = map(json.loads, (records / JOURNAL).read_text().splitlines())
+    assert {line["job"] for line in lines} == {
+        f"m{m}-g1-n7168-by-k-{rest}" for m in (2112, 4096) for rest in ("f32", "bf16-b128x128")
+    }
+    problems = of_k_groups(7168, 1), of_k_groups(7168, 1, BF16, ScaleBlock(128, 128))
+    found = {(record.problem, record.m) for record in read_folder(records)}
+    assert found == {(problem, m) for problem in problems for m in (2112, 4096)}
+    again = run(*arguments)
+    assert "4 shapes are recorded already" in again.stderr
+    assert again.stdout.startswith("shapes: 0 measured")
+
+
+def test_tune_of_groups_without_k_is_k_grouped(run: Run, fake: Fake, records: Path) -> None:
+    result = run("tune", "--n", 256, "--num-groups", 3, "--m", "1..128", "--candidates", 1)
+    assert result.exit_code == 0, result.output
+    found = [(record.problem, record.m) for record in read_folder(records)]
+    assert found == [(of_k_groups(256, 3), 64), (of_k_groups(256, 3), 128)]
+    result = run("tune", "--n", 256, "--num-groups", 3, "--m", 64, "--gated")
+    assert result.exit_code != 0
+    assert "k_grouped adds to D" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("problem", [record.problem for record in (RECORD, *OTHERS)], ids=str)
+def test_job_names_are_read_back(problem: Gemm) -> None:
+    assert read_gemm_job(job_name(problem, 192)) == (problem, 192)
+    assert read_gemm_job(f"{job_name(problem, 192)}-x") is None
+    assert read_gemm_job(job_name(MlaDecode(16), 4)) is None
 
 
 def test_tune_compile_only_needs_no_gpu(
@@ -245,6 +286,7 @@ def test_tune_without_torch_is_one_error_line(run: Run, monkeypatch: pytest.Monk
     [
         ([], "give one of --grid, --problems, or --n with --k"),
         (["--n", 256], "give one of --grid, --problems, or --n with --k"),
+        (["--k", 256, "--num-groups", 4], "give one of --grid, --problems, or --n with --k"),
         (["--grid", "dense", *SHAPE], "give one of --grid, --problems, or --n with --k"),
         (["--grid", "dense", "--num-groups", 4], "--num-groups and --gated go with --n"),
         ([*SHAPE, "--gpu", "NVIDIA H200"], "--gpu and --num-sms go with --compile-only"),
@@ -279,7 +321,8 @@ def test_records_merge_puts_folders_together(run: Run, tmp_path: Path) -> None:
     save(tmp_path / "b", [faster, *OTHERS[2:]])
     result = run("records", "merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c")
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"records: 11 read, 10 in {tmp_path / 'c'}\n"
+    counts = f"{len(OTHERS) + 2} read, {len(OTHERS) + 1} in {tmp_path / 'c'}"
+    assert result.stdout == f"records: {counts}\n"
     assert set(read_folder(tmp_path / "c")) == {faster, *OTHERS}
 
 

@@ -63,6 +63,10 @@ ALLOWED |= {
     "tuning.report_mla": {"errors", "tuning.bench_mla", "tuning.report"},
     "tuning.bench_linear": {"nn"},
     "tuning.operands": {"api_quantize"},  # that are timed and checked
+    "tuning.bench_k_grouped": _before
+    | {"runtime", "tuning", "tuning.bench", "tuning.operands_k_grouped"},
+    "tuning.operands_k_grouped": _before | {"tuning.bench", "api", "api_quantize"},
+    "tuning.measure_k_grouped": _before | {"tuning.operands_k_grouped"},
     "tuning.measure": _before | {"api", "api_quantize"},  # checks, and times, what may be recorded
     "tuning.timing": {"errors"},  # of any call
     "tuning.peers": _before | {"tuning", "api_quantize"},  # what it is timed beside
@@ -103,12 +107,12 @@ ALLOWED |= {
     "files": {"errors"},  # that users name
     "problem_list": _before  # what to compile or tune
     | {"files", "tuning", "tuning.bench", "tuning.bench_fused", "tuning.bench_grouped"}
-    | {"tuning.bench_mla"},
+    | {"tuning.bench_k_grouped", "tuning.bench_mla"},
     "models": _before | {"files"},  # what a model computes
     "schedule_text": _before | {"tuning"},  # schedules as users spell them
     "cli_bench": {"console", "files", "jitgen", "problem_list", "tuning.bench", "tuning.host"}
     | {"tuning.report", "tuning.plot", "tuning.bench_grouped", "tuning.report_grouped"}
-    | {"tuning.bench_fused", "tuning.bench_mla", "tuning.report_mla"}
+    | {"tuning.bench_fused", "tuning.bench_k_grouped", "tuning.bench_mla", "tuning.report_mla"}
     | {"tuning.bench_linear", "tuning.load", "build", "plans", "problem", "runtime"},
     "cli_cache": _before | {"runtime", "build", "console", "jitgen", "problem_list", "tuning"},
     "cli_explain": _before
@@ -146,7 +150,8 @@ LAZY: dict[str, set[str]] = {
         "tuning.peers",
         "tuning.report",
     }
-    | {"tuning.measure", "tuning.operands", "tuning.timing"},
+    | {"tuning.bench_k_grouped", "tuning.measure", "tuning.measure_k_grouped"}
+    | {"tuning.operands", "tuning.operands_k_grouped", "tuning.timing"},
     "matplotlib": {"tuning.plot"},
     "cuda": {"runtime"},
     "jinja2": {"codegen", "tuning.page"},

@@ -38,7 +38,13 @@ from jitgen.lower import lower
 from jitgen.numerics import sum_f32
 from jitgen.problem import of_k_groups
 from jitgen.runtime.store import KernelStore
-from jitgen.schedule import check_schedule
+from jitgen.schedule import (
+    ACCUMULATOR_REGISTERS,
+    check_schedule,
+    part_columns,
+    part_registers,
+    products_ahead,
+)
 from jitgen.tuning.model import rank
 from jitgen.tuning.select import select
 from jitgen.tuning.space import candidates
@@ -435,6 +441,23 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> KernelStore:
 def test_build_compiles_scaled_by_row(sample: tuple[Gemm, Schedule], store: KernelStore) -> None:
     resources = build(lower(*sample), store).resources
     assert (resources.spill_bytes, resources.stack_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("problem", [PROBLEMS["k-grouped"], PROBLEMS["dense-f32"]], ids=str)
+def test_products_ahead_are_all_of_a_chain_or_as_many_as_registers_hold(problem: Gemm) -> None:
+    found = set()
+    for s in candidates(problem):
+        columns, ahead = part_columns(problem, s) or 0, products_ahead(problem, s)
+        # Each accumulator takes a register for its product, in steps of the 8 of 16 columns.
+        assert ahead in range(8, columns // 2 + 1, 8)
+        taken = s.num_waves * s.mma_tile[1] // 2 + part_registers(problem, s, columns) + ahead
+        free = ACCUMULATOR_REGISTERS[s.num_math_warpgroups] - taken
+        assert free >= 0
+        if ahead < columns // 2:
+            assert 8 <= free < 16  # scales of 16 columns are on their way
+        found.add(ahead == columns // 2)
+        assert f"kProductsAhead = {ahead};" in render(lower(problem, s))
+    assert found == {True, False}
 
 
 def test_wide_tiles_scaled_by_row_leave_registers_for_float32() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jitgen import Gemm, GroupedGemm, Plan, ProblemError, acc, build, plan, vector
 from jitgen.groups import expected_rows
 from jitgen.lower import lower
+from jitgen.problem import of_k_groups
 from jitgen.runtime.store import KernelStore
 from jitgen.target import H100
 from jitgen.tuning.model import M_BUCKETS, m_bucket, m_buckets
@@ -118,3 +119,22 @@ def test_plan_of_groups_holds_the_kernel_of_every_call(layout: Any, m: int, step
             rows = expected_rows(problem, 4096, -(-m // 6))
         assert made.schedule(m) == select(problem, rows)
         assert (problem, made.schedule(m)) in made.kernels
+
+
+@given(st.integers(1, 20_000), st.sampled_from([1, 8, 64]))
+def test_plan_of_k_groups_is_by_the_rows_of_the_weight(m: int, num_groups: int) -> None:
+    """Every m that makes as many tile rows of 64 has one schedule, whatever k is."""
+    problem = of_k_groups(264, num_groups)
+    bucket = m_bucket(m, problem)
+    assert bucket == -(-m // 64) * 64
+    made = plan(problem, range(m, bucket + 1), **ON_H100)
+    assert [at for at, _ in made.schedules] == [bucket]
+    assert made.schedule(m) == select(problem, m) == select(problem, bucket)
+
+
+def test_plan_of_k_groups_of_all_m_is_finite() -> None:
+    problem = of_k_groups(7168, 8)
+    buckets = m_buckets(range(2**31), problem)
+    assert buckets == list(range(64, 65537, 64))
+    made = plan(problem, [64, 2112, 7168, 2**31 - 1], **ON_H100)
+    assert [at for at, _ in made.schedules] == [64, 2112, 7168, 65536]

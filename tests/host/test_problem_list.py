@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from jitgen import E4M3, F16, F32, Gemm, GroupedGemm, MlaDecode, gate, silu, up
+from jitgen import BF16, E4M3, F16, F32, Gemm, GroupedGemm, MlaDecode, ScaleBlock, gate, silu, up
 from jitgen.errors import ProblemError
 from jitgen.problem import of_k_groups
 from jitgen.problem_list import parse_extents, read_problems
 from jitgen.tuning.space_mla import BATCHES
+
+BY_K = {"n": 8, "m": [1], "num_groups": 2, "layout": "k_grouped"}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,9 @@ def test_read_problems_of_every_family(tmp_path: Path) -> None:
         {"n": 576, "k": 7168, "m": [8], "num_groups": 4, "out_dtype": "f32"},
         {"n": 576, "k": 7168, "m_max": 16, "num_groups": 4, "layout": "masked", "name": "x"},
         {"n": 72, "m": [4096], "num_groups": 4, "layout": "k_grouped"},
+        {"n": 72, "m_max": 100, "num_groups": 1, "layout": "k_grouped", "out_dtype": "bf16"},
+        {"n": 72, "m": [8], "num_groups": 2, "layout": "k_grouped", "b_scale": "128x128"},
+        {"n": 72, "k": 64, "m": [8], "b_scale": "1x128"},
         {"n": 512, "k": 7168, "m": [8], "num_groups": 4, "out_dtype": "e4m3", "swiglu": True},
         {"num_heads": 16, "name": "decode"},
         {"num_heads": 8, "num_queries": 2, "dtype": "f16", "page": 128, "b": [3, 16]},
@@ -65,6 +70,10 @@ def test_read_problems_of_every_family(tmp_path: Path) -> None:
         (GroupedGemm(576, 7168, F32, num_groups=4), 8),
         (GroupedGemm(576, 7168, num_groups=4, layout="masked"), 16),
         (of_k_groups(72, 4), 4096),
+        (of_k_groups(72, 1, BF16), 64),
+        (of_k_groups(72, 1, BF16), 128),
+        (of_k_groups(72, 2, b_scale=ScaleBlock(128, 128)), 8),
+        (Gemm(72, 64, b_scale=ScaleBlock(1, 128)), 8),
         (GroupedGemm(512, 7168, E4M3, silu(gate) * up, num_groups=4), 8),
         *((MlaDecode(16), b) for b in BATCHES),
         (MlaDecode(8, 2, page=128, dtype=F16), 3),
@@ -81,6 +90,14 @@ def test_read_problems_of_every_family(tmp_path: Path) -> None:
         ({"n": 8, "k": 16, "m": [1], "num_groups": 2, "layout": "round"}, "layout"),
         ({"n": 8, "k": 128, "m": [1], "num_groups": 2, "layout": "k_grouped"}, "k is no choice"),
         ({"n": 8, "m": [1], "layout": "k_grouped"}, "field num_groups is missing"),
+        ({**BY_K, "swiglu": True}, "swiglu is no choice of layout k_grouped"),
+        ({**BY_K, "out_dtype": "f16"}, "k_grouped adds to D, which must be float32, or sets one"),
+        ({**BY_K, "b_scale": "64x128"}, "b_scale has one scale a 64x128 block, must be 1x128 or"),
+        ({**BY_K, "b_scale": 128}, 'b_scale must be a text such as "1x128", got 128'),
+        (
+            {"n": 8, "k": 16, "m": [1], "num_groups": 2, "b_scale": "1x128"},
+            "b_scale has one scale a 1x128 block, must be 128x128",
+        ),
         ({"num_heads": 16, "m": [1]}, "unknown field m: use name, b, num_heads"),
         ({"num_heads": 16, "b": []}, "b must be a list of extents"),
         ({"num_heads": 129}, "num_heads = 129 must be in 1..128"),

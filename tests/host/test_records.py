@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from jitgen.dtypes import BF16, E4M3, F32
 from jitgen.errors import StoreError
 from jitgen.expr import gate, up
-from jitgen.problem import Gemm, GroupedGemm
+from jitgen.problem import Gemm, GroupedGemm, ScaleBlock, of_k_groups
 from jitgen.schedule import Schedule, check_schedule
 from jitgen.target import H100, Gpu
 from jitgen.tuning import records
-from jitgen.tuning.model import M_BUCKETS
+from jitgen.tuning.model import m_bucket
 from jitgen.tuning.records import Provenance, Record, file_of, merge, read_file, read_folder, save
 
 RECORD = Record(
@@ -45,6 +45,11 @@ OTHERS = (
     replace(RECORD, problem=GroupedGemm(4096, 7168, num_groups=32)),
     replace(RECORD, problem=GroupedGemm(4096, 7168, E4M3, gate * up, num_groups=32)),
     replace(RECORD, problem=GroupedGemm(4096, 7168, num_groups=8)),
+    replace(RECORD, problem=Gemm(2112, 7168, b_scale=ScaleBlock(1, 128))),
+    replace(RECORD, problem=of_k_groups(7168, 4)),
+    replace(RECORD, problem=of_k_groups(7168, 4, BF16, ScaleBlock(128, 128))),
+    replace(RECORD, problem=of_k_groups(7168, 4), m=2112),
+    replace(RECORD, problem=of_k_groups(7168, 1)),
 )
 
 
@@ -66,6 +71,8 @@ def test_save_writes_what_read_folder_reads(tmp_path: Path) -> None:
         "nvidia-h100-80gb-hbm3/gemm-n4096-k7168.json",
         "nvidia-h100-80gb-hbm3/grouped-gemm-g32-n4096-k7168.json",
         "nvidia-h100-80gb-hbm3/grouped-gemm-g8-n4096-k7168.json",
+        "nvidia-h100-80gb-hbm3/grouped-gemm-g4-n7168-by-k.json",
+        "nvidia-h100-80gb-hbm3/grouped-gemm-g1-n7168-by-k.json",
     }
     assert {path.suffix for path in tmp_path.rglob("*.*")} == {".json"}  # nothing temporary is left
 
@@ -95,7 +102,7 @@ def test_file_shows_every_field_and_the_schedule_without_its_defaults(tmp_path: 
 
 
 def test_file_of_groups_shows_what_the_problem_has_more(tmp_path: Path) -> None:
-    record = OTHERS[-2]
+    record = replace(RECORD, problem=GroupedGemm(4096, 7168, E4M3, gate * up, num_groups=32))
     save(tmp_path, [record])
     data = json.loads(path_of(tmp_path, record).read_text())
     (shown,) = data.pop("records")
@@ -103,6 +110,45 @@ def test_file_of_groups_shows_what_the_problem_has_more(tmp_path: Path) -> None:
     assert (shown["gated"], shown["out_dtype"]) == (True, "float8_e4m3fn")
     readme = (records.shipped_folder() / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in (*data, *shown))
+
+
+def test_file_of_k_grouped_has_no_k_and_shows_scales_that_are_not_the_usual(tmp_path: Path) -> None:
+    usual = replace(RECORD, problem=of_k_groups(7168, 4, F32))
+    save(
+        tmp_path, [usual, replace(usual, problem=of_k_groups(7168, 4, BF16, ScaleBlock(128, 128)))]
+    )
+    data = json.loads(path_of(tmp_path, usual).read_text())
+    shown = data.pop("records")
+    head = {"n": 7168, "num_groups": 4, "layout": "k_grouped"}
+    assert data == {"format_version": 1, "gpu": H100.name, **head}
+    named = [(record["out_dtype"], record.get("b_scale")) for record in shown]
+    assert named == [("bfloat16", "128x128"), ("float32", None)]
+    readme = (records.shipped_folder() / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in (*data, *shown[0]))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda data: data.update(layout="ragged"), "layout must be k_grouped or left out"),
+        (lambda data: data.update(k=128), "field k is unknown"),
+        (lambda data: data["records"][0].update(b_scale="64x128"), "a 64x128 block, must be 1x128"),
+        (lambda data: data["records"][0].update(b_scale=1), "b_scale must be a text such as"),
+        (lambda data: data["records"][0].update(gated=True), "k_grouped adds to D"),
+        (lambda data: data["records"][0].update(out_dtype="e4m3"), "k_grouped adds to D"),
+    ],
+)
+def test_read_file_of_k_grouped_rejects(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    record = replace(RECORD, problem=of_k_groups(7168, 4))
+    save(tmp_path, [record])
+    path = path_of(tmp_path, record)
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(StoreError, match=message):
+        read_file(path)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +183,7 @@ def test_read_folder_rejects_a_folder_that_is_not_there(tmp_path: Path) -> None:
 def test_shipped_records_are_sound() -> None:
     for record in read_folder(records.shipped_folder()):
         check_schedule(record.problem, record.schedule)
-        assert record.m in M_BUCKETS
+        assert record.m == m_bucket(record.m, record.problem)
 
 
 def test_user_folder_is_that_of_the_variable_or_of_the_configuration(
@@ -181,7 +227,7 @@ def edit_record(**values: object) -> Edit:
         (lambda data: data["records"][1]["schedule"].pop("block_m"), "schedule: field block_m is"),
         (
             edit_record(m=64),
-            "record 1: num_sms, out_dtype, gated and m are",
+            "record 1: num_sms, out_dtype, gated, b_scale and m are",
         ),
         (edit_record(m=0), "record 1: m must be an int above 0, got 0"),
         (edit_record(m=True), "record 1: m must be an int above 0, got True"),
@@ -302,4 +348,6 @@ def test_records_of_a_problem_are_in_the_order_of_sms_dtype_and_m(tmp_path: Path
     save(tmp_path, [RECORD, *OTHERS])
     found = read_file(path_of(tmp_path))
     keys = [(r.gpu.num_sms, r.problem.d_dtype, r.m) for r in found]
-    assert keys == [(60, BF16, 64), (132, BF16, 16), (132, BF16, 64), (132, F32, 64)]
+    rows = [(60, BF16, 64), (132, BF16, 16), (132, BF16, 64), (132, BF16, 64), (132, F32, 64)]
+    assert keys == rows
+    assert [r.problem.b_scale.rows for r in found] == [128, 128, 128, 1, 128]

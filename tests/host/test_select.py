@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jitgen.dtypes import F32
+from jitgen.dtypes import BF16, F32
 from jitgen.expr import acc, vector
-from jitgen.problem import Gemm
+from jitgen.problem import Gemm, ScaleBlock, of_k_groups
 from jitgen.runtime import driver
 from jitgen.runtime.driver import Device
 from jitgen.schedule import Schedule
@@ -94,6 +94,25 @@ def test_select_takes_a_record_under_any_epilogue_that_it_can_run(
     monkeypatch.setattr(selection, "is_legal", lambda p, s: p.epilogue == acc and legal(p, s))
     assert select(biased, M) == choose(PROBLEM, M)
     assert select(PROBLEM, M) == MINE
+
+
+def test_select_takes_a_record_of_k_groups_for_its_problem_and_rows_only(folders: Folders) -> None:
+    problem = of_k_groups(7168, 4)
+    save(folders[1], [replace(RECORD, problem=problem, m=2112, schedule=SHIPPED)])
+    assert {select(problem, m) for m in (2049, 2100, 2112)} == {SHIPPED}
+    assert select(problem, 2048) == choose(problem, 2048)
+    assert select(problem, 2113) == choose(problem, 2113)
+    others = (
+        of_k_groups(7168, 8),
+        of_k_groups(7168, 4, BF16),
+        of_k_groups(7168, 4, b_scale=ScaleBlock(128, 128)),
+    )
+    for other in others:
+        assert select(other, 2112) == choose(other, 2112)
+    save(folders[0], [replace(RECORD, problem=problem, m=2112, schedule=MINE)])
+    reload_records()
+    assert select(problem, 2112) == MINE
+    assert select(problem, 2112, batch_invariant=True) != MINE
 
 
 def test_select_ignores_a_record_that_breaks_todays_rules(folders: Folders) -> None:

@@ -2,6 +2,7 @@
 // bytes keeps shared memory busy for a clock an element, and so the tensor cores waiting.)
 #pragma once
 #include "jitgen/mbarrier.cuh"
+#include "jitgen/wgmma.cuh"
 
 namespace jitgen {
 
@@ -124,6 +125,33 @@ struct RowScales {
     u32 stride_row, stride_k, num_rows;
 };
 
+// kBlocks floats from `source` on, 0 for those from `count` on, by aligned loads of 16 bytes: of the scales of 32 rows, in
+// memory far from each other, a load of one each takes the time of a load of four. What comes before `source` is loaded
+// with it, and lies within its allocation, which is aligned to more.
+template <u32 kBlocks>
+__device__ __forceinline__ void load_neighbours(float (&values)[kBlocks], const float* source, u32 count) {
+    const u32 offset = reinterpret_cast<u64>(source) / 4 % 4, end = offset + min(count, kBlocks);
+    float wide[kBlocks + 4] = {};
+#pragma unroll
+    for (u32 i = 0; i < kBlocks + 4; i += 4) {
+        const float* aligned = source + i - offset;
+        if (i < end && i + 4 <= offset + count) {
+            const float4 four = __ldg(reinterpret_cast<const float4*>(aligned));
+            wide[i] = four.x, wide[i + 1] = four.y, wide[i + 2] = four.z, wide[i + 3] = four.w;
+        } else {
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j)
+                if (offset <= i + j && i + j < end) wide[i + j] = __ldg(aligned + j);
+        }
+    }
+#pragma unroll
+    for (u32 step = 1; step <= 2; ++step)
+#pragma unroll
+        for (u32 i = 0; i < kBlocks + 4 - step; ++i) wide[i] = offset & step ? wide[i + step] : wide[i];
+#pragma unroll
+    for (u32 i = 0; i < kBlocks; ++i) values[i] = wide[i];
+}
+
 // kNumThreads threads load the scales of a tile's rows of A and of B, one row a thread and turn, of some turns at once.
 template <u32 kBlockM, u32 kBlockN, u32 kBlocks, u32 kNumThreads> struct RowScaleLoader {
     static constexpr u32 kRows = kBlockM + kBlockN, kTurns = ceil_div(kRows, kNumThreads);
@@ -134,25 +162,30 @@ template <u32 kBlockM, u32 kBlockN, u32 kBlocks, u32 kNumThreads> struct RowScal
 
     // The chunk at K block `k_base` for the tile at row `row_m` of A and `row_n` of B, as ScaleLoader's.
     __device__ __forceinline__ void load(u32 smem, u32 row_m, u32 row_n, u32 k_base, u32 empty, u32 parity) const {
+        const u32 first_row = opaque(thread);  // or what follows from it would be kept from chunk to chunk, and spill
 #pragma unroll 1
         for (u32 turn = 0; turn < kTurns; turn += kTurnsAtOnce) {
             float scale[kTurnsAtOnce][kBlocks];
 #pragma unroll
             for (u32 i = 0; i < kTurnsAtOnce; ++i) {
-                const u32 row = thread + (turn + i) * kNumThreads;
+                const u32 row = first_row + (turn + i) * kNumThreads;
                 const bool is_a = row < kBlockM;
                 const u32 index = is_a ? row_m + row : row_n + row - kBlockM, stride_k = is_a ? a.stride_k : b.stride_k;
                 const float* source = (is_a ? a.scales : b.scales) + u64(index) * (is_a ? a.stride_row : b.stride_row) +
                                       u64(k_base) * stride_k;
                 const bool valid = row < kRows && index < (is_a ? a.num_rows : b.num_rows);
+                const u32 count = valid ? end_k - k_base : 0;
+                if (stride_k == 1) {
+                    load_neighbours(scale[i], source, count);
+                } else {
 #pragma unroll
-                for (u32 k = 0; k < kBlocks; ++k, source += stride_k)
-                    scale[i][k] = valid && k_base + k < end_k ? __ldg(source) : 0.0f;
+                    for (u32 k = 0; k < kBlocks; ++k, source += stride_k) scale[i][k] = k < count ? __ldg(source) : 0.0f;
+                }
             }
             if (turn == 0) mbarrier_wait(empty, parity);  // the first loads are under way before the stage is free
 #pragma unroll
             for (u32 i = 0; i < kTurnsAtOnce; ++i) {
-                const u32 row = thread + (turn + i) * kNumThreads;
+                const u32 row = first_row + (turn + i) * kNumThreads;
 #pragma unroll
                 for (u32 k = 0; k < kBlocks; ++k)
                     if (row < kRows) st_shared(smem + (k * kRows + row_scale_position(row)) * 4, scale[i][k]);
@@ -161,12 +194,14 @@ template <u32 kBlockM, u32 kBlockN, u32 kBlocks, u32 kNumThreads> struct RowScal
     }
 };
 
-// As ThreadScales: every accumulator of a thread has a scale of its row of wgmma's and one of its column. Those of columns
-// are read while accumulators are promoted, four at a time: they must be asked for in order.
-template <bool kSwapAB, u32 kBlockM, u32 kBlockN, u32 kPartColumns> struct ThreadRowScales {
+// As ThreadScales: every accumulator of a thread has a scale of its row of wgmma's and one of its column. The products for
+// the first kAhead accumulators of a chain are formed while it runs. For the others those of columns are read while
+// accumulators are promoted, four at a time: they must be asked for in order.
+template <bool kSwapAB, u32 kBlockM, u32 kBlockN, u32 kPartColumns, u32 kAhead> struct ThreadRowScales {
     static constexpr u32 kBlockBytes = (kBlockM + kBlockN) * 4;
+    static_assert(kAhead > 0 && kAhead % 8 == 0, "scales of 16 columns are read together, for 8 accumulators");
     u32 smem_rows, smem_columns, part_columns;
-    float next_rows[2], rows[2];
+    float next_rows[2], rows[2], products[kAhead];
     float4 columns, next_columns;
 
     // `row`: the thread's first row of wgmma's, one of the first 8 of 16.
@@ -183,14 +218,25 @@ template <bool kSwapAB, u32 kBlockM, u32 kBlockN, u32 kPartColumns> struct Threa
     __device__ __forceinline__ void prepare(u32 block, u32 wave, u32 slice) {
         if (slice == 0) rows[0] = next_rows[0], rows[1] = next_rows[1];
         part_columns = smem_columns + block * kBlockBytes + slice * kPartColumns * 4;
-        next_columns = ld_shared_v4(part_columns);
+#pragma unroll
+        for (u32 i = 0; i < kAhead; ++i) {
+            if (i % 8 == 0) columns = ld_shared_v4(part_columns + i * 8);
+            products[i] = product(i);
+        }
+        pin_registers(products);  // here, and not behind the wait for the chain
+        if (kAhead < kPartColumns / 2) next_columns = ld_shared_v4(part_columns + kAhead * 8);
     }
 
     __device__ __forceinline__ float of(u32 slice, u32 i) {
+        if (i < kAhead) return products[i];
         if (i % 8 == 0) {
             columns = next_columns;
             if (i + 8 < kPartColumns / 2) next_columns = ld_shared_v4(part_columns + (i + 8) * 8);
         }
+        return product(i);
+    }
+
+    __device__ __forceinline__ float product(u32 i) const {
         const float column = i / 4 % 2 ? (i % 2 ? columns.w : columns.z) : (i % 2 ? columns.y : columns.x);
         return __fmul_rn(rows[i / 2 % 2], column);
     }
