@@ -79,7 +79,7 @@ def gemm(
     ------
     As `jitgen.gemm`; ProblemError if the activation is none of these
     """
-    epilogue = _epilogue(bias, residual, activation)
+    epilogue = epilogue_of(bias, residual, activation)
     return multiply(
         *(a, b, (sfa, sfb)),
         epilogue=epilogue,
@@ -101,7 +101,7 @@ def gemm_out(
     batch_invariant: bool = False,
 ) -> None:
     """`gemm` into `out`, bfloat16 or float32 [m, n]."""
-    epilogue = _epilogue(bias, residual, activation)
+    epilogue = epilogue_of(bias, residual, activation)
     multiply(
         *(a, b, (sfa, sfb)),
         epilogue=epilogue,
@@ -150,7 +150,7 @@ def grouped_gemm(
     ------
     As `jitgen.grouped_gemm`; ProblemError if layout or activation is none of these
     """
-    epilogue = _epilogue(bias, residual, activation)
+    epilogue = epilogue_of(bias, residual, activation)
     grouping = _layout(layout, groups, alignment, expected_rows)
     return multiply(
         *(a, b, (sfa, sfb)),
@@ -181,7 +181,7 @@ def grouped_gemm_out(
 
     With a k_grouped layout, what it makes is added to `out`.
     """
-    epilogue = _epilogue(bias, residual, activation)
+    epilogue = epilogue_of(bias, residual, activation)
     grouping = _layout(layout, groups, alignment, expected_rows)
     multiply(
         *(a, b, (sfa, sfb)),
@@ -220,12 +220,12 @@ def grouped_swiglu(
     """
     return multiply_quantized(
         *(a, b, (sfa, sfb)),
-        epilogue=_SWIGLU,
+        epilogue=SWIGLU,
         layout=_layout(layout, groups, alignment, expected_rows),
     )
 
 
-_SWIGLU = Bound(silu(gate) * up, {})
+SWIGLU = Bound(silu(gate) * up, {})
 
 
 def mla_decode(
@@ -305,7 +305,10 @@ def operators() -> Any:
     return torch.ops.jitgen if torch.compiler.is_compiling() else sys.modules[__name__]
 
 
-def _epilogue(bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str) -> Bound:
+def epilogue_of(
+    bias: torch.Tensor | None, residual: torch.Tensor | None = None, activation: str = "none"
+) -> Bound:
+    """activation(acc + bias) + residual, bound to those that there are."""
     if bias is None and residual is None and activation == "none":
         return PLAIN
     tensors = {"bias": bias, "residual": residual}
