@@ -82,25 +82,29 @@ def grouped_gemm(
     return multiply_alike(key, (a, b, sfa, sfb, offsets), find, out)[0]
 
 
-def grouped_swiglu(
+def swiglu(
     a: torch.Tensor,
     b: torch.Tensor,
     sfa: torch.Tensor,
     sfb: torch.Tensor,
-    offsets: torch.Tensor,
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) * up of `jitgen.grouped_gemm` with `Ragged(offsets)`: codes and scales."""
+    """Codes and scales of silu(gate) * up, whose rows b has; with offsets, of ragged groups."""
     if not _runs_now(a):
-        codes, scales = operators().grouped_swiglu(a, b, sfa, sfb, offsets, layout="ragged")
+        if offsets is None:
+            codes, scales = operators().swiglu(a, b, sfa, sfb)
+        else:
+            codes, scales = operators().grouped_swiglu(a, b, sfa, sfb, offsets, layout="ragged")
         return codes, scales
     key = "swiglu", *_key(a, b, sfb)
 
     def find() -> tuple[Call, Addresses]:
-        grouping = Ragged(offsets)
+        layout = None if offsets is None else Ragged(offsets)
         dtype = torch.float8_e4m3fn
-        return find_call(a, b, (sfa, sfb), SWIGLU, None, dtype, None, False, grouping)
+        return find_call(a, b, (sfa, sfb), SWIGLU, None, dtype, None, False, layout)
 
-    codes, scales = multiply_alike(key, (a, b, sfa, sfb, offsets), find)
+    operands = (a, b, sfa, sfb) if offsets is None else (a, b, sfa, sfb, offsets)
+    codes, scales = multiply_alike(key, operands, find)
     return codes, scales
 
 

@@ -59,15 +59,15 @@ def multiply_quantized(
     scales: tuple[torch.Tensor, torch.Tensor],
     *,
     epilogue: Bound,
-    layout: GroupLayout,
+    layout: GroupLayout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`jitgen.grouped_gemm` to float8_e4m3fn with scales, of an epilogue without operands."""
+    """`multiply` to float8_e4m3fn with scales, of an epilogue without operands."""
     if not a.is_cpu:
         d, sfd = _multiply(a, b, scales, epilogue, layout, None, torch.float8_e4m3fn, False)
         return d, sfd
     d, sfd = _multiply(
         *(to_numpy(a), to_numpy(b), (to_numpy(scales[0]), to_numpy(scales[1])), epilogue),
-        *(with_tensor(layout, to_numpy(layout.tensor)), None, E4M3, False),
+        *(layout and with_tensor(layout, to_numpy(layout.tensor)), None, E4M3, False),
     )
     return to_torch(d), to_torch(sfd)
 

@@ -6,6 +6,7 @@
                  residual=None, activation="none", out_dtype=None, batch_invariant=False) -> Tensor
     grouped_swiglu(a, b, sfa, sfb, groups, *, layout, alignment=128,
                    expected_rows=None) -> (Tensor, Tensor)
+    swiglu(a, b, sfa, sfb) -> (Tensor, Tensor)
     mla_decode(q, kv_cache, block_table, seqlens_k, *, head_dim_v=512, softmax_scale=None,
                causal=True) -> (Tensor, Tensor)
     mla_decode_sparse(q, kv_cache, indices, *, topk_length=None, attention_sink=None,
@@ -192,6 +193,27 @@ def grouped_gemm_out(
     )
 
 
+def swiglu(
+    a: torch.Tensor, b: torch.Tensor, sfa: torch.Tensor, sfb: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up, quantized: an operand of `gemm`.
+
+    Parameters
+    ----------
+    a, sfa, sfb : as for `gemm`
+    b : float8_e4m3fn [n, k], the rows of gate, then those of up; n % 256 == 0
+
+    Returns
+    -------
+    (float8_e4m3fn [m, n / 2], float32 [m, n / 256])
+
+    Raises
+    ------
+    As `jitgen.gemm`
+    """
+    return multiply_quantized(a, b, (sfa, sfb), epilogue=SWIGLU)
+
+
 def grouped_swiglu(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -203,12 +225,12 @@ def grouped_swiglu(
     alignment: int = 128,
     expected_rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) * up for the rows of each group, quantized: an operand of `grouped_gemm`.
+    """`swiglu` for the rows of each group: an operand of `grouped_gemm`.
 
     Parameters
     ----------
     a, sfa, sfb, groups, layout, alignment, expected_rows : as for `grouped_gemm`
-    b : float8_e4m3fn [num_groups, n, k], in each the rows of gate, then those of up; n % 256 == 0
+    b : float8_e4m3fn [num_groups, n, k], each as of `swiglu`
 
     Returns
     -------
@@ -368,9 +390,10 @@ for _schema, _function, _fake in (
         " bool batch_invariant=False) -> ()",
         *(grouped_gemm_out, torch_fakes.nothing),
     ),
+    (f"swiglu({_OPERANDS}) -> (Tensor, Tensor)", swiglu, torch_fakes.swiglu),
     (
         f"grouped_swiglu({_OPERANDS}, {_GROUPS}) -> (Tensor, Tensor)",
-        *(grouped_swiglu, torch_fakes.grouped_swiglu),
+        *(grouped_swiglu, torch_fakes.swiglu),
     ),
     (
         f"mla_decode({_CACHE}, *, {_ATTENTION}) -> (Tensor, Tensor)",
