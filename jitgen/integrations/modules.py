@@ -15,8 +15,6 @@ from ..calls import Addresses, Call, find_call, multiply_alike
 from ..layouts import KGrouped, Ragged
 from .torch_ops import SWIGLU, epilogue_of, operators
 
-_LAYOUTS = {"ragged": Ragged, "k_grouped": KGrouped}
-
 
 def quantize(x: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of each matrix of x [.., m, k], and their scales in blocks of rows x 128."""
@@ -76,7 +74,7 @@ def grouped_gemm(
     key = layout, out.dtype, len(offsets), *_key(a, b, sfb)
 
     def find() -> tuple[Call, Addresses]:
-        grouping = _LAYOUTS[layout](offsets)
+        grouping = Ragged(offsets) if layout == "ragged" else KGrouped(offsets)
         return find_call(a, b, (sfa, sfb), PLAIN, out, None, None, False, grouping)
 
     return multiply_alike(key, (a, b, sfa, sfb, offsets), find, out)[0]

@@ -17,11 +17,14 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8GroupedLinear, FP8Linear
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
+    DeepseekV3ForCausalLM,
     DeepseekV3MLP,
     DeepseekV3RMSNorm,
 )
 
+from ..errors import ProblemError
 from ..problem import Gemm, supports
+from .decode_graph import decode_in_graphs
 from .latent_attention import AbsorbedAttention, can_absorb
 from .modules import gemm, grouped_gemm, quantize, swiglu
 from .tensors import is_recorded
@@ -37,7 +40,7 @@ class Patched(NamedTuple):
     attentions: int
 
 
-def patch(model: PreTrainedModel) -> Patched:
+def patch(model: PreTrainedModel, *, cuda_graphs: bool = False) -> Patched:
     """Have `model` run on jitgen's kernels, from now on and in place.
 
     - FP8 linears (fine-grained FP8: weights in 128x128 blocks, activations quantized as they come)
@@ -49,13 +52,25 @@ def patch(model: PreTrainedModel) -> Patched:
     - DeepSeek-V3's MLPs of FP8 linears, the shared experts too, compute gate and up in one GEMM,
       which ends with SwiGLU and the codes of its result; its norms are torch's own.
 
-    Parameters, their names and the state dict stay as they are, but for UE8M0 scales, which become
-    float32. A module that breaks a rule of the kernels stays as it is. For inference, each module
-    whole on one device: not for tensor parallelism.
+    Its parameters, their names and the state dict stay as they are, but for UE8M0 scales, which
+    become float32. A module that breaks a rule of the kernels stays as it is. For inference, each
+    module whole on one device: not for tensor parallelism.
+
+    Parameters
+    ----------
+    cuda_graphs : decode in CUDA graphs what decodes by `jitgen.mla_decode` one token a sequence
+        without gradients: `generate` does. Of few sequences the time of a token is the host's
+        otherwise. Each cache has a graph, captured at its second token: for a model whose modules
+        all run without waiting for the GPU, on one device, and for prompts and answers long enough
 
     Returns
     -------
     how many modules were replaced
+
+    Raises
+    ------
+    ProblemError : cuda_graphs of a model that is no DeepseekV3ForCausalLM whose attentions decode
+        by `jitgen.mla_decode`
     """
     linears, experts, attentions = 0, 0, 0
     for name, module in list(model.named_modules()):
@@ -77,6 +92,11 @@ def patch(model: PreTrainedModel) -> Patched:
             Mlp.take_over(module)
         elif type(module) is DeepseekV3RMSNorm:
             module.__class__ = Norm
+    if cuda_graphs:
+        if not isinstance(model, DeepseekV3ForCausalLM) or attentions < len(model.model.layers):
+            kind, layers = type(model).__name__, "all its attentions must decode by mla_decode"
+            raise ProblemError(f"cuda_graphs of a {kind}: of a DeepseekV3ForCausalLM, and {layers}")
+        decode_in_graphs(model)
     return Patched(linears, experts, attentions)
 
 

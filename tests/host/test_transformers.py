@@ -9,6 +9,11 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.17")
 
+from transformers.cache_utils import DynamicCache  # noqa: E402
+
+from jitgen import ProblemError  # noqa: E402
+from jitgen.integrations import latent_attention  # noqa: E402
+from jitgen.integrations.decode_graph import DecodeStep  # noqa: E402
 from jitgen.integrations.latent_attention import (  # noqa: E402
     AbsorbedAttention,
     LatentLayer,
@@ -28,13 +33,15 @@ BF16_NOISE = 0.05  # of logits: what one rounding in the embeddings makes of the
 FP8_NOISE = 0.2  # with FP8 a rounding may move a code, and an expert
 
 
-def make_both(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, Any, Patched]:
+def make_both(
+    monkeypatch: pytest.MonkeyPatch, *, cuda_graphs: bool = False, **options: Any
+) -> tuple[Any, Any, Patched]:
     """A model as Transformers has it, the same patched, and what was."""
     without_jitgen(monkeypatch)
     torch.manual_seed(torch.initial_seed())
     usual, patched = make_model("cpu", **options), make_model("cpu", **options)
     patched.load_state_dict(usual.state_dict())
-    count = patch(patched)
+    count = patch(patched, cuda_graphs=cuda_graphs)
     assert patched.state_dict().keys() == usual.state_dict().keys()
     return usual, patched, count
 
@@ -110,6 +117,69 @@ def test_other_caches_and_beams_generate(in_bf16: tuple[Any, Any], options: dict
     )
     check_near(got.logits[0].float(), expected.logits[0].float(), BF16_NOISE)
     assert got.sequences.shape == expected.sequences.shape
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_steps_of_graphs_decode_as_usual(
+    in_bf16: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    is_padded: bool,
+    options: dict[str, Any],
+) -> None:
+    _, patched = in_bf16
+    _, graphed, _ = make_both(monkeypatch, kept=NO_FP8, cuda_graphs=True)
+    monkeypatch.setattr(DecodeStep, "run", counted := Counted(DecodeStep.run))
+    monkeypatch.setattr(latent_attention, "FIRST_CAPACITY", 16)  # outgrown
+    tokens = torch.randint(1, 199, (2, PROMPT))
+    mask = torch.ones_like(tokens)
+    if is_padded:
+        mask[0, :4] = 0
+    options = {"return_dict_in_generate": True, "output_logits": True, **options}
+    expected, got = (
+        generate(model, tokens, 14, attention_mask=mask, **options) for model in (patched, graphed)
+    )
+    assert torch.equal(got.sequences, expected.sequences)
+    assert torch.equal(torch.stack(got.logits), torch.stack(expected.logits))
+    if "num_beams" not in options:  # which leave the memory that a step writes to
+        assert counted.num_calls == 13 - 1  # there was room for 18 latents
+
+
+def test_steps_of_graphs_are_for_one_token_of_each_sequence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual, graphed, _ = make_both(monkeypatch, kept=NO_FP8, cuda_graphs=True)
+    tokens, results = torch.randint(1, 199, (1, 40)), []
+    monkeypatch.setattr(DecodeStep, "run", counted := Counted(DecodeStep.run))
+    for model in (usual, graphed):
+        with torch.no_grad():
+            cache, logits = DynamicCache(config=model.config), []
+            for begin, end in ((0, 20), (20, 21), (21, 22), (22, 25), (25, 26)):
+                logits.append(model(tokens[:, begin:end], past_key_values=cache).logits[:, -1])
+            cache.crop(-3)
+            assert cache.get_seq_length() == 23
+            logits.append(model(tokens[:, 30:31], past_key_values=cache).logits[:, -1])
+        model(tokens[:, 30:31], past_key_values=cache)  # with gradients
+        results.append(torch.stack(logits).float())
+    assert counted.num_calls == 4
+    check_near(results[1], results[0], BF16_NOISE)
+    assert type(graphed).__name__ == type(usual).__name__
+    with pytest.raises(ProblemError, match="cuda_graphs of a DeepseekV3Model"):
+        patch(make_model("cpu", kept=NO_FP8).model, cuda_graphs=True)
+
+
+class Counted:
+    """A method that counts its calls."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.num_calls = function, 0
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        def call(*args: Any) -> Any:
+            self.num_calls += 1
+            return self.function(instance, *args)
+
+        return call
 
 
 def test_modules_compute_what_theirs_do(in_fp8: tuple[Any, Any]) -> None:
