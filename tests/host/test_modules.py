@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 import jitgen  # noqa: E402
 from jitgen import calls  # noqa: E402
 from jitgen.integrations import modules, torch_ops  # noqa: E402
+
 from . import fake_gpu  # noqa: E402
 from .fake_gpu import FakeGpu  # noqa: E402
 
