@@ -1,7 +1,7 @@
 """Hugging Face models on jitgen's kernels: `patch(model)`, after it was loaded.
 
     model = AutoModelForCausalLM.from_pretrained("deepseek-ai/DeepSeek-V3", ...)
-    jitgen.integrations.transformers.patch(model)
+    jitgen.integrations.transformers.patch(model)  # or patch(model, cuda_graphs=True)
 
 Written for transformers 5.17. CPU models run on the interpreter.
 """
