@@ -92,8 +92,8 @@ def mla_on_device(
             schedule,
             batch_invariant,
             *given,
-            *((t.dtype, t.shape, t.stride(), t.device) for t in given.values()),
-            *(address % ADDRESS_UNIT for address in addresses.values()),
+            *[(t.dtype, t.shape, t.stride(), t.get_device()) for t in given.values()],
+            *[address % ADDRESS_UNIT for address in addresses.values()],
         )
         found = _calls.get(signature)
     except AttributeError as error:
@@ -111,7 +111,7 @@ def mla_on_device(
         if plan.device != device:
             raise DeviceError(f"plan is for {plan.device}, q is on {device}: make one for it")
         results = (o.data_ptr(), lse.data_ptr(), *plan.addresses)
-        inputs = (addresses.get(name, 0) for name in ADDRESSED[about.problem.sparse])
+        inputs = [addresses.get(name, 0) for name in ADDRESSED[about.problem.sparse]]
         call.launch((*inputs, *results))
     return o, lse
 

@@ -117,15 +117,16 @@ class DecodeStep:
 
     def _capture(self, step: Callable[[], torch.Tensor]) -> None:
         """As `torch.cuda.graph` does, which also collects garbage and empties torch's cache."""
-        self.graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        device = self.tokens.device
+        self.graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             self.graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.logits = step()
             finally:
                 self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(side)
 
     def _forward(self, forward: Any, cache: DynamicCache, layer: LatentLayer) -> torch.Tensor:
         shared = layer.shared

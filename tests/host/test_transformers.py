@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from jitgen.integrations.latent_attention import (  # noqa: E402
     LatentLayer,
     SharedWindows,
 )
-from jitgen.integrations.transformers import Experts, Linear, Patched, patch  # noqa: E402
+from jitgen.integrations.transformers import Experts, Linear, Mlp, Norm, Patched, patch  # noqa: E402
 from tests.transformers_model import (  # noqa: E402
     NO_FP8,
     generate,
@@ -186,13 +187,44 @@ def test_modules_compute_what_theirs_do(in_fp8: tuple[Any, Any]) -> None:
     usual, patched = in_fp8
     x = torch.randn(5, 256).bfloat16()
     index, weights = torch.tensor([[0, 1], [1, 2], [3, 1], [0, 2], [0, 1]]), torch.rand(5, 2)
+    seen = set()
     for name, module in patched.named_modules():
-        given = {Linear: (x,), Experts: (x, index, weights)}.get(type(module))
-        if given and getattr(module, "in_features", 256) == 256:
+        # Between two products theirs rounds to bfloat16 and then to FP8, ours to FP8.
+        given, tolerance = {
+            Linear: ((x,), 2**-6),
+            Norm: ((x,), 2**-7),
+            Mlp: ((x,), 2**-4),
+            Experts: ((x, index, weights), 2**-4),
+        }.get(type(module), (None, 0))
+        if given and 256 == getattr(module, "in_features", 256) == len(_first_weight(module)[0]):
             expected = usual.get_submodule(name)(*given).float()
             error = (module(*given).float() - expected).abs().max() / expected.abs().max()
-            # Between the experts' products theirs rounds to bfloat16 and then to FP8, ours to FP8.
-            assert error < (2**-6 if isinstance(module, Linear) else 2**-4), (name, error)
+            assert error < tolerance, (name, error)
+            seen.add(type(module))
+    assert seen == {Linear, Norm, Mlp, Experts}
+
+
+def _first_weight(module: torch.nn.Module) -> Any:
+    """Of at least two dimensions, the last of them the module's input."""
+    return torch.atleast_2d(next(module.parameters())).flatten(0, -2)
+
+
+def test_gate_and_up_are_joined_wherever_they_are(in_fp8: tuple[Any, Any]) -> None:
+    mlp = in_fp8[1].model.layers[0].mlp
+    x = torch.randn(5, 256).bfloat16()
+    with torch.no_grad():
+        expected = mlp(x)
+        copied = copy.deepcopy(mlp)
+        assert torch.equal(copied(x), expected)
+        gate, up = copied.gate_proj, copied.up_proj
+        gate.weight.data = gate.weight.data.clone()  # as `to` another device
+        assert torch.equal(copied(x), expected)
+        assert up.weight.data_ptr() == gate.weight.data_ptr() + gate.weight.numel()
+        up.weight_scale_inv.mul_(2)
+        assert torch.equal(mlp(x), expected)
+        assert not torch.equal(copied(x), expected)
+        copied.load_state_dict(mlp.state_dict())
+        assert torch.equal(copied(x), expected)
 
 
 def test_projections_of_keys_and_values_are_those_of_the_weight(in_fp8: tuple[Any, Any]) -> None:
