@@ -91,7 +91,7 @@ class DecodeStep:
         self.no_mask = zeros(batch, 1, 1, 1)  # of four dimensions: Transformers makes none then
         self.windows: tuple[torch.Tensor, torch.Tensor] | None = None
         self.num_runs = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: Any = None  # torch.cuda.CUDAGraph
         self.logits: torch.Tensor | None = None
 
     def run(self, forward: Any, given: dict[str, Any], layers: list[LatentLayer]) -> torch.Tensor:
@@ -103,30 +103,23 @@ class DecodeStep:
         seen = self.mask[:, : length + 1]
         seen.fill_(1) if mask is None else seen.copy_(mask)
         self.end.fill_(length)
-        step = functools.partial(self._forward, forward, given["past_key_values"], layers[0])
         self.num_runs += 1
-        if self.tokens.is_cuda and self.num_runs > 1:  # the first has loaded all kernels
-            if self.graph is None:
-                self._capture(step)
-            self.graph.replay()  # type: ignore[union-attr]
-        else:
-            self.logits = step()
+        logits = self._launch(
+            functools.partial(self._forward, forward, given["past_key_values"], layers[0])
+        )
         layers[0].shared.num_appended += 1
-        assert self.logits is not None
-        return self.logits.clone()  # the next replay writes where these are
+        return logits.clone()  # the next one writes where these are
 
-    def _capture(self, step: Callable[[], torch.Tensor]) -> None:
-        """As `torch.cuda.graph` does, which also collects garbage and empties torch's cache."""
-        device = self.tokens.device
-        self.graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            self.graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self.logits = step()
-            finally:
-                self.graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(side)
+    def _launch(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `forward` returns."""
+        if not self.tokens.is_cuda or self.num_runs == 1:  # which loads all kernels
+            return forward()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            self.logits = _capture(self.graph, forward, self.tokens.device)
+        self.graph.replay()
+        assert self.logits is not None
+        return self.logits
 
     def _forward(self, forward: Any, cache: DynamicCache, layer: LatentLayer) -> torch.Tensor:
         shared = layer.shared
@@ -143,3 +136,17 @@ class DecodeStep:
             return logits
         finally:
             shared.is_stepping = False
+
+
+def _capture(graph: Any, function: Callable[[], torch.Tensor], device: Any) -> torch.Tensor:
+    """As `torch.cuda.graph` does, which also collects garbage and empties torch's cache."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            result = function()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream(device).wait_stream(side)
+    return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.17")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
 from jitgen import ProblemError  # noqa: E402
-from jitgen.integrations import latent_attention  # noqa: E402
+from jitgen.integrations import latent_attention, modules  # noqa: E402
 from jitgen.integrations.decode_graph import DecodeStep  # noqa: E402
 from jitgen.integrations.latent_attention import (  # noqa: E402
     AbsorbedAttention,
@@ -123,14 +126,17 @@ def test_other_caches_and_beams_generate(in_bf16: tuple[Any, Any], options: dict
 @pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
 def test_steps_of_graphs_decode_as_usual(
-    in_bf16: tuple[Any, Any],
+    in_fp8: tuple[Any, Any],
     monkeypatch: pytest.MonkeyPatch,
     is_padded: bool,
     options: dict[str, Any],
 ) -> None:
-    _, patched = in_bf16
-    _, graphed, _ = make_both(monkeypatch, kept=NO_FP8, cuda_graphs=True)
+    _, patched = in_fp8
+    _, graphed, _ = make_both(monkeypatch, cuda_graphs=True)
     monkeypatch.setattr(DecodeStep, "run", counted := Counted(DecodeStep.run))
+    monkeypatch.setattr(DecodeStep, "_launch", replay)
+    for module in (latent_attention, modules):
+        monkeypatch.setattr(module, "operators", lambda: torch.ops.jitgen)
     monkeypatch.setattr(latent_attention, "FIRST_CAPACITY", 16)  # outgrown
     tokens = torch.randint(1, 199, (2, PROMPT))
     mask = torch.ones_like(tokens)
@@ -167,6 +173,42 @@ def test_steps_of_graphs_are_for_one_token_of_each_sequence(
     assert type(graphed).__name__ == type(usual).__name__
     with pytest.raises(ProblemError, match="cuda_graphs of a DeepseekV3Model"):
         patch(make_model("cpu", kept=NO_FP8).model, cuda_graphs=True)
+
+
+class Recorded(TorchDispatchMode):  # type: ignore[misc]
+    """What a CUDA graph keeps of a function: its operations, on the tensors they were on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, made))
+        return made
+
+    def replay(self) -> None:
+        for function, args, kwargs, made in self.operations:
+            if function.is_view:
+                continue
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
+
+
+def replay(step: DecodeStep, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """`DecodeStep._launch` as it is on a GPU."""
+    if step.num_runs == 1:
+        return forward()
+    if step.graph is None:
+        with Recorded() as step.graph:
+            step.logits = forward()
+        for tensor in (step.logits, step.windows[1]):  # type: ignore[index]
+            tensor.zero_()
+    step.graph.replay()
+    assert step.logits is not None
+    return step.logits
 
 
 class Counted:
