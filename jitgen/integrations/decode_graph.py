@@ -13,10 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..errors import ProblemError
 from .latent_attention import PAGE, LatentLayer
 
 _TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
@@ -103,20 +106,24 @@ class DecodeStep:
         seen = self.mask[:, : length + 1]
         seen.fill_(1) if mask is None else seen.copy_(mask)
         self.end.fill_(length)
-        self.num_runs += 1
         logits = self._launch(
             functools.partial(self._forward, forward, given["past_key_values"], layers[0])
         )
+        self.num_runs += 1
         layers[0].shared.num_appended += 1
         return logits.clone()  # the next one writes where these are
 
     def _launch(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `forward` returns."""
-        if not self.tokens.is_cuda or self.num_runs == 1:  # which loads all kernels
+        device = self.tokens.device
+        if self.num_runs == 0:  # it loads all kernels
+            with _NoWaiting(device):
+                return forward()
+        if not self.tokens.is_cuda:
             return forward()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            self.logits = _capture(self.graph, forward, self.tokens.device)
+            self.logits = _capture(self.graph, forward, device)
         self.graph.replay()
         assert self.logits is not None
         return self.logits
@@ -136,6 +143,34 @@ class DecodeStep:
             return logits
         finally:
             shared.is_stepping = False
+
+
+class _NoWaiting(TorchDispatchMode):  # type: ignore[misc]
+    """No operation of this thread whose result's shape, or Python's way on, is for values to say:
+    of a device, the host would wait for them. A capture that meets one fails, and leaves torch's
+    random numbers and memory in its state."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _goes_by_values(function, args, kwargs) and any(
+            isinstance(leaf, torch.Tensor) and leaf.device == self.device
+            for leaf in tree_leaves((args, kwargs))
+        ):
+            raise ProblemError(f"cuda_graphs of a model that waits for the result of {function}")
+        return function(*args, **kwargs)
+
+
+def _goes_by_values(function: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    if torch.Tag.data_dependent_output in function.tags:
+        return True
+    if function is torch.ops.aten.index.Tensor:  # of masks; a list of numbers has a length
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    is_dynamic = torch.Tag.dynamic_output_shape in function.tags
+    return is_dynamic and kwargs.get("output_size") is None
 
 
 def _capture(graph: Any, function: Callable[[], torch.Tensor], device: Any) -> torch.Tensor:

@@ -17,6 +17,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8GroupedLinear, FP8Linear
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
+    DeepseekV3Experts,
     DeepseekV3ForCausalLM,
     DeepseekV3MLP,
     DeepseekV3RMSNorm,
@@ -60,8 +61,10 @@ def patch(model: PreTrainedModel, *, cuda_graphs: bool = False) -> Patched:
     ----------
     cuda_graphs : decode in CUDA graphs what decodes by `jitgen.mla_decode` one token a sequence
         without gradients: `generate` does. Of few sequences the time of a token is the host's
-        otherwise. Each cache has a graph, captured at its second token: for a model whose modules
-        all run without waiting for the GPU, on one device, and for prompts and answers long enough
+        otherwise. Each cache has a graph, captured at its second token: for a model on one device,
+        and for prompts and answers long enough. No module may wait for the GPU: a cache's first
+        token raises ProblemError where one does. Experts that are not FP8 leave "eager", which
+        does, for "grouped_mm"
 
     Returns
     -------
@@ -96,6 +99,9 @@ def patch(model: PreTrainedModel, *, cuda_graphs: bool = False) -> Patched:
         if not isinstance(model, DeepseekV3ForCausalLM) or attentions < len(model.model.layers):
             kind, layers = type(model).__name__, "all its attentions must decode by mla_decode"
             raise ProblemError(f"cuda_graphs of a {kind}: of a DeepseekV3ForCausalLM, and {layers}")
+        if any(type(module) is DeepseekV3Experts for module in model.modules()):
+            if model.config._experts_implementation == "eager":
+                model.set_experts_implementation("grouped_mm")
         decode_in_graphs(model)
     return Patched(linears, experts, attentions)
 

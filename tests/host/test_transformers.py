@@ -175,6 +175,38 @@ def test_steps_of_graphs_are_for_one_token_of_each_sequence(
         patch(make_model("cpu", kept=NO_FP8).model, cuda_graphs=True)
 
 
+def test_models_that_wait_for_the_gpu_raise_before_a_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual, graphed, _ = make_both(monkeypatch, kept=NO_FP8, cuda_graphs=True)
+    assert usual.config._experts_implementation == "eager"
+    assert graphed.config._experts_implementation == "grouped_mm"
+    tokens = torch.randint(1, 199, (1, 12))
+    waits: dict[str, Callable[[torch.Tensor], Any]] = {
+        "_local_scalar_dense": lambda x: bool((x > 0).any()),
+        "nonzero": lambda x: torch.where(x > 0),
+        "index.Tensor": lambda x: x[x > 0],
+        "repeat_interleave": lambda x: torch.repeat_interleave(x.int().abs().flatten()),
+    }
+    at = torch.tensor([0])
+
+    for name, wait in waits.items():
+        cache = DynamicCache(config=graphed.config)
+        with torch.no_grad():
+            graphed(tokens[:, :10], past_key_values=cache)
+            layer = graphed.model.layers[1].mlp
+            hook = layer.register_forward_hook(lambda _, __, x, f=wait: f(x) and None)
+            for _ in range(2):
+                with pytest.raises(ProblemError, match=f"waits for the result of aten.{name}"):
+                    graphed(tokens[:, 10:11], past_key_values=cache)
+            hook.remove()
+            hook = layer.register_forward_hook(lambda _, __, x: x[:, at])
+            logits = graphed(tokens[:, 10:11], past_key_values=cache).logits
+            expected = usual(tokens[:, :11]).logits[:, -1:]
+        hook.remove()
+        check_near(logits.float(), expected.float(), BF16_NOISE)
+
+
 class Recorded(TorchDispatchMode):  # type: ignore[misc]
     """What a CUDA graph keeps of a function: its operations, on the tensors they were on."""
 
@@ -199,7 +231,7 @@ class Recorded(TorchDispatchMode):  # type: ignore[misc]
 
 def replay(step: DecodeStep, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
     """`DecodeStep._launch` as it is on a GPU."""
-    if step.num_runs == 1:
+    if step.num_runs == 0:
         return forward()
     if step.graph is None:
         with Recorded() as step.graph:

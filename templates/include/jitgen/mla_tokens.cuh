@@ -87,14 +87,12 @@ template <u32 kBytes> __device__ __forceinline__ void bulk_send(u32 mapped, u32 
                  : "memory");
 }
 
-// Where in the cache 16 tokens are, one a lane; of those that there are not, kAbsent and place 0. In one register: beside
-// what is on its way from memory the loaders have few.
+// Where in the cache 16 tokens are, one a lane, and a bit for each that there is; 0 is the place of the others.
 struct TokenRows {
-    static constexpr u32 kAbsent = 0x80000000;
-    u32 row;
+    u32 row, there;
 
-    __device__ __forceinline__ u32 operator[](u32 token) const { return __shfl_sync(0xffffffff, row & ~kAbsent, token); }
-    __device__ __forceinline__ u32 there() const { return __ballot_sync(0xffffffff, row < kAbsent); }
+    __device__ __forceinline__ u32 operator[](u32 token) const { return __shfl_sync(0xffffffff, row, token); }
+    __device__ __forceinline__ bool has(u32 token) const { return there >> token & 1; }
 };
 
 // The lines of `kCount` tokens from `first` on their way into L2. (Bulk prefetches are slower: 5 microseconds a block
@@ -102,11 +100,10 @@ struct TokenRows {
 template <u32 kCount>
 __device__ __forceinline__ void prefetch_tokens(const u8* cache, const TokenRows& rows, u32 first) {
     constexpr u32 kLines = 6;
-    const u32 there = rows.there();
 #pragma unroll
     for (u32 i = opaque(lane_index()); i < round_up(kCount * kLines, 32); i += 32) {
         const u32 token = first + i / kLines, row = rows[token % 16];
-        if (i < kCount * kLines && there >> token % 16 & 1) prefetch_l2(cache + u64(row) * kTokenBytes + i % kLines * 128);
+        if (i < kCount * kLines && rows.has(token)) prefetch_l2(cache + u64(row) * kTokenBytes + i % kLines * 128);
     }
 }
 
@@ -207,7 +204,7 @@ template <u32 kBatches, bool kShared, u32 kRun> struct TokensInSharedMemory {
 
     __device__ __forceinline__ void fetch(u32 i, const TokenRows& rows) {
         const u32 from = first + i * TokenBatch::kTokens, barrier = barriers + 8 * i;
-        const u32 there = rows.there() >> from & (1 << TokenBatch::kTokens) - 1, bytes = __popc(there) * kTokenBytes;
+        const u32 there = rows.there >> from & (1 << TokenBatch::kTokens) - 1, bytes = __popc(there) * kTokenBytes;
         const bool is_leader = elect_one();
         if (is_leader) mbarrier_arrive_expect_tx(barrier, bytes);
 #pragma unroll
