@@ -13,7 +13,8 @@ from ..api import PLAIN
 from ..api_quantize import launch
 from ..calls import Addresses, Call, find_call, multiply_alike
 from ..layouts import KGrouped, Ragged
-from .torch_ops import SWIGLU, epilogue_of, operators
+from .torch_arguments import SWIGLU, epilogue_of
+from .torch_ops import operators
 
 
 def quantize(x: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,27 +21,15 @@ tensors on the interpreter, which gives the bits of an H100.
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .. import api_quantize
-from ..api import PLAIN
-from ..errors import ProblemError
-from ..expr import Bound, Expr, acc, gate, gelu, matrix, relu, silu, up, vector
-from ..layouts import Contiguous, GroupLayout, KGrouped, Masked, Ragged
 from . import torch_fakes
 from .tensors import attend, attend_sparse, multiply, multiply_quantized
-
-ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
-    "none": lambda x: x,
-    "relu": relu,
-    "gelu": gelu,
-    "silu": silu,
-}
+from .torch_arguments import SWIGLU, epilogue_of, layout_of
 
 _LIBRARY = torch.library.Library("jitgen", "FRAGMENT")  # kept: what it registers goes with it
 _OPERANDS = "Tensor a, Tensor b, Tensor sfa, Tensor sfb"
@@ -152,7 +140,7 @@ def grouped_gemm(
     As `jitgen.grouped_gemm`; ProblemError if layout or activation is none of these
     """
     epilogue = epilogue_of(bias, residual, activation)
-    grouping = _layout(layout, groups, alignment, expected_rows)
+    grouping = layout_of(layout, groups, alignment, expected_rows)
     return multiply(
         *(a, b, (sfa, sfb)),
         epilogue=epilogue,
@@ -183,7 +171,7 @@ def grouped_gemm_out(
     With a k_grouped layout, what it makes is added to `out`.
     """
     epilogue = epilogue_of(bias, residual, activation)
-    grouping = _layout(layout, groups, alignment, expected_rows)
+    grouping = layout_of(layout, groups, alignment, expected_rows)
     multiply(
         *(a, b, (sfa, sfb)),
         epilogue=epilogue,
@@ -243,11 +231,8 @@ def grouped_swiglu(
     return multiply_quantized(
         *(a, b, (sfa, sfb)),
         epilogue=SWIGLU,
-        layout=_layout(layout, groups, alignment, expected_rows),
+        layout=layout_of(layout, groups, alignment, expected_rows),
     )
-
-
-SWIGLU = Bound(silu(gate) * up, {})
 
 
 def mla_decode(
@@ -325,52 +310,6 @@ def operators() -> Any:
     """What modules call: `torch.ops.jitgen` where a compiler traces them, or else these functions,
     which spares the dispatcher's share of a call's host time, about half."""
     return torch.ops.jitgen if torch.compiler.is_compiling() else sys.modules[__name__]
-
-
-def epilogue_of(
-    bias: torch.Tensor | None, residual: torch.Tensor | None = None, activation: str = "none"
-) -> Bound:
-    """activation(acc + bias) + residual, bound to those that there are."""
-    if bias is None and residual is None and activation == "none":
-        return PLAIN
-    tensors = {"bias": bias, "residual": residual}
-    given = {name: t for name, t in tensors.items() if t is not None}
-    dtypes = tuple((name, t.dtype) for name, t in given.items())
-    return Bound(_expression(dtypes, activation), given)
-
-
-@functools.cache
-def _expression(dtypes: tuple[tuple[str, torch.dtype], ...], activation: str) -> Expr:
-    """One expression for one kind of call: calls with the same one are prepared once."""
-    if activation not in ACTIVATIONS:
-        raise ProblemError(f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}")
-    of = dict(dtypes)
-    x: Expr = acc
-    if "bias" in of:
-        x = x + vector("bias", of["bias"])
-    x = ACTIVATIONS[activation](x)
-    if "residual" in of:
-        x = x + matrix("residual", of["residual"])
-    return x
-
-
-def _layout(
-    kind: str, groups: torch.Tensor, alignment: int, expected_rows: int | None
-) -> GroupLayout:
-    match kind:
-        case "ragged":
-            return Ragged(groups)
-        case "group_of_row":
-            return Contiguous(group_of_row=groups)
-        case "group_ends":
-            return Contiguous(group_ends=groups, alignment=alignment)
-        case "masked":
-            return Masked(groups, expected_rows)
-        case "k_grouped":
-            return KGrouped(groups)
-    raise ProblemError(
-        f"layout {kind!r} must be one of ragged, group_of_row, group_ends, masked, k_grouped"
-    )
 
 
 _RESULT = "ScalarType? out_dtype=None, bool batch_invariant=False) -> Tensor"

@@ -99,9 +99,9 @@ def patch(model: PreTrainedModel, *, cuda_graphs: bool = False) -> Patched:
         if not isinstance(model, DeepseekV3ForCausalLM) or attentions < len(model.model.layers):
             kind, layers = type(model).__name__, "all its attentions must decode by mla_decode"
             raise ProblemError(f"cuda_graphs of a {kind}: of a DeepseekV3ForCausalLM, and {layers}")
-        if any(type(module) is DeepseekV3Experts for module in model.modules()):
-            if model.config._experts_implementation == "eager":
-                model.set_experts_implementation("grouped_mm")
+        has_usual_experts = any(type(module) is DeepseekV3Experts for module in model.modules())
+        if has_usual_experts and model.config._experts_implementation == "eager":
+            model.set_experts_implementation("grouped_mm")
         decode_in_graphs(model)
     return Patched(linears, experts, attentions)
 

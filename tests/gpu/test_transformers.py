@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.17")
 
+from jitgen import ProblemError  # noqa: E402
 from jitgen.integrations.latent_attention import AbsorbedAttention  # noqa: E402
 from jitgen.integrations.transformers import Patched, patch  # noqa: E402
 from tests.transformers_model import (  # noqa: E402
@@ -71,3 +72,18 @@ def test_padded_sequences_see_their_own_tokens(
     got = logits_one_by_one(patched, tokens, 90, attention_mask=mask)
     error = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert (error.median(dim=-1).values < 0.05).all(), error
+
+
+def test_a_model_that_waits_raises_and_is_captured_once_it_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, patched, _ = make_both(monkeypatch, (), cuda_graphs=True)
+    tokens = torch.randint(1, 199, (3, PROMPT), device="cuda")
+    expected = generate(patched, tokens, 4)
+    layer = patched.model.layers[0]
+    hook = layer.register_forward_hook(lambda _, __, x: x * (x == x).all().item())
+    with pytest.raises(ProblemError, match="waits for the result of aten"):
+        generate(patched, tokens, 4)
+    hook.remove()
+    assert torch.rand(3, device="cuda").isfinite().all()  # no capture has begun
+    assert torch.equal(generate(patched, tokens, 4), expected)
