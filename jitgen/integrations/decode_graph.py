@@ -1,8 +1,9 @@
 """Decoding one token of each sequence in a CUDA graph: one launch in place of a thousand.
 
 What changes from token to token lies in tensors: which tokens, where they are in the sequences,
-what the mask shows, and where the caches end. A graph is captured at the second such token over
-one cache, and again where the cache has grown out of its memory.
+what the mask shows, and where the caches end. Of such tokens over one cache the first is watched
+for what no graph holds, the second loads and compiles what a graph must find ready, and the third
+is captured; so again where the cache has grown out of its memory.
 """
 
 from __future__ import annotations
@@ -116,10 +117,10 @@ class DecodeStep:
     def _launch(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `forward` returns."""
         device = self.tokens.device
-        if self.num_runs == 0:  # it loads all kernels
-            with _NoWaiting(device):
+        if self.num_runs == 0:
+            with _NoWaiting(device):  # under which nothing that is compiled runs
                 return forward()
-        if not self.tokens.is_cuda:
+        if self.num_runs == 1 or not self.tokens.is_cuda:
             return forward()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
@@ -147,8 +148,8 @@ class DecodeStep:
 
 class _NoWaiting(TorchDispatchMode):  # type: ignore[misc]
     """No operation of this thread whose result's shape, or Python's way on, is for values to say:
-    of a device, the host would wait for them. A capture that meets one fails, and leaves torch's
-    random numbers and memory in its state."""
+    of a device, the host would wait for them. A capture that meets one fails, and torch's
+    random numbers with it, for good."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

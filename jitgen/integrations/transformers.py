@@ -61,7 +61,7 @@ def patch(model: PreTrainedModel, *, cuda_graphs: bool = False) -> Patched:
     ----------
     cuda_graphs : decode in CUDA graphs what decodes by `jitgen.mla_decode` one token a sequence
         without gradients: `generate` does. Of few sequences the time of a token is the host's
-        otherwise. Each cache has a graph, captured at its second token: for a model on one device,
+        otherwise. Each cache has a graph, captured at its third token: for a model on one device,
         and for prompts and answers long enough. No module may wait for the GPU: a cache's first
         token raises ProblemError where one does. Experts that are not FP8 leave "eager", which
         does, for "grouped_mm"
