@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arrays import ADDRESS_UNIT, ArrayView, numpy_view
-from .calls import MAX_CALLS, Call, check_device, load
+from .calls import Call, Prepared, check_device, load
 from .dtypes import F32, array_dtype
 from .errors import ProblemError
 from .merge import (
@@ -97,15 +97,13 @@ def _on_device(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tens
     signature += tuple(address % ADDRESS_UNIT for address in addresses)
     call = _calls.get(signature)
     if call is None:
-        call = _calls[signature] = _prepare(given)
-        while len(_calls) > MAX_CALLS:
-            _calls.pop(next(iter(_calls)), None)
+        call = _calls.keep(signature, _prepare(given))
     o, lse = call.empty()
     call.launch((*addresses, o.data_ptr(), lse.data_ptr()))
     return o, lse
 
 
-_calls: dict[object, Call] = {}
+_calls: Prepared[Call] = Prepared()
 
 
 def _prepare(given: dict[str, torch.Tensor]) -> Call:

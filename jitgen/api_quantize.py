@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arrays import ArrayView
-from .calls import MAX_CALLS, Call, check_device, load
+from .calls import Call, Prepared, check_device, load
 from .dlpack import borrow, hand_over, is_foreign, keep_until_done
 from .dtypes import E4M3, F32, dtype_of
 from .errors import ProblemError
@@ -70,13 +70,13 @@ def quantize(x: Any, block: Block = (1, 128)) -> tuple[Any, Any]:
             keep_until_done(native)
             return hand_over(quantized, x), hand_over(scale, x)
         raise ProblemError(f"x is a {type(x).__name__}, must be an array")
+    if x.ndim == 2 and x.is_cuda and block in BLOCKS:
+        quantized, scale = launch(x, block[0])
+        return quantized, scale
     check_block(block)
     _check_dtype(x)
     if x.ndim != 2:
         raise _not_a_matrix(x)
-    if x.is_cuda and block in BLOCKS:
-        quantized, scale = launch(x, block[0])
-        return quantized, scale
     return _quantize_by_torch(x, block)
 
 
@@ -118,11 +118,11 @@ def quantize_both(
         transposed_scale = made[3].swapaxes(-1, -2) if transposed_block[0] == 1 else made[3]
         return made[:2], (made[2], transposed_scale)
     _check_dtype(x)
-    if x.ndim not in (2, 3):
-        raise _not_a_matrix(x)
     if x.is_cuda:
         q, scale, q_t, scale_t = launch(x, block[0], transposed_block[0])
         return (q, scale), (q_t, scale_t.mT if transposed_block[0] == 1 else scale_t)
+    if x.ndim not in (2, 3):
+        raise _not_a_matrix(x)
     q_t, scale_t = _by_torch(_transposed(x), transposed_block)
     if transposed_block[0] == 1:  # column by column in memory, as of the kernel
         scale_t = scale_t.mT.contiguous().mT
@@ -185,24 +185,26 @@ def launch(
     ------
     As `quantize`
     """
-    if x.stride(-1) != 1 or (x.ndim == 3 and not x.is_contiguous()):
-        x = x.contiguous()
-    signature = (x.dtype, x.shape, x.stride(), x.device, rows, columns, rule)
+    strides = x.is_contiguous() or x.stride()
+    signature = (x.dtype, x.shape, strides, x.get_device(), rows, columns, rule)
     call = _calls.get(signature)
     if call is None:
-        call = _calls[signature] = _prepare(x, rows, columns, rule)
-        while len(_calls) > MAX_CALLS:
-            _calls.pop(next(iter(_calls)), None)
+        if x.ndim not in (2, 3):
+            raise _not_a_matrix(x)
+        if strides is not True and (x.ndim == 3 or strides[-1] != 1):
+            return launch(x.contiguous(), rows, columns, rule)
+        call = _calls.keep(signature, _prepare(x, rows, columns, rule))
     made = call.empty()
-    call.launch((x.data_ptr(), *(tensor.data_ptr() for tensor in made)))
+    call.launch((x.data_ptr(), *[tensor.data_ptr() for tensor in made]))
     return made
 
 
-_calls: dict[object, Call] = {}
+_calls: Prepared[Call] = Prepared()
 
 
 def _prepare(x: torch.Tensor, rows: int, columns: int, rule: Rule) -> Call:
     """Check everything, then build, load and lay out the launches of one signature."""
+    _check_dtype(x)
     check_device({"x": x}, x.device)
     driver.check_architecture(driver.device(x.device.index))
     problem = Quantization(dtype_of(x.dtype), rows, columns, rule)

@@ -7,11 +7,12 @@ which may differ at every call, and the current stream.
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from . import control
 from .arrays import (
@@ -51,6 +52,23 @@ if TYPE_CHECKING:
 MAX_CALLS = 4096  # signatures that stay prepared
 
 Addresses = tuple[int, ...]  # of a, b, sfa, sfb, groups, the operands as bound, d, sfd
+T = TypeVar("T")
+
+
+class Prepared(dict[object, T]):
+    """What is prepared, by signature; safe in threads, and `get` takes no lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._mutex = threading.Lock()
+
+    def keep(self, signature: object, call: T) -> T:
+        """Have `call` found from now on, in place of the oldest if there are too many."""
+        with self._mutex:
+            self[signature] = call
+            while len(self) > MAX_CALLS:
+                del self[next(iter(self))]
+        return call
 
 
 class Call:
@@ -83,7 +101,7 @@ class Call:
 
     def empty(self) -> tuple[torch.Tensor, ...]:
         """New tensors for d, of zeros if it is added to, and, if it has scales, sfd."""
-        return tuple(make() for make in self._make_outputs)
+        return tuple([make() for make in self._make_outputs])  # a generator takes longer
 
     def launch(self, addresses: Addresses) -> None:
         """Run on the tensors at `addresses`; DeviceError if the driver refuses."""
@@ -180,20 +198,46 @@ def find_call(
     if call is None:
         arrays = name_arrays(a, b, scales, bound, out, layout)
         call = _prepare(arrays, out_dtype, bound, schedule, batch_invariant, layout, ue8m0)
-        _keep(signature, call)
+        _calls.keep(signature, call)
     return call, addresses
 
 
-_calls: dict[object, Call] = {}
-_mutex = threading.Lock()
+_calls: Prepared[Call] = Prepared()
 
 
-def _keep(signature: object, call: Call) -> None:
-    """Have the call found from now on, in place of the oldest if there are too many."""
-    with _mutex:
-        _calls[signature] = call
-        while len(_calls) > MAX_CALLS:
-            del _calls[next(iter(_calls))]
+def multiply_alike(
+    key: tuple[object, ...],
+    operands: tuple[torch.Tensor, ...],
+    find: Callable[[], tuple[Call, Addresses]],
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """D, and its scales if it has any, of a GEMM that a program makes again and again: what `find`
+    finds, in half the time.
+
+    Parameters
+    ----------
+    key : all that the signature depends on but for addresses
+    operands : a, b, sfa, sfb, the layout's tensor and the epilogue's, as far as there are any
+    find : `find_call` of them and out
+
+    Raises
+    ------
+    As `jitgen.gemm`
+    """
+    addresses = tuple([tensor.data_ptr() for tensor in operands])
+    key = (key, control.num_sms_limit)
+    is_aligned = not functools.reduce(operator.or_, addresses) % ADDRESS_UNIT
+    call = _alike.get(key) if is_aligned else None
+    if call is None:
+        call, _ = find()
+        if is_aligned:
+            _alike.keep(key, call)
+    outputs = call.empty() if out is None else (out,)
+    call.launch((*addresses, *[tensor.data_ptr() for tensor in outputs]))
+    return outputs
+
+
+_alike: Prepared[Call] = Prepared()
 
 
 def _prepare(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import struct
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from .arrays import ADDRESS_UNIT, ArrayView
 from .arrays_mla import NAMES, SPARSE_NAMES, MlaCall, check_mla_call, check_mla_out
-from .calls import MAX_CALLS, Call, check_device, load
+from .calls import Call, Prepared, check_device, load
 from .dtypes import F32, array_dtype
 from .errors import DeviceError, ProblemError
 from .problem_mla import HEAD_DIMS
@@ -67,9 +66,8 @@ class MlaPlan:
 # The inputs whose addresses a kernel takes, of dense and of sparse decode.
 ADDRESSED = (NAMES, SPARSE_NAMES)
 
-_calls: dict[object, tuple[Call, MlaCall]] = {}
+_calls: Prepared[tuple[Call, MlaCall]] = Prepared()
 _plans: dict[tuple[int, int], MlaPlan] = {}
-_mutex = threading.Lock()
 
 
 def mla_on_device(
@@ -94,8 +92,8 @@ def mla_on_device(
             schedule,
             batch_invariant,
             *given,
-            *((t.dtype, t.shape, t.stride(), t.device) for t in given.values()),
-            *(address % ADDRESS_UNIT for address in addresses.values()),
+            *[(t.dtype, t.shape, t.stride(), t.get_device()) for t in given.values()],
+            *[address % ADDRESS_UNIT for address in addresses.values()],
         )
         found = _calls.get(signature)
     except AttributeError as error:
@@ -104,10 +102,7 @@ def mla_on_device(
         ) from error
     if found is None:
         found = _prepare(tensors, head_dim_v, softmax_scale, causal, out, schedule, batch_invariant)
-        with _mutex:
-            _calls[signature] = found
-            while len(_calls) > MAX_CALLS:
-                del _calls[next(iter(_calls))]
+        _calls.keep(signature, found)
     call, about = found
     device = tensors["q"].device
     o, lse = call.empty() if out is None else (out, *call.empty())
@@ -116,7 +111,7 @@ def mla_on_device(
         if plan.device != device:
             raise DeviceError(f"plan is for {plan.device}, q is on {device}: make one for it")
         results = (o.data_ptr(), lse.data_ptr(), *plan.addresses)
-        inputs = (addresses.get(name, 0) for name in ADDRESSED[about.problem.sparse])
+        inputs = [addresses.get(name, 0) for name in ADDRESSED[about.problem.sparse]]
         call.launch((*inputs, *results))
     return o, lse
 

@@ -26,8 +26,8 @@ EVICT_FIRST_BLOCKS = 16  # a tile; of 132 parts 150 MB: beyond, keys lose 2%, be
 SHORT_KEYS = 12288  # of one sequence: up to there more blocks of fewer rows win
 H100_SMS = 132
 # Structures over an FP8 cache: what is said of a block of tokens (mla_codes.cuh), what comes with
-# a P, what the warpgroups know of a tile, the producer's walker (mla_decode_fp8.cu.j2).
-TOKEN_BLOCK_BYTES, P_BLOCK_BYTES, TILE_STATE_BYTES, WALKER_BYTES = 1040, 264, 1584, 64
+# a P, what the warpgroups know of a tile (mla_decode_fp8.cu.j2).
+TOKEN_BLOCK_BYTES, P_BLOCK_BYTES, TILE_STATE_BYTES = 1552, 264, 1584
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,6 @@ def _fp8_smem_plan(problem: MlaDecode, schedule: MlaSchedule) -> dict[str, int]:
         "states": TILE_STATE_BYTES,
         "barriers": 8 * (3 * stages + 2 * 2 + 2),  # a stage's, each P's, a segment's
         "announcement": ANNOUNCEMENT_BYTES,
-        "walkers": WALKER_BYTES,
     }
 
 

@@ -8,7 +8,7 @@ token's 576 cached numbers once for all heads.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,15 +22,22 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from ..problem_mla import HEAD_DIMS, MAX_HEADS, MAX_QUERIES
 from .torch_ops import operators
 
+if TYPE_CHECKING:
+    from .decode_graph import DecodeStep
+
 PAGE = 64  # latents that a block of the kernel reads
 FIRST_CAPACITY = 256
 NAME = "jitgen_absorbed"  # of the attention function, as Transformers knows it
 
 
 class SharedWindows:
-    """The last answer of `LatentLayer.windows`: the layers of a model ask the same thing."""
+    """What the layers of a cache have in common: the last answer of `LatentLayer.windows`, and
+    steps that append a token to all."""
 
     def __init__(self) -> None:
+        self.step: DecodeStep | None = None
+        self.is_stepping = False
+        self.num_appended = 0  # tokens, by steps
         self.mask: torch.Tensor | None = None
         self.asked: tuple[object, ...] = ()
         self.answer: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -38,6 +45,8 @@ class SharedWindows:
     def windows(
         self, layer: LatentLayer, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_stepping:
+            return self.step.windows  # type: ignore[union-attr,return-value]
         rows, version = layer.rows, None
         if mask is not None and not mask.is_inference():
             version = mask._version
@@ -55,9 +64,39 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc]
     """
 
     def __init__(self, shared: SharedWindows) -> None:
-        super().__init__()
-        self.rows: torch.Tensor | None = None
         self.shared = shared
+        self.rows: torch.Tensor | None = None
+        super().__init__()
+
+    @property
+    def keys(self) -> Any:
+        """Latents [batch, 1, tokens, rank]; None at first."""
+        return self._views()[0]
+
+    @keys.setter
+    def keys(self, keys: Any) -> None:
+        self._keys, self._num_appended = keys, self.shared.num_appended
+
+    @property
+    def values(self) -> Any:
+        """Their rotary parts [batch, 1, tokens, rope]."""
+        return self._views()[1]
+
+    @values.setter
+    def values(self, values: Any) -> None:
+        self._values = values
+
+    def _views(self) -> tuple[Any, Any]:
+        """keys and values, with the tokens that steps have appended since they were set."""
+        if self._num_appended != self.shared.num_appended:
+            _, _, length, rank = self._keys.shape
+            end = length + self.shared.num_appended - self._num_appended
+            self._set_views(end, rank)
+        return self._keys, self._values
+
+    def _set_views(self, end: int, rank: int) -> None:
+        rows = self.rows[:, None]  # type: ignore[index]
+        self.keys, self.values = rows[:, :, :end, :rank], rows[:, :, :end, rank:]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -70,18 +109,24 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc]
         """Append latents [batch, 1, tokens, rank] and their rotary parts [.., rope]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        begin, rank = self.keys.shape[-2], key_states.shape[-1]
+        rank = key_states.shape[-1]
+        if self.shared.is_stepping:
+            rows, at = self.rows, self.shared.step.end  # type: ignore[union-attr]
+            rows[..., :rank].index_copy_(1, at, key_states[:, 0])  # type: ignore[index]
+            rows[..., rank:].index_copy_(1, at, value_states[:, 0])  # type: ignore[index]
+            return self.keys, self.values
+        begin = self.keys.shape[-2]
         end = begin + key_states.shape[-2]
-        if not self._has_room(end):
+        if not self.is_ready(end):
             self._grow(end)
         rows = self.rows[:, None]  # type: ignore[index]
         rows[:, :, begin:end, :rank] = key_states
         rows[:, :, begin:end, rank:] = value_states
-        self.keys, self.values = rows[:, :, :end, :rank], rows[:, :, :end, rank:]
+        self._set_views(end, rank)
         return self.keys, self.values
 
-    def _has_room(self, end: int) -> bool:
-        """Whether the rows are still what keys is a view of, and enough."""
+    def is_ready(self, end: int) -> bool:
+        """Whether the rows are still what keys is a view of, and enough for latents up to `end`."""
         rows, keys = self.rows, self.keys
         return (
             rows is not None
@@ -107,10 +152,13 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc]
             (width, width, width, 1),
         )
 
-    def windows(self, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """block_table and seqlens_k of what each sequence's last query sees, as `mask` says."""
+    def windows(
+        self, mask: torch.Tensor | None, length: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """block_table and seqlens_k of what each sequence's last query sees, as `mask` says, of
+        `length` tokens at most."""
         batch, capacity, _ = self.rows.shape  # type: ignore[union-attr]
-        length = self.get_seq_length()
+        length = self.get_seq_length() if length is None else length
         first, lengths = _windows(mask, batch, length, self.device)
         begin = first + torch.arange(batch, device=first.device) * capacity
         page = torch.arange(-(-length // PAGE), device=first.device) * PAGE

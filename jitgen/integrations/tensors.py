@@ -39,7 +39,7 @@ def multiply(
     batch_invariant: bool = False,
 ) -> torch.Tensor:
     """`jitgen.gemm`, or `jitgen.grouped_gemm` if there is a layout."""
-    if a.device.type != "cpu":
+    if not a.is_cpu:
         d: torch.Tensor = _multiply(a, b, scales, epilogue, layout, out, out_dtype, batch_invariant)
         return d
     made = _multiply(
@@ -59,15 +59,15 @@ def multiply_quantized(
     scales: tuple[torch.Tensor, torch.Tensor],
     *,
     epilogue: Bound,
-    layout: GroupLayout,
+    layout: GroupLayout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`jitgen.grouped_gemm` to float8_e4m3fn with scales, of an epilogue without operands."""
-    if a.device.type != "cpu":
+    """`multiply` to float8_e4m3fn with scales, of an epilogue without operands."""
+    if not a.is_cpu:
         d, sfd = _multiply(a, b, scales, epilogue, layout, None, torch.float8_e4m3fn, False)
         return d, sfd
     d, sfd = _multiply(
         *(to_numpy(a), to_numpy(b), (to_numpy(scales[0]), to_numpy(scales[1])), epilogue),
-        *(with_tensor(layout, to_numpy(layout.tensor)), None, E4M3, False),
+        *(layout and with_tensor(layout, to_numpy(layout.tensor)), None, E4M3, False),
     )
     return to_torch(d), to_torch(sfd)
 
@@ -132,7 +132,7 @@ def _attend(
     options: dict[str, Any],
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if tensors[0].device.type != "cpu":
+    if not tensors[0].is_cpu:
         return function(*tensors, **options, out=out)
     options = {
         name: to_numpy(value) if isinstance(value, torch.Tensor) else value

@@ -38,10 +38,10 @@ def grouped_gemm(
     return a.new_empty((*a.shape[:-1], b.shape[1]), dtype=out_dtype or torch.bfloat16)
 
 
-def grouped_swiglu(
+def swiglu(
     a: torch.Tensor, b: torch.Tensor, *_: torch.Tensor, **__: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    columns = b.shape[1] // 2
+    columns = b.shape[-2] // 2
     d = a.new_empty((*a.shape[:-1], columns), dtype=torch.float8_e4m3fn)
     return d, a.new_empty((*a.shape[:-1], columns // 128), dtype=torch.float32)
 

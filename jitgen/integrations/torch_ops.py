@@ -6,6 +6,7 @@
                  residual=None, activation="none", out_dtype=None, batch_invariant=False) -> Tensor
     grouped_swiglu(a, b, sfa, sfb, groups, *, layout, alignment=128,
                    expected_rows=None) -> (Tensor, Tensor)
+    swiglu(a, b, sfa, sfb) -> (Tensor, Tensor)
     mla_decode(q, kv_cache, block_table, seqlens_k, *, head_dim_v=512, softmax_scale=None,
                causal=True) -> (Tensor, Tensor)
     mla_decode_sparse(q, kv_cache, indices, *, topk_length=None, attention_sink=None,
@@ -20,27 +21,15 @@ tensors on the interpreter, which gives the bits of an H100.
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .. import api_quantize
-from ..api import PLAIN
-from ..errors import ProblemError
-from ..expr import Bound, Expr, acc, gate, gelu, matrix, relu, silu, up, vector
-from ..layouts import Contiguous, GroupLayout, KGrouped, Masked, Ragged
 from . import torch_fakes
 from .tensors import attend, attend_sparse, multiply, multiply_quantized
-
-ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
-    "none": lambda x: x,
-    "relu": relu,
-    "gelu": gelu,
-    "silu": silu,
-}
+from .torch_arguments import SWIGLU, epilogue_of, layout_of
 
 _LIBRARY = torch.library.Library("jitgen", "FRAGMENT")  # kept: what it registers goes with it
 _OPERANDS = "Tensor a, Tensor b, Tensor sfa, Tensor sfb"
@@ -79,7 +68,7 @@ def gemm(
     ------
     As `jitgen.gemm`; ProblemError if the activation is none of these
     """
-    epilogue = _epilogue(bias, residual, activation)
+    epilogue = epilogue_of(bias, residual, activation)
     return multiply(
         *(a, b, (sfa, sfb)),
         epilogue=epilogue,
@@ -101,7 +90,7 @@ def gemm_out(
     batch_invariant: bool = False,
 ) -> None:
     """`gemm` into `out`, bfloat16 or float32 [m, n]."""
-    epilogue = _epilogue(bias, residual, activation)
+    epilogue = epilogue_of(bias, residual, activation)
     multiply(
         *(a, b, (sfa, sfb)),
         epilogue=epilogue,
@@ -150,8 +139,8 @@ def grouped_gemm(
     ------
     As `jitgen.grouped_gemm`; ProblemError if layout or activation is none of these
     """
-    epilogue = _epilogue(bias, residual, activation)
-    grouping = _layout(layout, groups, alignment, expected_rows)
+    epilogue = epilogue_of(bias, residual, activation)
+    grouping = layout_of(layout, groups, alignment, expected_rows)
     return multiply(
         *(a, b, (sfa, sfb)),
         epilogue=epilogue,
@@ -181,8 +170,8 @@ def grouped_gemm_out(
 
     With a k_grouped layout, what it makes is added to `out`.
     """
-    epilogue = _epilogue(bias, residual, activation)
-    grouping = _layout(layout, groups, alignment, expected_rows)
+    epilogue = epilogue_of(bias, residual, activation)
+    grouping = layout_of(layout, groups, alignment, expected_rows)
     multiply(
         *(a, b, (sfa, sfb)),
         epilogue=epilogue,
@@ -190,6 +179,27 @@ def grouped_gemm_out(
         out=out,
         batch_invariant=batch_invariant,
     )
+
+
+def swiglu(
+    a: torch.Tensor, b: torch.Tensor, sfa: torch.Tensor, sfb: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up, quantized: an operand of `gemm`.
+
+    Parameters
+    ----------
+    a, sfa, sfb : as for `gemm`
+    b : float8_e4m3fn [n, k], the rows of gate, then those of up; n % 256 == 0
+
+    Returns
+    -------
+    (float8_e4m3fn [m, n / 2], float32 [m, n / 256])
+
+    Raises
+    ------
+    As `jitgen.gemm`
+    """
+    return multiply_quantized(a, b, (sfa, sfb), epilogue=SWIGLU)
 
 
 def grouped_swiglu(
@@ -203,12 +213,12 @@ def grouped_swiglu(
     alignment: int = 128,
     expected_rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) * up for the rows of each group, quantized: an operand of `grouped_gemm`.
+    """`swiglu` for the rows of each group: an operand of `grouped_gemm`.
 
     Parameters
     ----------
     a, sfa, sfb, groups, layout, alignment, expected_rows : as for `grouped_gemm`
-    b : float8_e4m3fn [num_groups, n, k], in each the rows of gate, then those of up; n % 256 == 0
+    b : float8_e4m3fn [num_groups, n, k], each as of `swiglu`
 
     Returns
     -------
@@ -220,12 +230,9 @@ def grouped_swiglu(
     """
     return multiply_quantized(
         *(a, b, (sfa, sfb)),
-        epilogue=_SWIGLU,
-        layout=_layout(layout, groups, alignment, expected_rows),
+        epilogue=SWIGLU,
+        layout=layout_of(layout, groups, alignment, expected_rows),
     )
-
-
-_SWIGLU = Bound(silu(gate) * up, {})
 
 
 def mla_decode(
@@ -305,49 +312,6 @@ def operators() -> Any:
     return torch.ops.jitgen if torch.compiler.is_compiling() else sys.modules[__name__]
 
 
-def _epilogue(bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str) -> Bound:
-    if bias is None and residual is None and activation == "none":
-        return PLAIN
-    tensors = {"bias": bias, "residual": residual}
-    given = {name: t for name, t in tensors.items() if t is not None}
-    dtypes = tuple((name, t.dtype) for name, t in given.items())
-    return Bound(_expression(dtypes, activation), given)
-
-
-@functools.cache
-def _expression(dtypes: tuple[tuple[str, torch.dtype], ...], activation: str) -> Expr:
-    """One expression for one kind of call: calls with the same one are prepared once."""
-    if activation not in ACTIVATIONS:
-        raise ProblemError(f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}")
-    of = dict(dtypes)
-    x: Expr = acc
-    if "bias" in of:
-        x = x + vector("bias", of["bias"])
-    x = ACTIVATIONS[activation](x)
-    if "residual" in of:
-        x = x + matrix("residual", of["residual"])
-    return x
-
-
-def _layout(
-    kind: str, groups: torch.Tensor, alignment: int, expected_rows: int | None
-) -> GroupLayout:
-    match kind:
-        case "ragged":
-            return Ragged(groups)
-        case "group_of_row":
-            return Contiguous(group_of_row=groups)
-        case "group_ends":
-            return Contiguous(group_ends=groups, alignment=alignment)
-        case "masked":
-            return Masked(groups, expected_rows)
-        case "k_grouped":
-            return KGrouped(groups)
-    raise ProblemError(
-        f"layout {kind!r} must be one of ragged, group_of_row, group_ends, masked, k_grouped"
-    )
-
-
 _RESULT = "ScalarType? out_dtype=None, bool batch_invariant=False) -> Tensor"
 
 for _schema, _function, _fake in (
@@ -365,9 +329,10 @@ for _schema, _function, _fake in (
         " bool batch_invariant=False) -> ()",
         *(grouped_gemm_out, torch_fakes.nothing),
     ),
+    (f"swiglu({_OPERANDS}) -> (Tensor, Tensor)", swiglu, torch_fakes.swiglu),
     (
         f"grouped_swiglu({_OPERANDS}, {_GROUPS}) -> (Tensor, Tensor)",
-        *(grouped_swiglu, torch_fakes.grouped_swiglu),
+        *(grouped_swiglu, torch_fakes.swiglu),
     ),
     (
         f"mla_decode({_CACHE}, *, {_ATTENTION}) -> (Tensor, Tensor)",

@@ -20,8 +20,8 @@ import torch
 
 from ..errors import ProblemError
 from ..groups import find_fault
+from ..integrations.modules import gemm, grouped_gemm, quantize, quantize_both
 from ..integrations.tensors import is_recorded, to_numpy
-from ..integrations.torch_ops import operators
 from ..problem import K_UNIT, of_k_groups
 
 BLOCK = 128  # rows and columns of a weight that share a scale
@@ -43,7 +43,7 @@ class _Layer(torch.nn.Module):  # type: ignore[misc]
 
     def weight_codes(self, transposed: bool) -> tuple[torch.Tensor, ...]:
         """Codes and scales of the weight, and of its transpose if that is wanted."""
-        weight = self.weight.detach()
+        weight = self.weight
         # What a graph replays, or a compiler traces, quantizes the weight that is there then.
         if not self.keep_codes or is_recorded(weight) or weight.is_inference():
             return _quantize(weight, (BLOCK, BLOCK), transposed)
@@ -101,9 +101,10 @@ class Fp8Linear(_Layer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_input(x, self.in_features)
-        rows = x.reshape(-1, self.in_features)
         codes = self.weight_codes(torch.is_grad_enabled() and x.requires_grad)
-        y = multiply(rows, self.weight, codes, self.bias)
+        if x.ndim == 2:
+            return multiply(x, self.weight, codes, self.bias)
+        y = multiply(x.reshape(-1, self.in_features), self.weight, codes, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -227,7 +228,8 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
         if of_x or of_weight:
             codes, scales, *dy_t = _quantize(dy, (1, 1), of_weight)
         if of_x:
-            weight_codes = weight_codes[..., : dy.shape[1]]  # without what pads the transpose
+            if weight_codes.shape[-1] != dy.shape[1]:  # without what pads the transpose
+                weight_codes = weight_codes[..., : dy.shape[1]]
             dx = _multiply_rows((codes, scales), (weight_codes, weight_scales), dy.dtype, offsets)
         if of_weight:
             dw = _multiply_columns(dy_t, (x_codes, x_scales), ctx.weight_dtype, offsets)
@@ -241,12 +243,7 @@ def _quantize(
 ) -> tuple[torch.Tensor, ...]:
     """Codes and scales of each matrix of x in blocks[0] x 128, then those of its transpose in
     blocks[1] x 128 if they are wanted."""
-    if transposed:
-        made: tuple[torch.Tensor, ...] = operators().quantize_both(x, *blocks)
-        return made
-    rows = x.reshape(-1, x.shape[-1])  # of a group's matrix they are whole blocks
-    codes, scales = operators().quantize(rows, blocks[0])
-    return codes.view_as(x), scales.view(*x.shape[:-2], -1, scales.shape[-1])
+    return quantize_both(x, *blocks) if transposed else quantize(x, blocks[0])
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # codes and scales
@@ -261,32 +258,27 @@ def _multiply_rows(
 ) -> torch.Tensor:
     """x times the transpose of a matrix, or of each group's, plus bias, in `dtype`."""
     operands = x[0], weight[0], x[1], weight[1]
-    y: torch.Tensor
     if offsets is None:
-        y = operators().gemm(*operands, bias=bias, out_dtype=dtype)
-        return y
+        return gemm(*operands, bias=bias, dtype=dtype)
     y = torch.zeros(len(x[0]), weight[0].shape[1], device=x[0].device, dtype=dtype)
-    operators().grouped_gemm_out(*operands, offsets, layout="ragged", out=y)
-    return y
+    return grouped_gemm(*operands, offsets, layout="ragged", out=y)
 
 
 def _multiply_columns(
     dy: Sequence[torch.Tensor], x: Pair, dtype: torch.dtype, offsets: torch.Tensor | None
 ) -> torch.Tensor:
     """dy^T x of all tokens or, [num_groups, .., ..], of each group's, from transposes."""
-    operands = dy[0], x[0], dy[1], x[1]
-    tokens, shape = dy[0].shape[1], (len(dy[0]), len(x[0]))
-    if tokens == 0:
-        groups = () if offsets is None else (len(offsets) - 1,)
-        return torch.zeros(*groups, *shape, device=dy[0].device, dtype=dtype)
-    if offsets is None:
-        made: torch.Tensor = operators().grouped_gemm(
-            *operands, _whole(tokens, dy[0].device), layout="k_grouped", out_dtype=dtype
-        )
-        return made[0]
-    dw = torch.zeros(len(offsets) - 1, *shape, device=dy[0].device, dtype=dtype)
-    operators().grouped_gemm_out(*operands, offsets, layout="k_grouped", out=dw)
-    return dw
+    operands, tokens = (dy[0], x[0], dy[1], x[1]), dy[0].shape[1]
+    options: dict[str, Any] = {"device": dy[0].device, "dtype": dtype}
+    num_groups = 1 if offsets is None else len(offsets) - 1
+    shape = num_groups, len(dy[0]), len(x[0])
+    # In float32 it is added to what is there, and a group of no tokens leaves its own alone.
+    is_set = offsets is None and tokens > 0 and dtype != torch.float32
+    dw = torch.empty(shape, **options) if is_set else torch.zeros(shape, **options)
+    if tokens:
+        whole = _whole(tokens, dy[0].device) if offsets is None else offsets
+        grouped_gemm(*operands, whole, layout="k_grouped", out=dw)
+    return dw[0] if offsets is None else dw
 
 
 _wholes: dict[tuple[int, torch.device], torch.Tensor] = {}

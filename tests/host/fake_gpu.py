@@ -228,7 +228,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(driver, "device", lambda ordinal: H100)
     monkeypatch.setattr(calls, "check_device", lambda arrays, device: None)
     monkeypatch.setattr(calls, "_load", load)
-    monkeypatch.setattr(calls, "_calls", {})
+    monkeypatch.setattr(calls, "_calls", calls.Prepared())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.is_capturing)
     for name, function in (
         ("_cuda_getDevice", lambda: gpu.current_device),

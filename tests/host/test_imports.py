@@ -95,7 +95,7 @@ ALLOWED |= {
     "jitgen": _before
     | {"runtime", "api", "api_merge", "api_mla", "api_quantize", "calls_mla", "control", "plans"},
     # jitgen in other libraries, which each module may import
-    "integrations": _before | {"api", "api_mla", "api_quantize"},
+    "integrations": _before | {"api", "api_mla", "api_quantize", "calls"},
     # other libraries' interfaces, on torch as those are
     "compat": _before | {"integrations", "control", "api_quantize"},
     "nn": _before | {"api", "integrations"},

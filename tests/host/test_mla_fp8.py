@@ -498,6 +498,8 @@ def test_select_mla_fits_tiles_to_the_rows_of_an_fp8_cache() -> None:
         MlaDecode(64, causal=False, cache="fp8"),
         MlaDecode(128, 2, page=128, cache="fp8"),
         MlaDecode(128, 2, causal=False, cache="fp8", sparse=True),
+        MlaDecode(64, 3, page=61, causal=False, cache="fp8", sparse=True, sink=True),
+        MlaDecode(64, page=576, causal=False, cache="fp8", sparse=True, sink=True),
         MlaDecode(5, 3, page=16, causal=False, cache="fp8", sparse=True, sink=True),
     ],
     ids=str,

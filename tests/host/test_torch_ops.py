@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 import jitgen  # noqa: E402
 from jitgen.errors import ProblemError  # noqa: E402
-from jitgen.integrations import torch_ops  # noqa: E402
+from jitgen.integrations import torch_arguments, torch_ops  # noqa: E402,F401
 from jitgen.integrations.tensors import to_numpy  # noqa: E402
 
 M, N, K = 5, 72, 272
@@ -50,7 +50,7 @@ def reference(t: dict[str, Any], activation: str = "none") -> torch.Tensor:
     return getattr(torch.nn.functional, activation, lambda x: x)(d) + t["residual"]
 
 
-@pytest.mark.parametrize("activation", torch_ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", torch_arguments.ACTIVATIONS)
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_gemm_computes_the_epilogue(activation: str, out_dtype: torch.dtype) -> None:
     t = make()

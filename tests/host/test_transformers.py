@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,12 +11,19 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.17")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+from transformers.cache_utils import DynamicCache  # noqa: E402
+
+from jitgen import ProblemError  # noqa: E402
+from jitgen.integrations import latent_attention, modules  # noqa: E402
+from jitgen.integrations.decode_graph import DecodeStep  # noqa: E402
 from jitgen.integrations.latent_attention import (  # noqa: E402
     AbsorbedAttention,
     LatentLayer,
     SharedWindows,
 )
-from jitgen.integrations.transformers import Experts, Linear, Patched, patch  # noqa: E402
+from jitgen.integrations.transformers import Experts, Linear, Mlp, Norm, Patched, patch  # noqa: E402
 from tests.transformers_model import (  # noqa: E402
     NO_FP8,
     generate,
@@ -28,13 +37,15 @@ BF16_NOISE = 0.05  # of logits: what one rounding in the embeddings makes of the
 FP8_NOISE = 0.2  # with FP8 a rounding may move a code, and an expert
 
 
-def make_both(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, Any, Patched]:
+def make_both(
+    monkeypatch: pytest.MonkeyPatch, *, cuda_graphs: bool = False, **options: Any
+) -> tuple[Any, Any, Patched]:
     """A model as Transformers has it, the same patched, and what was."""
     without_jitgen(monkeypatch)
     torch.manual_seed(torch.initial_seed())
     usual, patched = make_model("cpu", **options), make_model("cpu", **options)
     patched.load_state_dict(usual.state_dict())
-    count = patch(patched)
+    count = patch(patched, cuda_graphs=cuda_graphs)
     assert patched.state_dict().keys() == usual.state_dict().keys()
     return usual, patched, count
 
@@ -112,17 +123,182 @@ def test_other_caches_and_beams_generate(in_bf16: tuple[Any, Any], options: dict
     assert got.sequences.shape == expected.sequences.shape
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_steps_of_graphs_decode_as_usual(
+    in_fp8: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    is_padded: bool,
+    options: dict[str, Any],
+) -> None:
+    _, patched = in_fp8
+    _, graphed, _ = make_both(monkeypatch, cuda_graphs=True)
+    monkeypatch.setattr(DecodeStep, "run", counted := Counted(DecodeStep.run))
+    monkeypatch.setattr(DecodeStep, "_launch", replay)
+    for module in (latent_attention, modules):
+        monkeypatch.setattr(module, "operators", lambda: torch.ops.jitgen)
+    monkeypatch.setattr(latent_attention, "FIRST_CAPACITY", 16)  # outgrown
+    tokens = torch.randint(1, 199, (2, PROMPT))
+    mask = torch.ones_like(tokens)
+    if is_padded:
+        mask[0, :4] = 0
+    options = {"return_dict_in_generate": True, "output_logits": True, **options}
+    expected, got = (
+        generate(model, tokens, 14, attention_mask=mask, **options) for model in (patched, graphed)
+    )
+    assert torch.equal(got.sequences, expected.sequences)
+    assert torch.equal(torch.stack(got.logits), torch.stack(expected.logits))
+    if "num_beams" not in options:  # which leave the memory that a step writes to
+        assert counted.num_calls == 13 - 1  # there was room for 18 latents
+
+
+def test_steps_of_graphs_are_for_one_token_of_each_sequence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual, graphed, _ = make_both(monkeypatch, kept=NO_FP8, cuda_graphs=True)
+    tokens, results = torch.randint(1, 199, (1, 40)), []
+    monkeypatch.setattr(DecodeStep, "run", counted := Counted(DecodeStep.run))
+    for model in (usual, graphed):
+        with torch.no_grad():
+            cache, logits = DynamicCache(config=model.config), []
+            for begin, end in ((0, 20), (20, 21), (21, 22), (22, 25), (25, 26)):
+                logits.append(model(tokens[:, begin:end], past_key_values=cache).logits[:, -1])
+            cache.crop(-3)
+            assert cache.get_seq_length() == 23
+            logits.append(model(tokens[:, 30:31], past_key_values=cache).logits[:, -1])
+        model(tokens[:, 30:31], past_key_values=cache)  # with gradients
+        results.append(torch.stack(logits).float())
+    assert counted.num_calls == 4
+    check_near(results[1], results[0], BF16_NOISE)
+    assert type(graphed).__name__ == type(usual).__name__
+    with pytest.raises(ProblemError, match="cuda_graphs of a DeepseekV3Model"):
+        patch(make_model("cpu", kept=NO_FP8).model, cuda_graphs=True)
+
+
+def test_models_that_wait_for_the_gpu_raise_before_a_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual, graphed, _ = make_both(monkeypatch, kept=NO_FP8, cuda_graphs=True)
+    assert usual.config._experts_implementation == "eager"
+    assert graphed.config._experts_implementation == "grouped_mm"
+    tokens = torch.randint(1, 199, (1, 12))
+    waits: dict[str, Callable[[torch.Tensor], Any]] = {
+        "_local_scalar_dense": lambda x: bool((x > 0).any()),
+        "nonzero": lambda x: torch.where(x > 0),
+        "index.Tensor": lambda x: x[x > 0],
+        "repeat_interleave": lambda x: torch.repeat_interleave(x.int().abs().flatten()),
+    }
+    at = torch.tensor([0])
+
+    for name, wait in waits.items():
+        cache = DynamicCache(config=graphed.config)
+        with torch.no_grad():
+            graphed(tokens[:, :10], past_key_values=cache)
+            layer = graphed.model.layers[1].mlp
+            hook = layer.register_forward_hook(lambda _, __, x, f=wait: f(x) and None)
+            for _ in range(2):
+                with pytest.raises(ProblemError, match=f"waits for the result of aten.{name}"):
+                    graphed(tokens[:, 10:11], past_key_values=cache)
+            hook.remove()
+            hook = layer.register_forward_hook(lambda _, __, x: x[:, at])
+            logits = graphed(tokens[:, 10:11], past_key_values=cache).logits
+            expected = usual(tokens[:, :11]).logits[:, -1:]
+        hook.remove()
+        check_near(logits.float(), expected.float(), BF16_NOISE)
+
+
+class Recorded(TorchDispatchMode):  # type: ignore[misc]
+    """What a CUDA graph keeps of a function: its operations, on the tensors they were on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, made))
+        return made
+
+    def replay(self) -> None:
+        for function, args, kwargs, made in self.operations:
+            if function.is_view:
+                continue
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
+
+
+def replay(step: DecodeStep, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """`DecodeStep._launch` as it is on a GPU."""
+    if step.num_runs < 2:
+        return forward()
+    if step.graph is None:
+        with Recorded() as step.graph:
+            step.logits = forward()
+        for tensor in (step.logits, step.windows[1]):  # type: ignore[index]
+            tensor.zero_()
+    step.graph.replay()
+    assert step.logits is not None
+    return step.logits
+
+
+class Counted:
+    """A method that counts its calls."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.num_calls = function, 0
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        def call(*args: Any) -> Any:
+            self.num_calls += 1
+            return self.function(instance, *args)
+
+        return call
+
+
 def test_modules_compute_what_theirs_do(in_fp8: tuple[Any, Any]) -> None:
     usual, patched = in_fp8
     x = torch.randn(5, 256).bfloat16()
     index, weights = torch.tensor([[0, 1], [1, 2], [3, 1], [0, 2], [0, 1]]), torch.rand(5, 2)
+    seen = set()
     for name, module in patched.named_modules():
-        given = {Linear: (x,), Experts: (x, index, weights)}.get(type(module))
-        if given and getattr(module, "in_features", 256) == 256:
+        # Between two products theirs rounds to bfloat16 and then to FP8, ours to FP8.
+        given, tolerance = {
+            Linear: ((x,), 2**-6),
+            Norm: ((x,), 2**-7),
+            Mlp: ((x,), 2**-4),
+            Experts: ((x, index, weights), 2**-4),
+        }.get(type(module), (None, 0))
+        if given and 256 == getattr(module, "in_features", 256) == len(_first_weight(module)[0]):
             expected = usual.get_submodule(name)(*given).float()
             error = (module(*given).float() - expected).abs().max() / expected.abs().max()
-            # Between the experts' products theirs rounds to bfloat16 and then to FP8, ours to FP8.
-            assert error < (2**-6 if isinstance(module, Linear) else 2**-4), (name, error)
+            assert error < tolerance, (name, error)
+            seen.add(type(module))
+    assert seen == {Linear, Norm, Mlp, Experts}
+
+
+def _first_weight(module: torch.nn.Module) -> Any:
+    """Of at least two dimensions, the last of them the module's input."""
+    return torch.atleast_2d(next(module.parameters())).flatten(0, -2)
+
+
+def test_gate_and_up_are_joined_wherever_they_are(in_fp8: tuple[Any, Any]) -> None:
+    mlp = in_fp8[1].model.layers[0].mlp
+    x = torch.randn(5, 256).bfloat16()
+    with torch.no_grad():
+        expected = mlp(x)
+        copied = copy.deepcopy(mlp)
+        assert torch.equal(copied(x), expected)
+        gate, up = copied.gate_proj, copied.up_proj
+        gate.weight.data = gate.weight.data.clone()  # as `to` another device
+        assert torch.equal(copied(x), expected)
+        assert up.weight.data_ptr() == gate.weight.data_ptr() + gate.weight.numel()
+        up.weight_scale_inv.mul_(2)
+        assert torch.equal(mlp(x), expected)
+        assert not torch.equal(copied(x), expected)
+        copied.load_state_dict(mlp.state_dict())
+        assert torch.equal(copied(x), expected)
 
 
 def test_projections_of_keys_and_values_are_those_of_the_weight(in_fp8: tuple[Any, Any]) -> None:

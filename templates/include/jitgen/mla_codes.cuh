@@ -45,6 +45,11 @@ __device__ __forceinline__ u32 ld_shared_u16(u32 smem) {
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(smem) : "memory");
     return v;
 }
+__device__ __forceinline__ uint2 ld_shared_u2(u32 smem) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(smem) : "memory");
+    return v;
+}
 __device__ __forceinline__ float2 ld_shared_v2(u32 smem) {
     float2 v;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(smem) : "memory");
@@ -75,6 +80,7 @@ __device__ __forceinline__ int exponent_of(float x) { return int(__float_as_uint
 // its scales, and its codes count in 1/64 of that.
 struct TokenBlock {
     u16 ratios[kScaleBlocks][64];  // f16: 64 * a token's scale of that block of columns / its unit
+    u16 token_ratios[64][kScaleBlocks];  // the same, a token's side by side
     float scores[64];              // what scores of codes are multiplied by: unit / 64
     float weights[64];             // what p is multiplied by: unit * 2^(kWeightExponent - exponent), 0 for no token
     u32 valid[2];                  // a bit for each token that there is
@@ -87,6 +93,5 @@ constexpr float kRatio = 64.0f;
 constexpr int kWeightExponent = 4;  // p <= 2^8 and units <= 2^(exponent + 3): products of both are <= 2^15 in f16
 constexpr int kUnitSlack = 3;
 constexpr float kMaxSlack = 8.0f;      // by which scores may exceed the maximum that p is relative to, in log2
-constexpr float kNoMax = -1e38f;       // before the first key
 
 }  // namespace jitgen
