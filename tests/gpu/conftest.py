@@ -51,14 +51,14 @@ FP8_EVERY_LANE = {
         "{\n                mbarrier_arrive(shared.p_empty(index));",
     ),
     "if (lane == 0) mbarrier_arrive(shared.segment_empty());": (
-        1,
+        2,
         "mbarrier_arrive(shared.segment_empty());",
     ),
     "if (lane_index() == 0) mbarrier_arrive(shared.segment_empty());": (
         1,
         "mbarrier_arrive(shared.segment_empty());",
     ),
-    "mbarrier_init(stage.full(), 1);": (1, "mbarrier_init(stage.full(), 32);"),
+    "mbarrier_init(stage.full(), kLoaders);": (1, "mbarrier_init(stage.full(), 32 * kLoaders);"),
     "mbarrier_init(stage.ready(), 1);": (1, "mbarrier_init(stage.ready(), 32);"),
     "mbarrier_init(stage.empty(), kOutThreads / 32);": (
         1,
@@ -72,9 +72,9 @@ FP8_EVERY_LANE = {
         1,
         "mbarrier_init(shared.p_empty(i), kOutThreads);",
     ),
-    "mbarrier_init(shared.segment_empty(), kMathWarps + 1);": (
+    "mbarrier_init(shared.segment_empty(), kMathWarps + 1 + kLoaders);": (
         1,
-        "mbarrier_init(shared.segment_empty(), 32 * (kMathWarps + 1));",
+        "mbarrier_init(shared.segment_empty(), 32 * (kMathWarps + 1 + kLoaders));",
     ),
 }
 

@@ -444,7 +444,6 @@ def test_smem_plan_has_room_for_tokens_as_they_are(rows: int, stages: int) -> No
     plan = mla_smem_plan(problem, schedule)
     assert plan.offsets["p"] == rows * 576 * 2
     assert dict(plan.sizes)["tokens"] == stages * 64 * 656
-    assert plan.offsets["walkers"] + 64 == plan.total_bytes
     verify(lower_mla(problem, schedule))
 
 

@@ -76,7 +76,7 @@ __device__ __forceinline__ float power_of_2(int e) { return __uint_as_float(u32(
 // floor(log2(x)) of a positive normal float32.
 __device__ __forceinline__ int exponent_of(float x) { return int(__float_as_uint(x) >> 23) - 127; }
 
-// What is said of a block of 64 tokens beside its bytes (jitgen/ir_mla.py, LoadTokens): a token's unit is the largest of
+// What is said of a block of 64 tokens beside its bytes (jitgen/ir_mla_fp8.py): a token's unit is the largest of
 // its scales, and its codes count in 1/64 of that.
 struct TokenBlock {
     u16 ratios[kScaleBlocks][64];  // f16: 64 * a token's scale of that block of columns / its unit

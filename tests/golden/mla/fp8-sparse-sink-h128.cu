@@ -24,7 +24,7 @@ constexpr u32 kSlack = 1;
 constexpr u32 kNumStages = 3;
 constexpr u32 kRunTokens = 1;
 constexpr u32 kHasSink = 1;
-constexpr u32 kTokenBlockBytes = 1040;
+constexpr u32 kTokenBlockBytes = 1552;
 constexpr u32 kPBlockBytes = 264;
 constexpr u32 kProducerRegisters = 40;
 constexpr u32 kScoreRegisters = 120;
@@ -33,12 +33,11 @@ constexpr u32 kSmemQueries = 0;
 constexpr u32 kSmemP = 73728;
 constexpr u32 kSmemTokens = 90112;
 constexpr u32 kSmemTokenBlocks = 216064;
-constexpr u32 kSmemPBlocks = 219184;
-constexpr u32 kSmemStates = 219712;
-constexpr u32 kSmemBarriers = 221296;
-constexpr u32 kSmemAnnouncement = 221416;
-constexpr u32 kSmemWalkers = 221496;
-constexpr u32 kSmemBytes = 221560;
+constexpr u32 kSmemPBlocks = 220720;
+constexpr u32 kSmemStates = 221248;
+constexpr u32 kSmemBarriers = 222832;
+constexpr u32 kSmemAnnouncement = 222952;
+constexpr u32 kSmemBytes = 223032;
 using T = bf16;
 
 // ---- what follows from them --------------------------------------------------------------------------------------
@@ -55,6 +54,8 @@ constexpr u32 kScoreThreads = 128, kOutThreads = 256, kMathThreads = 384, kNumTh
 constexpr u32 kNumStageBarriers = 3;  // full, ready, empty
 constexpr u32 kSmemPBarriers = kSmemBarriers + 8 * kNumStageBarriers * kNumStages;  // full of both, then empty
 constexpr u32 kSmemSegmentBarriers = kSmemPBarriers + 32;                           // full, empty
+constexpr u32 kCopies = kBlockKeys / kRunTokens;  // of a block, of tokens that follow one another in the cache
+constexpr u32 kLoaders = ceil_div(kCopies, 32);   // warps: 64 copies by one take it as long as the rest takes
 static_assert(kBlockKeys == 64 && kDimV == 512 && kDimQk == 576, "tokens of 512 codes and 64 other columns");
 static_assert(kSmemBytes <= 232448, "sm_90 allows 227 KiB of shared memory a block");
 
@@ -91,6 +92,7 @@ struct Stage {
           about_at(smem_base + kSmemTokenBlocks + index % kNumStages * kTokenBlockBytes),
           about(*reinterpret_cast<TokenBlock*>(smem + kSmemTokenBlocks + index % kNumStages * kTokenBlockBytes)) {}
     __device__ __forceinline__ u32 ratios(u32 block) const { return about_at + block * 128; }
+    __device__ __forceinline__ u32 token_ratios(u32 token) const { return about_at + 512 + token * 8; }
     __device__ __forceinline__ u32 full() const { return barriers; }        // its tokens are there
     __device__ __forceinline__ u32 ready() const { return barriers + 8; }   // and what is said of them
     __device__ __forceinline__ u32 empty() const { return barriers + 16; }  // all have read them
@@ -126,7 +128,7 @@ __device__ __forceinline__ u32 limit(u32 length, u32 row) {
 // threads.
 __device__ __forceinline__ float load_queries(const Shared& shared, const T* q, u32 pitch, u32 sequence, u32 tile) {
     constexpr u32 kWarps = kMathThreads / 32;
-    const u32 warp = threadIdx.x / 32, lane = lane_index();
+    const u32 warp = opaque(threadIdx.x / 32), lane = opaque(lane_index());
     struct Row {
         uint4 codes[2], last;
     };
@@ -183,74 +185,65 @@ struct Scorer {
     const Shared& shared;
     const u32 lane, warp_row;  // of a warp's 16 tokens
     float scale;               // from scores to log2
+    bool has_max;
     float scores[kTileRows / 2];
     float base[kOwnRows], sum[kOwnRows];  // of query rows: - maximum; this thread's share
 
     static __device__ __forceinline__ u32 row_of(u32 j, u32 lane) { return j / 2 * 8 + lane % 4 * 2 + j % 2; }
 
-    // Of 32 columns, the A fragments of 16 tokens a warp.
-    __device__ __forceinline__ void load_codes(u32 (&a)[8], u32 at, const u32 (&ratios)[2]) const {
-        u32 codes[4];
-        ldmatrix_x4(at, codes);
-#pragma unroll
-        for (u32 k = 0; k < 2; ++k) {
-            a[4 * k] = mul_f16x2(decode_low(codes[2 * k]), ratios[0]);
-            a[4 * k + 1] = mul_f16x2(decode_low(codes[2 * k + 1]), ratios[1]);
-            a[4 * k + 2] = mul_f16x2(decode_high(codes[2 * k]), ratios[0]);
-            a[4 * k + 3] = mul_f16x2(decode_high(codes[2 * k + 1]), ratios[1]);
-        }
-    }
-
     // In units of the queries as they are in shared memory: codes first, then the columns behind them.
     __device__ __forceinline__ void score(const Stage& stage) {
-        constexpr u32 kSets = 3;  // of fragments: those that wgmmas in flight read
-        constexpr u32 kSteps = 2 * kCodeChunks + 2;
+        constexpr u32 kSets = 2;               // of A fragments, of 32 columns: what wgmmas in flight read
+        constexpr u32 kCodeSteps = kDimV / 32;
         const u32 q = opaque(descriptor_k_major(shared.base + kSmemQueries));
         const u32 at = stage.tokens + (warp_row + opaque(lane) % 16) * kTokenBytes + opaque(lane) / 16 * 16;
         const u32 token = warp_row + opaque(lane) / 4;
-        u32 a[kSets][8], ratios[2];
+        u32 a[kSets][8], codes[2][4];
+        ldmatrix_x4(at, codes[0]);
+        const uint2 ratios[2] = {ld_shared_u2(stage.token_ratios(token)), ld_shared_u2(stage.token_ratios(token + 8))};
         pin_registers(scores);
 #pragma unroll
-        for (u32 i = 0; i < kSteps; ++i) {
+        for (u32 i = 0; i < kCodeSteps; ++i) {
             u32 (&own)[8] = a[i % kSets];
-            const u32 columns = i * 32;
+            if (i + 1 < kCodeSteps) ldmatrix_x4(at + (i + 1) * 32, codes[(i + 1) % 2]);
             if (i >= kSets) {
                 wgmma_wait<kSets - 1>();
                 keep_registers(own);
             }
-            if (columns >= kDimV) {
-                ldmatrix_x4(at + kTailAt + (columns - kDimV) * 2, &own[0]);
-                ldmatrix_x4(at + kTailAt + (columns - kDimV) * 2 + 32, &own[4]);
-            } else {
-                if (columns % kScaleColumns == 0) {
 #pragma unroll
-                    for (u32 k = 0; k < 2; ++k) {
-                        const u32 ratio = ld_shared_u16(stage.ratios(columns / kScaleColumns) + (token + 8 * k) * 2);
-                        ratios[k] = ratio | ratio << 16;
-                    }
-                }
-                load_codes(own, at + columns, ratios);
-            }
-            if (columns == kDimV) {
-                wgmma_wait<0>();
-                pin_registers(scores);
-                const float factors[2] = {stage.about.scores[token], stage.about.scores[token + 8]};
-#pragma unroll
-                for (u32 k = 0; k < kTileRows / 2; ++k) scores[k] *= factors[k / 2 % 2];
-                pin_registers(scores);
+            for (u32 k = 0; k < 4; ++k) {  // tokens of k % 2, columns of k / 2
+                const u32 block = i * 32 / kScaleColumns;
+                const u32 ratio = __byte_perm(block < 2 ? ratios[k % 2].x : ratios[k % 2].y, 0,
+                                              block % 2 == 0 ? 0x1010 : 0x3232);
+                own[k / 2 * 4 + k % 2] = mul_f16x2(decode_low(codes[i % 2][k]), ratio);
+                own[k / 2 * 4 + k % 2 + 2] = mul_f16x2(decode_high(codes[i % 2][k]), ratio);
             }
             wgmma_fence();
 #pragma unroll
-            for (u32 k = 0; k < 2; ++k) {
-                const u32 of_q = q + columns / 64 * (kQueryChunkBytes / 16) + columns % 64 / 8 + 2 * k;
-                if (columns >= kDimV) wgmma_16<T, false>(scores, &own[4 * k], of_q, true);
-                else wgmma_16<fp16, false>(scores, &own[4 * k], of_q, i + k > 0);
-            }
+            for (u32 k = 0; k < 2; ++k)
+                wgmma_16<fp16, false>(scores, &own[4 * k], q + i / 2 * (kQueryChunkBytes / 16) + i % 2 * 4 + 2 * k,
+                                      i + k > 0);
             wgmma_commit();
         }
+        const float factors[2] = {stage.about.scores[token], stage.about.scores[token + 8]};
         wgmma_wait<0>();
 #pragma unroll
         for (u32 i = 0; i < kSets; ++i) keep_registers(a[i]);
+        pin_registers(scores);
+        u32 last[4][4];
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) ldmatrix_x4(at + kTailAt + i * 32, last[i]);
+#pragma unroll
+        for (u32 i = 0; i < kTileRows / 2; ++i) scores[i] *= factors[i / 2 % 2];
+        pin_registers(scores);
+        wgmma_fence();
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i)
+            wgmma_16<T, false>(scores, last[i], q + kCodeChunks * (kQueryChunkBytes / 16) + 2 * i, true);
+        wgmma_commit();
+        wgmma_wait<0>();
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) keep_registers(last[i]);
         pin_registers(scores);
     }
 
@@ -264,15 +257,15 @@ struct Scorer {
             if (!(own >> i / 2 % 2 * 8 & 1)) scores[i] = -infinity();
     }
 
-    __device__ __forceinline__ bool exceeds() const {
-        const float inverse = 1.0f / scale;
-        bool any = false;
+    // In log2, relative to the rows' maxima so far; whether one exceeds them by more than the slack.
+    __device__ __forceinline__ bool relate() {
+        float top = -infinity();
 #pragma unroll
-        for (u32 j = 0; j < kOwnRows; ++j) {
-            const u32 i = j / 2 * 4 + j % 2;
-            any |= fmaxf(scores[i], scores[i + 2]) > (kMaxSlack - base[j]) * inverse;
+        for (u32 i = 0; i < kTileRows / 2; ++i) {
+            scores[i] = __fmaf_rn(scores[i], scale, base[i / 4 * 2 + i % 2]);
+            top = fmaxf(top, scores[i]);
         }
-        return any;
+        return top > kMaxSlack;
     }
 
     // Maxima of all scores so far, and what that puts on sums and outputs.
@@ -290,13 +283,16 @@ struct Scorer {
         named_barrier_sync<kScoreThreads>(kScoresMeet);
 #pragma unroll
         for (u32 j = 0; j < kOwnRows; ++j) {
-            const u32 row = row_of(j, lane);
+            const u32 row = row_of(j, lane), i = j / 2 * 4 + j % 2;
 #pragma unroll
-            for (u32 i = 0; i < 4; ++i) top[j] = fmaxf(top[j], states.tops[i][row]);
-            const float max = fmaxf(-base[j], top[j] * scale), factor = exp2_approx(-base[j] - max);
-            base[j] = -max, sum[j] *= factor;
+            for (u32 k = 0; k < 4; ++k) top[j] = fmaxf(top[j], states.tops[k][row]);
+            // The first maximum may be below 0; without a key it stays.
+            const float rise = top[j] == -infinity() ? 0.0f : has_max ? fmaxf(top[j], 0.0f) : top[j];
+            const float factor = has_max ? exp2_approx(-rise) : 0.0f;
+            scores[i] -= rise, scores[i + 2] -= rise, base[j] -= rise, sum[j] *= factor;
             if (warp_row == 0 && lane < 4) to.factors[row] = factor * growth;
         }
+        has_max = true;
     }
 
     __device__ __forceinline__ void exponentiate(const Stage& stage, u32 to) {
@@ -312,20 +308,19 @@ struct Scorer {
 #pragma unroll
                 for (u32 i = 0; i < 2; ++i) {
                     const u32 j = group * 4 + k / 2 * 2 + i;
-                    v[i] = exp2_approx(__fmaf_rn(scores[j / 2 * 4 + j % 2 + k % 2 * 2], scale, base[j]));
+                    v[i] = exp2_approx(scores[j / 2 * 4 + j % 2 + k % 2 * 2]);
                     sum[j] += v[i];
                 }
                 p[k] = pack<fp16>(v[0] * weights[k % 2], v[1] * weights[k % 2]);
             }
             stmatrix_x4(fragment ^ 32 * group, p[0], p[1], p[2], p[3]);
         }
-        fence_proxy_async();
     }
 
     __device__ __forceinline__ void run(const Segment& segment, u32 index, u32 tile, float unit, float scale_log2) {
-        scale = scale_log2 * unit;
+        scale = scale_log2 * unit, has_max = false;
 #pragma unroll
-        for (u32 j = 0; j < kOwnRows; ++j) base[j] = -kNoMax, sum[j] = 0.0f;
+        for (u32 j = 0; j < kOwnRows; ++j) base[j] = sum[j] = 0.0f;
         const u32 first_limit = limit(segment.length, tile * kTileRows);
 #pragma unroll 1
         for (u32 block = segment.begin; block < segment.end; ++block, ++index) {
@@ -334,10 +329,12 @@ struct Scorer {
             mbarrier_wait(stage.ready(), stage.phase);
             score(stage);
             mask(stage, block, segment.length, first_limit, tile);
+            const bool exceeds = relate();
             mbarrier_wait(shared.p_empty(index), index / 2 & 1 ^ 1);
             PBlock& p_block = shared.p_block(index);
             const float growth = stage.about.growth;
-            const bool has_grown = any_of<kScoreThreads>(kScoresMeet, exceeds() || growth != 1.0f);
+            const bool is_first = !has_max && (stage.about.valid[0] | stage.about.valid[1]);
+            const bool has_grown = any_of<kScoreThreads>(kScoresMeet, exceeds || growth != 1.0f || is_first);
             if (has_grown) grow(p_block, growth);
             if (threadIdx.x == 0) p_block.has_grown = has_grown;
             exponentiate(stage, shared.p(index));
@@ -369,49 +366,51 @@ struct Summer {
     float out[kSlabs][kTileRows / 2];
     float unit;
 
-    __device__ __forceinline__ void add(const Stage& stage, u32 p_at) {
-        constexpr u32 kSets = 3;  // of fragments: that wgmmas in flight read
-        const u32 p = descriptor_n_major(p_at, kPBytes);
-        const u32 at = stage.tokens + opaque(lane) % 16 * kTokenBytes + opaque(lane) / 16 * 64 + column;
-        const u32 ratios_at = stage.ratios(column / kHalfV * (kHalfV / kScaleColumns)) + opaque(lane) % 4 * 4;
-        u32 a[kSets][4];
+    __device__ __forceinline__ void pin() {
 #pragma unroll
         for (u32 slab = 0; slab < kSlabs; ++slab) pin_registers(out[slab]);
-        // A fragments of 16 tokens and, two slabs at a time, 16 columns a warp: rows g and g + 8 are columns 2 g, 2 g + 1.
+    }
+
+    // A fragments are of 16 tokens and, two slabs at a time, 16 columns a warp: rows g and g + 8 are columns 2 g, 2 g + 1.
+    // One wgmma is in flight at a time: with more, scores wait for the tensor cores, and all for them.
+    __device__ __forceinline__ void add(const Stage& stage, u32 p_at) {
+        constexpr u32 kPairs = 4 * kSlabs / 2;
+        const u32 p = descriptor_n_major(p_at, kPBytes);
+        const u32 tokens = stage.tokens + opaque(lane) % 16 * kTokenBytes + opaque(lane) / 16 * 64 + column;
+        const u32 ratios_at = stage.ratios(column / kHalfV * (kHalfV / kScaleColumns)) + opaque(lane) % 4 * 4;
+        u32 a[4], codes[2][4];
+        auto load = [&](u32 pair) {
+            ldmatrix_x4_transposed(tokens + pair / (kSlabs / 2) * (16 * kTokenBytes) + pair % (kSlabs / 2) * 128,
+                                   codes[pair % 2]);
+        };
+        load(0);
+        pin();
 #pragma unroll
-        for (u32 step = 0; step < 4; ++step) {
+        for (u32 pair = 0; pair < kPairs; ++pair) {
+            const u32 step = pair / (kSlabs / 2), slabs = pair % (kSlabs / 2) * 2;
+            if (pair + 1 < kPairs) load(pair + 1);
+            u32 ratios[2];
 #pragma unroll
-            for (u32 slabs = 0; slabs < kSlabs; slabs += 2) {
-                u32 codes[4], ratios[2];
-                ldmatrix_x4_transposed(at + step * (16 * kTokenBytes) + slabs * 64, codes);
+            for (u32 i = 0; i < 2; ++i)
+                ratios[i] = ld_shared_u32(ratios_at + slabs * 64 / kScaleColumns * 128 + step * 32 + 16 * i);
 #pragma unroll
-                for (u32 i = 0; i < 2; ++i)
-                    ratios[i] = ld_shared_u32(ratios_at + slabs * 64 / kScaleColumns * 128 + step * 32 + 16 * i);
+            for (u32 i = 0; i < 2; ++i) {
+                wgmma_wait<0>();
+                keep_registers(a);
 #pragma unroll
-                for (u32 i = 0; i < 2; ++i) {
-                    const u32 count = step * kSlabs + slabs + i;
-                    u32 (&own)[4] = a[count % kSets];
-                    if (count >= kSets) {
-                        wgmma_wait<kSets - 1>();
-                        keep_registers(own);
-                    }
-#pragma unroll
-                    for (u32 k = 0; k < 2; ++k) {  // of 8 tokens
-                        const u32 pairs = __byte_perm(codes[2 * i + k], 0, 0x3120);
-                        own[2 * k] = mul_f16x2(decode_low(pairs), ratios[k]);
-                        own[2 * k + 1] = mul_f16x2(decode_high(pairs), ratios[k]);
-                    }
-                    wgmma_fence();
-                    wgmma_16<fp16, true>(out[slabs + i], own, p + 128 * step, true);
-                    wgmma_commit();
+                for (u32 k = 0; k < 2; ++k) {  // of 8 tokens
+                    const u32 pairs = __byte_perm(codes[pair % 2][2 * i + k], 0, 0x3120);
+                    a[2 * k] = mul_f16x2(decode_low(pairs), ratios[k]);
+                    a[2 * k + 1] = mul_f16x2(decode_high(pairs), ratios[k]);
                 }
+                wgmma_fence();
+                wgmma_16<fp16, true>(out[slabs + i], a, p + 128 * step, true);
+                wgmma_commit();
             }
         }
         wgmma_wait<0>();
-#pragma unroll
-        for (u32 i = 0; i < kSets; ++i) keep_registers(a[i]);
-#pragma unroll
-        for (u32 slab = 0; slab < kSlabs; ++slab) pin_registers(out[slab]);
+        keep_registers(a);
+        pin();
     }
 
     __device__ __forceinline__ void rescale(const PBlock& p_block) {
@@ -439,6 +438,7 @@ struct Summer {
         for (u32 block = segment.begin; block < segment.end; ++block, ++index) {
             const Stage stage = shared.stage(index);
             mbarrier_wait(shared.p_full(index), index / 2 & 1);
+            fence_proxy_async();  // P is for wgmma; a fence behind the stores would keep their warp
             mbarrier_wait(stage.full(), stage.phase);
             const PBlock& p_block = shared.p_block(index);
             if (p_block.has_grown) rescale(p_block);
@@ -469,8 +469,8 @@ struct Summer {
         }
     }
 
-    __device__ __forceinline__ void store_part(const MlaPartials& partials, u64 at, u32 num_rows) const {
-        float4* to = partials.out + at * MlaPartials::kTileUnits + opaque(column) / 16 * 32 + opaque(lane);
+    __device__ __forceinline__ void store_part(const MlaPartials& partials, u64 first, u32 num_rows) const {
+        float4* to = partials.out + first * MlaPartials::kTileUnits + opaque(column) / 16 * 32 + opaque(lane);
 #pragma unroll
         for (u32 n = 0; n < kTileRows / 8; ++n) {
             if (n * 8 >= num_rows) break;
@@ -510,7 +510,7 @@ __device__ __forceinline__ void for_segments(const Shared& shared, const Argumen
 
 __device__ __forceinline__ void score_segments(const Shared& shared, const Arguments& arguments) {
     const u32 part = block_index() / kTiles;
-    Scorer scorer{shared, lane_index(), threadIdx.x / 32 * 16};
+    Scorer scorer{shared, opaque(lane_index()), opaque(threadIdx.x / 32) * 16};
     for_segments(shared, arguments, [&](const Segment& segment, u32 index, float unit, u32 tile) {
         scorer.run(segment, index, tile, unit, arguments.scale_log2);
         const TileState& states = shared.states();
@@ -531,8 +531,8 @@ __device__ __forceinline__ void score_segments(const Shared& shared, const Argum
 }
 
 __device__ __forceinline__ void sum_segments(const Shared& shared, const Arguments& arguments) {
-    const u32 part = block_index() / kTiles, warp = threadIdx.x / 32 - 4;
-    Summer summer{shared, lane_index(), warp / 4 * kHalfV + warp % 4 * 16};
+    const u32 part = block_index() / kTiles, warp = opaque(threadIdx.x / 32) - 4;
+    Summer summer{shared, opaque(lane_index()), warp / 4 * kHalfV + warp % 4 * 16};
     for_segments(shared, arguments, [&](const Segment& segment, u32 index, float, u32 tile) {
         summer.run(segment, index);
         named_barrier_sync<kMathThreads>(kAllMeet);
@@ -577,9 +577,12 @@ __device__ __forceinline__ void describe_tokens(const Shared& shared) {
                 const float4 v = ld_shared_v4(stage.tokens + token * kTokenBytes + kScalesAt);
                 const float scales[4] = {v.x, v.y, v.z, v.w};
                 const float unit = fmaxf(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))), kLeastUnit);
+                u16 ratios[kScaleBlocks];
 #pragma unroll
-                for (u32 k = 0; k < kScaleBlocks; ++k)
-                    about.ratios[k][token] = is_there ? round_f16(__fdiv_rn(scales[k] * kRatio, unit)) : u16(0);
+                for (u32 k = 0; k < kScaleBlocks; ++k) {
+                    ratios[k] = is_there ? round_f16(__fdiv_rn(scales[k] * kRatio, unit)) : u16(0);
+                    about.ratios[k][token] = about.token_ratios[token][k] = ratios[k];
+                }
                 about.scores[token] = is_there ? unit / kRatio : 0.0f;
                 units[i] = is_there ? unit : 0.0f;
                 top = fmaxf(top, units[i]);
@@ -643,7 +646,7 @@ void flash_fwd_splitkv_mla_fp8_sparse_kernel_sink_bf16_h128_q1_d576x512_p64_r64_
     if (warp == 0 && elect_one()) {
         for (u32 i = 0; i < kNumStages; ++i) {
             const Stage stage = shared.stage(i);
-            mbarrier_init(stage.full(), 1);
+            mbarrier_init(stage.full(), kLoaders);
             mbarrier_init(stage.ready(), 1);
             mbarrier_init(stage.empty(), kOutThreads / 32);
         }
@@ -652,11 +655,13 @@ void flash_fwd_splitkv_mla_fp8_sparse_kernel_sink_bf16_h128_q1_d576x512_p64_r64_
             mbarrier_init(shared.p_empty(i), kOutThreads / 32);
         }
         mbarrier_init(shared.segment_full(), 1);
-        mbarrier_init(shared.segment_empty(), kMathWarps + 1);
+        mbarrier_init(shared.segment_empty(), kMathWarps + 1 + kLoaders);
         fence_mbarrier_init();
     }
     __syncthreads();
 
+    // Of each role's own, or what follows from it would be computed for all, and spill.
+    auto own = [&] { return Shared{smem, opaque(shared.base)}; };
     if (warp < kMathWarps) {
         // ---- compute ---------------------------------------------------------------------------------------------
         const MlaPartials partials{reinterpret_cast<float4*>(partial_out), reinterpret_cast<float2*>(partial_states),
@@ -665,31 +670,22 @@ void flash_fwd_splitkv_mla_fp8_sparse_kernel_sink_bf16_h128_q1_d576x512_p64_r64_
                                   {o, lse, sink}, partials};
         if (warp < 4) {
             setmaxnreg_dec<kScoreRegisters>();
-            score_segments(shared, arguments);
+            score_segments(own(), arguments);
         } else {
             setmaxnreg_inc<kOutRegisters>();
-            sum_segments(shared, arguments);
+            sum_segments(own(), arguments);
         }
     } else {
         setmaxnreg_dec<kProducerRegisters>();
-        if (warp == kMathWarps + 1) {
-            describe_tokens(shared);
-        } else if (warp == kMathWarps) {
-            // ---- load --------------------------------------------------------------------------------------------
+        if (warp == kMathWarps) {
+            // ---- plan --------------------------------------------------------------------------------------------
             walker.start(part, gridDim.x / kTiles, first_blocks);
-            const u32 lane = lane_index();
-            Walker& kept = *reinterpret_cast<Walker*>(smem + kSmemWalkers);  // registers are for what is on its way
-            if (lane == 0) kept = walker;
-            __syncwarp();
-            u32 index = 0, num_shared = 0;
+            u32 num_shared = 0;
             for (u32 phase = 1;; phase ^= 1) {
                 Segment segment = {};
-                Walker here = kept;
-                const bool is_some = here.next(segment);
-                __syncwarp();
-                if (lane == 0) kept = here;
+                const bool is_some = walker.next(segment);
                 mbarrier_wait(shared.segment_empty(), phase);
-                if (lane == 0) {
+                if (lane_index() == 0) {
                     Announcement& announced = shared.announced();
                     if (is_some && segment.num_parts > 1) announced.shared[num_shared++] = segment;
                     announced.num_shared = num_shared;
@@ -699,43 +695,51 @@ void flash_fwd_splitkv_mla_fp8_sparse_kernel_sink_bf16_h128_q1_d576x512_p64_r64_
                 }
                 __syncwarp();
                 if (!is_some) break;
-                constexpr u32 kCopies = kBlockKeys / kRunTokens;  // of kRunTokens tokens that follow one another
+            }
+        } else if (warp == kMathWarps + 1) {
+            describe_tokens(own());
+        } else if (warp - kMathWarps - 2 < kLoaders) {
+            // ---- load --------------------------------------------------------------------------------------------
+            const Shared shared = own();
+            const u32 lane = lane_index(), loader = warp - kMathWarps - 2, copy = loader * 32 + lane;
+            u32 index = 0;
+            for (u32 phase = 0;; phase ^= 1) {
+                mbarrier_wait(shared.segment_full(), phase);
+                const Segment segment = shared.announced().segment;
+                __syncwarp();
+                if (segment.sequence == kNoSequence) break;
+                if (lane == 0) mbarrier_arrive(shared.segment_empty());
                 const u32 num_keys = min(segment.length, segment.end * kBlockKeys);
-                // Where the cache has the first token of the lane's copies of a block; none: num_tokens or more.
-                auto look_up = [&](u32 block, u32 i) {
-                    const u32 copy = lane + 32 * i, key = block * kBlockKeys + copy * kRunTokens;
+                // Where the cache has the first token of the lane's copy of a block; none: num_tokens or more.
+                auto look_up = [&](u32 block) {
+                    const u32 key = block * kBlockKeys + copy * kRunTokens;
                     if (copy >= kCopies || key >= num_keys) return 0xffffffffu;
                     return ld_global(indices + u64(segment.sequence) * indices_stride + key);
                 };
-                constexpr u32 kEach = ceil_div(kCopies, 32);
-                u32 next[kEach];
-#pragma unroll
-                for (u32 i = 0; i < kEach; ++i) next[i] = look_up(segment.begin, i);
+                u32 next = look_up(segment.begin);
 #pragma unroll 1
                 for (u32 block = segment.begin; block < segment.end; ++block, ++index) {
-                    u32 entries[kEach];
-#pragma unroll
-                    for (u32 i = 0; i < kEach; ++i) entries[i] = next[i], next[i] = look_up(block + 1, i);
+                    const u32 entry = next;
+                    next = look_up(block + 1);
                     const Stage stage = shared.stage(index);
                     mbarrier_wait(stage.empty(), stage.phase ^ 1);
-                    u32 count[kEach], total = 0;
-#pragma unroll
-                    for (u32 i = 0; i < kEach; ++i) {
-                        count[i] = entries[i] < num_tokens;  // negative ones are large
-                        const u32 valid = __ballot_sync(0xffffffff, count[i]);
-                        if (lane == 0) stage.about.valid[i] = valid;
-                        total += __popc(valid);
+                    const u32 key = block * kBlockKeys + copy * kRunTokens;
+                    const u32 count = entry < num_tokens;  // negative ones are large
+                    const u32 row = entry / kPage * page_rows + entry % kPage;
+                    // A bit for each token that there is, of 32 or, by the only loader, of 64.
+                    u32 valid = __ballot_sync(0xffffffff, count);
+                    if constexpr (kLoaders == 1) {
+                        const u32 keys = min(num_keys - block * kBlockKeys, kBlockKeys), own = keys - min(keys, lane * 32);
+                        valid = own >= 32 ? 0xffffffff : (1u << own) - 1;
                     }
+                    const u32 total = __reduce_add_sync(0xffffffff, count);
+                    if (lane < 2 / kLoaders) stage.about.valid[loader + lane] = valid;
+                    __syncwarp();
                     if (lane == 0) mbarrier_arrive_expect_tx(stage.full(), total * kTokenBytes);
                     __syncwarp();
-#pragma unroll
-                    for (u32 i = 0; i < kEach; ++i) {
-                        if (count[i] == 0) continue;
-                        const u32 copy = lane + 32 * i;
-                        const u32 row = entries[i] / kPage * page_rows + entries[i] % kPage;
+                    if (count > 0)
                         bulk_load(stage.tokens + copy * (kRunTokens * kTokenBytes), kv_cache + u64(row) * kTokenBytes,
-                                  count[i] * kTokenBytes, stage.full());
-                    }
+                                  count * kTokenBytes, stage.full());
                     __syncwarp();
                 }
             }
