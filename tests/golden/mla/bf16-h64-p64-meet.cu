@@ -447,10 +447,11 @@ __device__ __forceinline__ void compute(u32 smem_base, const Announcement& annou
         math.run(announced.segment.length, announced.segment.begin, count, index, tile_index());
         index += count;
         const Segment segment = announced.segment;
+        const bool is_apart = announced.is_apart;
         __syncwarp();
         if (lane == 0) mbarrier_arrive(q_empty);
         if (segment.num_parts == 1) math.store_whole(outputs.results, segment.sequence, tile_index());
-        else if (announced.is_apart && (part_index() ^ 1) - segment.first_part < segment.num_parts) {
+        else if (is_apart && (part_index() ^ 1) - segment.first_part < segment.num_parts) {
             math.meet(MlaMeeting{smem_base, part_index() % 2}, outputs, segment, part_index(), tile_index());
             return mbarrier_wait(q_full, q_phase ^ 1);  // it has no other
         }

@@ -344,8 +344,9 @@ struct Scorer {
             __syncwarp();
             if (lane == 0) mbarrier_arrive(shared.p_full(index));
         }
-        // Sums of all tokens.
+        // Sums of all tokens, where the tops of the last block were, which all have read by then.
         TileState& states = shared.states();
+        named_barrier_sync<kScoreThreads>(kScoresMeet);
 #pragma unroll
         for (u32 j = 0; j < kOwnRows; ++j) {
 #pragma unroll
@@ -354,11 +355,12 @@ struct Scorer {
             if (warp_row == 0 && lane < 4) states.max[row_of(j, lane)] = -base[j];
         }
         named_barrier_sync<kScoreThreads>(kScoresMeet);
-        const u32 row = threadIdx.x;
-        if (row >= kTileRows) return;
-        const float total = (states.tops[0][row] + states.tops[1][row]) + (states.tops[2][row] + states.tops[3][row]);
-        states.sum[row] = total;
-        if (total == 0.0f) states.max[row] = -infinity();
+        if (const u32 row = threadIdx.x; row < kTileRows) {
+            const float total =
+                (states.tops[0][row] + states.tops[1][row]) + (states.tops[2][row] + states.tops[3][row]);
+            states.sum[row] = total;
+            if (total == 0.0f) states.max[row] = -infinity();
+        }
     }
 };
 
@@ -526,6 +528,7 @@ __device__ __forceinline__ void score_segments(const Shared& shared, const Argum
                 arguments.partials.states[at * MlaPartials::kRows + row] = {states.max[row], states.sum[row]};
             }
         }
+        __syncwarp();  // barriers are for whole warps
         named_barrier_sync<kMathThreads>(kAllMeet);  // states are there
         if (segment.num_parts == 1) return;
         named_barrier_sync<kMathThreads>(kAllMeet);  // outputs are
@@ -604,6 +607,7 @@ __device__ __forceinline__ void describe_tokens(const Shared& shared) {
                 about.growth = growth;
                 about.outputs = power_of_2(max(min(-power, 126), -120)) / kRatio;
             }
+            __syncwarp();  // all have read their scales
 #pragma unroll 1
             for (u32 i = 0; i < 2; ++i) {
                 for (u32 missing = ~about.valid[i]; missing; missing &= missing - 1) {
