@@ -462,7 +462,6 @@ def test_constants_are_the_headers() -> None:
         ("kWeightExponent", tokens_mla.WEIGHT_EXPONENT),
         ("kUnitSlack", tokens_mla.UNIT_SLACK),
         ("kMaxSlack", tokens_mla.MAX_SLACK),
-        ("kNoMax", tokens_mla.NO_MAX),
     ):
         (found,) = re.findall(rf"constexpr \w+ {name} = ([^;f]+)f?;", text)
         assert (float.fromhex if "x" in found else float)(found) == value
