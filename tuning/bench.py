@@ -53,6 +53,11 @@ FLOOR_FLOPS_PER_US = 1575e6
 FLOOR_LAUNCH_US = 2.0
 
 
+def least_us(num_bytes: int, flops: int) -> float:
+    """The floor: no kernel that moves and computes so much runs much faster on an H100."""
+    return max(num_bytes / FLOOR_BYTES_PER_US, flops / FLOOR_FLOPS_PER_US) + FLOOR_LAUNCH_US
+
+
 @dataclass(frozen=True)
 class Shape:
     """Extents of one GEMM: FP8 A [m, k] and B [n, k], BF16 D [m, n]."""
@@ -85,9 +90,8 @@ class Shape:
 
     @property
     def floor_us(self) -> float:
-        """No kernel runs much faster than this on an H100."""
-        memory, compute = self.num_bytes / FLOOR_BYTES_PER_US, self.flops / FLOOR_FLOPS_PER_US
-        return max(memory, compute) + FLOOR_LAUNCH_US
+        """As `least_us`."""
+        return least_us(self.num_bytes, self.flops)
 
 
 GRID_DENSE = tuple(Shape(m, n, k) for m in GRID_M for n, k in GRID_NK)

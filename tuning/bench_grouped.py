@@ -24,14 +24,12 @@ from ..problem import GroupedGemm, Layout
 from ..runtime import driver
 from ..schedule import Schedule
 from .bench import (
-    FLOOR_BYTES_PER_US,
-    FLOOR_FLOPS_PER_US,
-    FLOOR_LAUNCH_US,
     Shape,
     baseline_file,
     baseline_meta,
     bench_gemm,
     check_tiles,
+    least_us,
     read_measurement,
     to_numpy,
 )
@@ -106,9 +104,8 @@ class GroupedShape:
 
     @property
     def floor_us(self) -> float:
-        """No kernel runs much faster than this on an H100."""
-        memory, compute = self.num_bytes / FLOOR_BYTES_PER_US, self.flops / FLOOR_FLOPS_PER_US
-        return max(memory, compute) + FLOOR_LAUNCH_US
+        """As `least_us`."""
+        return least_us(self.num_bytes, self.flops)
 
 
 @dataclass(frozen=True)

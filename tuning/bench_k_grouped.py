@@ -16,7 +16,7 @@ from ..errors import VerifyError, one_line
 from ..problem import K_UNIT, GroupedGemm, of_k_groups
 from ..runtime import driver
 from ..schedule import Schedule
-from .bench import FLOOR_BYTES_PER_US, FLOOR_FLOPS_PER_US, FLOOR_LAUNCH_US, read_measurement
+from .bench import least_us, read_measurement
 from .operands_k_grouped import KGroupedOperands, deal_k
 from .peers import check_result
 from .select import select
@@ -62,9 +62,8 @@ class KGroupedShape:
 
     @property
     def floor_us(self) -> float:
-        """No kernel runs much faster than this on an H100."""
-        memory, compute = self.num_bytes / FLOOR_BYTES_PER_US, self.flops / FLOOR_FLOPS_PER_US
-        return max(memory, compute) + FLOOR_LAUNCH_US
+        """As `least_us`."""
+        return least_us(self.num_bytes, self.flops)
 
 
 def _of_experts(m: int, n: int, *num_groups: int) -> tuple[KGroupedShape, ...]:

@@ -96,7 +96,7 @@ class DecodeStep:
         self.windows: tuple[torch.Tensor, torch.Tensor] | None = None
         self.num_runs = 0
         self.graph: Any = None  # torch.cuda.CUDAGraph
-        self.logits: torch.Tensor | None = None
+        self.logits: Any = None  # a tensor, where the graph leaves them
 
     def run(self, forward: Any, given: dict[str, Any], layers: list[LatentLayer]) -> torch.Tensor:
         """The logits [batch, 1, vocabulary] of a call."""
@@ -126,8 +126,8 @@ class DecodeStep:
             self.graph = torch.cuda.CUDAGraph()
             self.logits = _capture(self.graph, forward, device)
         self.graph.replay()
-        assert self.logits is not None
-        return self.logits
+        logits: torch.Tensor = self.logits
+        return logits
 
     def _forward(self, forward: Any, cache: DynamicCache, layer: LatentLayer) -> torch.Tensor:
         shared = layer.shared
