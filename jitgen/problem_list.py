@@ -55,7 +55,7 @@ class Grid(str, Enum):
 
     def problems(self) -> list[tuple[TunedProblem, int]]:
         """The shapes that `jitgen bench gemm` measures, or `bench grouped` (of those with layout
-        k_grouped by themselves), or `bench mla`."""
+        k_grouped by themselves), or the problems of `bench mla` with any number of sequences."""
         from .tuning.bench import GRID_DENSE
         from .tuning.bench_fused import FUSED_SHAPES, fused_problem
         from .tuning.bench_grouped import grid_grouped
@@ -63,8 +63,8 @@ class Grid(str, Enum):
         from .tuning.bench_mla import FORMS, mla_baselines
 
         if self is Grid.mla:
-            decoded = [shape for form in FORMS for shape in mla_baselines(form)]
-            return list(dict.fromkeys((shape.problem, shape.b) for shape in decoded))
+            decoded = [shape.problem for form in FORMS for shape in mla_baselines(form)]
+            return [(problem, batch) for problem in dict.fromkeys(decoded) for batch in BATCHES]
         if self is Grid.k_grouped:
             return [(shape.problem, shape.m) for shape in K_GROUPED_SHAPES]
         if self is Grid.grouped:

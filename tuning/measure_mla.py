@@ -10,12 +10,7 @@ from ..errors import CandidateError, VerifyError
 from ..problem_mla import MlaDecode
 from ..schedule_mla import MlaSchedule
 from .operands_mla import MlaOperands, make_cache
-
-# A schedule is chosen by the batch alone, and measured at these lengths; sparse decode looks at so
-# many of so many tokens.
-LENGTHS = (1024, 4096, 16384)
-SPARSE_LENGTHS = (2048, 16384)
-TOPK = 2048
+from .space_mla import TOPK, mla_lengths
 
 
 class MlaCase:
@@ -23,7 +18,7 @@ class MlaCase:
 
     def __init__(self, problem: MlaDecode, batch: int) -> None:
         self.problem, self.m = problem, batch
-        lengths, topk = (SPARSE_LENGTHS, TOPK) if problem.sparse else (LENGTHS, 0)
+        lengths, topk = mla_lengths(problem), TOPK if problem.sparse else 0
         cache = make_cache(problem, batch * -(-max(lengths) // problem.page))
         self._operands = [MlaOperands(problem, batch, length, cache, topk) for length in lengths]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..api_mla import mla_decode, mla_decode_sparse, quantize_mla_cache
 from ..errors import VerifyError
-from ..problem_mla import TOKEN_BYTES, MlaDecode
+from ..problem_mla import SCALE_COLUMNS, TOKEN_BYTES, MlaDecode
 from ..schedule_mla import MlaSchedule
-from ..tokens_mla import decode_tokens
+from ..tokens_mla import CODES, COLUMNS, NUM_SCALES
 
 # Those of FlashMLA's own tests.
 ABSOLUTE_ERROR, RELATIVE_ERROR, COSINE_ERROR, LSE_ERROR = 8e-4, 2.01 / 128, 5e-6, 8 / 65536
@@ -111,7 +111,7 @@ class MlaOperands:
     def _attend(self, sequence: int, queries: slice, found: Any) -> tuple[int, slice, Any, Any]:
         import torch
 
-        problem, keys = self.problem, _decode(found)
+        problem, keys = self.problem, decode_rows(found)
         q = self._q[sequence, queries].double()
         scores = torch.einsum("shd,kd->hsk", q, keys) * problem.head_dim_qk**-0.5
         if problem.causal:
@@ -125,11 +125,14 @@ class MlaOperands:
         return sequence, queries, o, lse
 
 
-def _decode(tokens: Any) -> Any:
-    """Rows of a cache in float64."""
+def decode_rows(rows: Any) -> Any:
+    """Rows of a cache, on the device where they are, in float64 [n, 576]: of uint8 [n, 656] exactly
+    what `decode_tokens` gives."""
     import torch
 
-    if tokens.dtype != torch.uint8:
-        return tokens.double()
-    decoded = decode_tokens(tokens.cpu().numpy())
-    return torch.from_numpy(decoded).to(tokens.device)
+    if rows.dtype != torch.uint8:
+        return rows.double()
+    codes, scales, tail = rows.split((CODES, 4 * NUM_SCALES, 2 * (COLUMNS - CODES)), 1)
+    of_code = scales.contiguous().view(torch.float32).double().repeat_interleave(SCALE_COLUMNS, 1)
+    values = codes.contiguous().view(torch.float8_e4m3fn).double() * of_code
+    return torch.cat([values, tail.contiguous().view(torch.bfloat16).double()], dim=1)

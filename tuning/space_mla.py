@@ -14,22 +14,32 @@ from .space import is_legal
 # Sequences of a call: a schedule is for all batches down to the next lower of these. Lengths are
 # known on the device only.
 BATCHES = tuple(1 << i for i in range(9))
+# A schedule is chosen by the batch alone, and measured at these lengths; sparse decode looks at so
+# many of so many tokens.
+LENGTHS = (1024, 4096, 16384)
+SPARSE_LENGTHS = (2048, 16384)
+TOPK = 2048
 # What a field of a schedule may be; the others are as `select_mla` has them.
 VALUES: dict[str, tuple[Any, ...]] = {
     "tile_rows": (16, 32, 64),
-    "cluster": (1, 2),
-    "meet": (1, 2),
-    "num_stages": (2, 3, 4),
-    "prefetch": (0, 1),
     "evict_first": tuple(EVICT_FIRST_BLOCKS * tiles for tiles in range(5)),
     "score_ahead": (False, True),
+    "num_stages": (2, 3, 4),
 }
+# How thread blocks pair: cluster, meet, prefetch. Loads ahead into L2 lost wherever blocks did not
+# share keys.
+PAIRINGS = ((1, 1, 0), (1, 2, 0), (2, 1, 0), (2, 1, 1))
 
 
 def mla_as_tuned(problem: MlaDecode) -> MlaDecode:
     """What schedules are chosen and measured for in the problem's place: types and sinks do not
     matter, nor how many keys the last query tokens see."""
     return replace(problem, dtype=BF16, causal=not problem.sparse, sink=False)
+
+
+def mla_lengths(problem: MlaDecode) -> tuple[int, ...]:
+    """Tokens of a sequence, of each launch that a measurement is of."""
+    return SPARSE_LENGTHS if problem.sparse else LENGTHS
 
 
 def mla_name(problem: MlaDecode) -> str:
@@ -40,12 +50,28 @@ def mla_name(problem: MlaDecode) -> str:
 
 
 def mla_candidates(problem: MlaDecode, first: MlaSchedule) -> list[MlaSchedule]:
-    """Legal schedules, those first that differ from `first` in the fewest fields."""
-    found = [
-        replace(first, **dict(zip(VALUES, values, strict=True)))
-        for values in itertools.product(*VALUES.values())
-    ]
+    """Legal schedules, those first that are the fewest steps away from `first`."""
+    found = []
+    for (cluster, meet, prefetch), *values in itertools.product(PAIRINGS, *VALUES.values()):
+        fields = dict(zip(VALUES, values, strict=True))
+        found.append(replace(first, cluster=cluster, meet=meet, prefetch=prefetch, **fields))
     legal = (schedule for schedule in found if is_legal(problem, schedule))
-    return sorted(
-        legal, key=lambda s: sum(getattr(s, name) != getattr(first, name) for name in VALUES)
-    )
+    return sorted(legal, key=lambda schedule: num_steps(problem, schedule, first))
+
+
+def num_steps(problem: MlaDecode, schedule: MlaSchedule, first: MlaSchedule) -> int:
+    """How far a schedule is from `first`: one step for another pairing of blocks, one to the next
+    value of a field, and one for each number of stages above its own that there is room for."""
+
+    def distance(name: str) -> int:
+        here, there = (VALUES[name].index(getattr(s, name)) for s in (schedule, first))
+        return abs(here - there)
+
+    more = [n for n in VALUES["num_stages"] if n > schedule.num_stages]
+    idle = sum(is_legal(problem, replace(schedule, num_stages=n)) for n in more)
+    fields = sum(distance(name) for name in VALUES if name != "num_stages")
+    return (_pairing(schedule) != _pairing(first)) + fields + idle
+
+
+def _pairing(schedule: MlaSchedule) -> tuple[int, int, int]:
+    return schedule.cluster, schedule.meet, schedule.prefetch

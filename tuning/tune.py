@@ -20,13 +20,14 @@ from .keys import TunedProblem, TunedSchedule, job_name, place, place_in_file, t
 from .model import m_bucket, rank
 from .select import select
 from .space import numerics_class
-from .space_mla import mla_candidates
+from .space_mla import mla_candidates, mla_lengths
 
 NUM_CANDIDATES = 32
 MAX_PREDICTED = 1.6  # of the least predicted time: what is worth a measurement
 NUM_FINALISTS = 6
 # Calls of each schedule, in turns with the others: in the first round, and in each half of the
-# final, where short kernels, whose times spread more, get more: as many as take that long.
+# final, where short kernels, whose times spread more, get more: as many as take that long. One of
+# MLA decode launches each length once, and counts for as many.
 NUM_SCREENING_CALLS = 6
 NUM_FINAL_CALLS = (10, 60)
 FINAL_US = 6000.0
@@ -233,7 +234,7 @@ class _Race:
             )
             reference = next(iter(screened))
             finalists = {reference, *fastest[:NUM_FINALISTS]}
-            num_calls = 2 * num_final_calls(best.kernel_us)
+            num_calls = 2 * num_final_calls(best.kernel_us, num_launches(self._job.problem))
             final = self._time([s for s in screened if s in finalists], num_calls)
             if not final:
                 return self._outcome("failed", "no schedule can be measured twice")
@@ -282,10 +283,15 @@ def _tile_elements(schedule: TunedSchedule) -> int:
     return schedule.block_m * schedule.block_n if isinstance(schedule, Schedule) else 0
 
 
-def num_final_calls(kernel_us: float) -> int:
-    """Calls of each schedule in each half of the final."""
+def num_launches(problem: TunedProblem) -> int:
+    """Launches that a call of the measurer's counts for."""
+    return len(mla_lengths(problem)) if isinstance(problem, MlaDecode) else 1
+
+
+def num_final_calls(kernel_us: float, launches: int = 1) -> int:
+    """Calls of each schedule in each half of the final, of so many launches of `kernel_us` each."""
     least, most = NUM_FINAL_CALLS
-    return min(max(int(FINAL_US / kernel_us), least), most)
+    return max(min(int(FINAL_US / kernel_us), most) // launches, least)
 
 
 def pick_winner(times: Times) -> TunedSchedule:

@@ -8,28 +8,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from jitgen import F16, MlaDecode, MlaSchedule, ProblemError, plan
+from jitgen import BF16, F16, MlaDecode, MlaSchedule, ProblemError, plan
 from jitgen.errors import StoreError
+from jitgen.problem_list import Grid
 from jitgen.problem_mla import HEAD_DIMS
-from jitgen.schedule_mla import select_mla
+from jitgen.schedule_mla import EVICT_FIRST_BLOCKS, select_mla
 from jitgen.target import H100
+from jitgen.tokens_mla import decode_tokens, quantize_tokens
 from jitgen.tuning import select as selection
 from jitgen.tuning.keys import is_tunable
 from jitgen.tuning.model import m_bucket, m_buckets
+from jitgen.tuning.operands_mla import decode_rows
 from jitgen.tuning.records import Record, file_of, read_file, save
 from jitgen.tuning.select import reload_records, select
 from jitgen.tuning.session import Session, read_journal
 from jitgen.tuning.space import is_legal
 from jitgen.tuning.space_mla import (
     BATCHES,
-    VALUES,
     mla_as_tuned,
     mla_candidates,
     mla_name,
+    num_steps,
 )
-from jitgen.tuning.tune import make_jobs, tune
+from jitgen.tuning.tune import make_jobs, num_final_calls, num_launches, tune
 
 from .fake_measurer import FakeMeasurer
 from .test_records import RECORD
@@ -69,8 +73,57 @@ def test_candidates_are_legal_and_begin_with_the_choice_without_records(
         assert found[0] == first
         assert len(set(found)) == len(found) > 1
         assert all(is_legal(problem, schedule) for schedule in found)
-        differ = [sum(getattr(s, n) != getattr(first, n) for n in VALUES) for s in found]
-        assert differ == sorted(differ)
+        steps = [num_steps(problem, schedule, first) for schedule in found]
+        assert steps[0] == 0 < steps[1]
+        assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("problem", [MlaDecode(h, q) for h in (16, 64, 128) for q in (1, 2)])
+@pytest.mark.parametrize("batch", BATCHES[1:])
+def test_the_first_candidates_change_one_thing_each(problem: MlaDecode, batch: int) -> None:
+    first = select_mla(problem, batch=batch)
+    eight = mla_candidates(problem, first)[:8]
+    more, fewer = (first.evict_first + by for by in (EVICT_FIRST_BLOCKS, -EVICT_FIRST_BLOCKS))
+    wanted = [{"meet": 3 - first.meet}, {"score_ahead": not first.score_ahead}]
+    wanted += [{"evict_first": blocks} for blocks in (fewer, more) if blocks <= 64]
+    if problem.num_rows > 64:
+        wanted += [{"cluster": 2, "meet": 1}, {"cluster": 2, "meet": 1, "prefetch": 1}]
+    if problem.num_queries == 1:
+        wanted.append({"tile_rows": 32})
+    assert {first, *(replace(first, **changes) for changes in wanted)} <= set(eight)
+
+
+def test_candidates_over_an_fp8_cache_are_tiles_with_all_stages_that_fit() -> None:
+    problem = MlaDecode(64, cache="fp8")
+    found = mla_candidates(problem, select_mla(problem, batch=64))
+    tiles = [(schedule.tile_rows, schedule.num_stages) for schedule in found]
+    assert tiles[:4] == [(64, 3), (32, 4), (64, 2), (16, 4)]
+
+
+def test_the_grid_has_every_bucket_of_each_problem() -> None:
+    pairs = Grid.mla.problems()
+    problems = {mla_as_tuned(problem) for problem, _ in pairs}
+    rows = {(p.num_heads, p.num_queries, p.is_fp8, p.sparse) for p in problems}
+    assert {(h, q, fp8, False) for h in (16, 64, 128) for q in (1, 2) for fp8 in (0, 1)} <= rows
+    assert {(h, q, True, True) for h in (64, 128) for q in (1, 2)} <= rows
+    assert len(set(pairs)) == len(pairs) == len(problems) * len(BATCHES)
+
+
+def test_a_call_of_several_lengths_counts_for_as_many() -> None:
+    assert num_launches(MlaDecode(16)) == 3
+    assert num_launches(PROBLEMS[4]) == 2
+    assert [num_final_calls(us, 3) for us in (20.0, 250.0, 2000.0)] == [20, 10, 10]
+    assert [num_final_calls(us) for us in (20.0, 250.0, 2000.0)] == [60, 24, 10]
+
+
+def test_rows_of_a_cache_are_decoded_as_the_interpreter_decodes_them() -> None:
+    torch = pytest.importorskip("torch")
+    keys = np.random.default_rng(6).normal(0, 0.1, (5, 576)).astype(BF16.numpy)
+    tokens = quantize_tokens(keys)
+    found = decode_rows(torch.from_numpy(tokens))
+    np.testing.assert_array_equal(found.numpy(), decode_tokens(tokens))
+    plain = torch.from_numpy(keys.astype(np.float32)).bfloat16()
+    np.testing.assert_array_equal(decode_rows(plain).numpy(), keys.astype(np.float64))
 
 
 def test_names_tell_all_tuned_problems_apart() -> None:
