@@ -100,8 +100,9 @@ def test_small_equals_interpreter_within_tolerance(problem: MlaDecode) -> None:
     """See jitgen/interpret_mla.py: 2^-7 of the largest |v| / sqrt(n)."""
     lengths = (0, 1, 63, 130, 321)
     inputs = make_inputs(MlaDraw(problem, lengths, None, 11))
-    o, lse = jitgen.mla_decode(*inputs.values(), causal=problem.causal)
-    kernel = lower_mla(problem, select_mla(problem, batch=len(lengths)))
+    schedule = select_mla(problem, batch=len(lengths))
+    o, lse = jitgen.mla_decode(*inputs.values(), causal=problem.causal, schedule=schedule)
+    kernel = lower_mla(problem, schedule)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     host = {name: to_numpy(t) for name, t in inputs.items()}
     expected, expected_lse = interpret_mla(

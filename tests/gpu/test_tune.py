@@ -20,6 +20,7 @@ from jitgen.runtime import driver  # noqa: E402
 from jitgen.tuning import measure, select  # noqa: E402
 from jitgen.tuning.measure import GpuMeasurer  # noqa: E402
 from jitgen.tuning.records import read_folder  # noqa: E402
+from jitgen.tuning.space_mla import mla_name  # noqa: E402
 
 from . import draws  # noqa: E402
 
@@ -104,6 +105,27 @@ def test_tune_records_k_grouped_gemms(records: Path, tmp_path: Path, entry: dict
     out.zero_()
     jitgen.grouped_gemm(a, b, (sfa, sfb), layout=layout, out=out, schedule=record.schedule)
     assert torch.equal(out, chosen)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"cache": "fp8"}, {"num_queries": 2, "cache": "fp8", "sparse": True, "causal": False}],
+    ids=str,
+)
+def test_tune_records_mla_decode(records: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps([{"num_heads": 64, "b": [1, 3]} | fields]))
+    result = CliRunner().invoke(cli.app, ["tune", "--problems", str(listed), "--candidates", "3"])
+    assert result.exit_code == 0, result.output
+    (line,) = map(json.loads, (records / "journal.jsonl").read_text().splitlines())
+    assert line["errors"] == []
+    problem = jitgen.MlaDecode(64, **fields)
+    assert line["job"] == f"b4-mla-{mla_name(problem)}"
+    if line["status"] == "unstable":
+        pytest.skip(f"something else runs on this GPU: {line['reason']}")
+    (record,) = read_folder(records)
+    select.reload_records()
+    assert select.select(problem, 3, record.gpu) == record.schedule
 
 
 def test_measurer_rejects_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,13 @@ from jitgen.dtypes import BF16, E4M3, F32
 from jitgen.errors import StoreError
 from jitgen.expr import gate, up
 from jitgen.problem import Gemm, GroupedGemm, ScaleBlock, of_k_groups
-from jitgen.schedule import Schedule, check_schedule
+from jitgen.schedule import Schedule
 from jitgen.target import H100, Gpu
 from jitgen.tuning import records
+from jitgen.tuning.keys import is_tunable
 from jitgen.tuning.model import m_bucket
 from jitgen.tuning.records import Provenance, Record, file_of, merge, read_file, read_folder, save
+from jitgen.tuning.space import is_legal
 
 RECORD = Record(
     gpu=H100,
@@ -182,7 +184,8 @@ def test_read_folder_rejects_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 def test_shipped_records_are_sound() -> None:
     for record in read_folder(records.shipped_folder()):
-        check_schedule(record.problem, record.schedule)
+        assert is_legal(record.problem, record.schedule), record
+        assert is_tunable(record.problem, record.m)
         assert record.m == m_bucket(record.m, record.problem)
 
 
