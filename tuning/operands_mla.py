@@ -134,5 +134,5 @@ def decode_rows(rows: Any) -> Any:
         return rows.double()
     codes, scales, tail = rows.split((CODES, 4 * NUM_SCALES, 2 * (COLUMNS - CODES)), 1)
     of_code = scales.contiguous().view(torch.float32).double().repeat_interleave(SCALE_COLUMNS, 1)
-    values = codes.contiguous().view(torch.float8_e4m3fn).double() * of_code
+    values = codes.contiguous().view(torch.float8_e4m3fn).float().double() * of_code
     return torch.cat([values, tail.contiguous().view(torch.bfloat16).double()], dim=1)
