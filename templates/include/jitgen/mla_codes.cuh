@@ -35,6 +35,13 @@ __device__ __forceinline__ u32 mul_f16x2(u32 a, u32 b) {
     return product;
 }
 
+// Of each half.
+__device__ __forceinline__ u32 max_u16x2(u32 a, u32 b) {
+    u32 most;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    return most;
+}
+
 __device__ __forceinline__ u16 round_f16(float x) {
     u16 bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));

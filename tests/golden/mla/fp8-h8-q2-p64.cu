@@ -116,6 +116,8 @@ struct Shared {
     __device__ __forceinline__ u32 segment_empty() const { return base + kSmemSegmentBarriers + 8; }
 };
 
+__device__ __forceinline__ u32 tile_index() { return opaque(block_index() % kTiles); }
+
 // Keys that a row of a sequence of `length` sees: with a causal mask, none that come after its token.
 __device__ __forceinline__ u32 limit(u32 length, u32 row) {
     const u32 later = kCausal ? kQueries - 1 - min(row / kHeads, kQueries - 1) : 0;
@@ -125,36 +127,42 @@ __device__ __forceinline__ u32 limit(u32 length, u32 row) {
 // The tile's queries to shared memory, in tiles of 64 columns: as f16 what meets codes, as T the last 64, times 2^e, with
 // which the largest lies in [2^14, 2^15); 2^-e. Of 16 columns 4 t, 4 t + 1 are where wgmma has columns 2 t, 2 t + 1, and
 // 4 t + 2, 4 t + 3 where it has 8 + 2 t and the next: as a lane that reads four codes of a token has them. By all math
-// threads.
+// threads: those of each role load some rows, as many as they have registers for.
+struct Role {
+    u32 first_warp, num_warps, first_row, num_rows;
+};
+constexpr Role kScoreRole{0, 4, 0, kTileRows / 4}, kOutRole{4, 8, kTileRows / 4, kTileRows - kTileRows / 4};
+template <const Role& kRole>
 __device__ __forceinline__ float load_queries(const Shared& shared, const T* q, u32 pitch, u32 sequence, u32 tile) {
-    constexpr u32 kWarps = kMathThreads / 32;
-    const u32 warp = opaque(threadIdx.x / 32), lane = opaque(lane_index());
-    struct Row {
-        uint4 codes[2], last;
+    constexpr u32 kWarps = kRole.num_warps, kOwn = ceil_div(kRole.num_rows, kWarps), kOwnLast = ceil_div(kOwn, 4);
+    const u32 warp = opaque(threadIdx.x / 32) - kRole.first_warp, lane = opaque(lane_index());
+    // Beyond the last row is the last one again. All are on their way before one is looked at, with no branch around.
+    const uint4* first = reinterpret_cast<const uint4*>(q + u64(sequence) * kRows * pitch);
+    auto load = [&](u32 i, u32 unit) {  // of a warp's rows the i-th
+        const u32 row = tile * kTileRows + kRole.first_row + min(i * kWarps + warp, kRole.num_rows - 1);
+        return __ldg(first + (min(row, kRows - 1) * (pitch / 8) + unit));
     };
-    auto load = [&](u32 in_tile) {
-        const u32 row = tile * kTileRows + in_tile;
-        const uint4* from = reinterpret_cast<const uint4*>(q + (u64(sequence) * kRows + row) * pitch);
-        Row v = {};
-        if (row < kRows) {
-            v.codes[0] = __ldg(from + 2 * lane), v.codes[1] = __ldg(from + 2 * lane + 1);
-            if (lane < 8) v.last = __ldg(from + kDimV / 8 + lane);
-        }
-        return v;
+    uint4 codes[kOwn][2], last[kOwnLast];  // of the columns behind the codes 8 lanes a row
+#pragma unroll
+    for (u32 i = 0; i < kOwn; ++i)
+#pragma unroll
+        for (u32 k = 0; k < 2; ++k) codes[i][k] = load(i, 2 * lane + k);
+#pragma unroll
+    for (u32 i = 0; i < kOwnLast; ++i) last[i] = load(min(4 * i + lane / 8, kOwn - 1), kDimV / 8 + lane % 8);
+    auto of_four = [](uint4 v) {
+        return max_u16x2(max_u16x2(v.x & 0x7fff7fff, v.y & 0x7fff7fff), max_u16x2(v.z & 0x7fff7fff, v.w & 0x7fff7fff));
     };
-    auto largest = [](u32 pair) { return max(pair & 0x7fff, pair >> 16 & 0x7fff); };
-    auto of_four = [&](uint4 v) { return max(max(largest(v.x), largest(v.y)), max(largest(v.z), largest(v.w))); };
     u32 top = 0;
-#pragma unroll 2
-    for (u32 row = warp; row < kTileRows; row += kWarps) {
-        const Row v = load(row);
-        top = max(max(top, of_four(v.last)), max(of_four(v.codes[0]), of_four(v.codes[1])));
-    }
+#pragma unroll
+    for (u32 i = 0; i < kOwn; ++i) top = max_u16x2(top, max_u16x2(of_four(codes[i][0]), of_four(codes[i][1])));
+#pragma unroll
+    for (u32 i = 0; i < kOwnLast; ++i) top = max_u16x2(top, of_four(last[i]));
+    top = max(top & 0xffff, top >> 16);
     top = __reduce_max_sync(0xffffffff, top);
-    if (lane == 0) shared.states().magnitudes[warp] = top;
+    if (lane == 0) shared.states().magnitudes[kRole.first_warp + warp] = top;
     named_barrier_sync<kMathThreads>(kAllMeet);
 #pragma unroll
-    for (u32 i = 0; i < kWarps; ++i) top = max(top, shared.states().magnitudes[i]);
+    for (u32 i = 0; i < kMathThreads / 32; ++i) top = max(top, shared.states().magnitudes[i]);
     const int e = min(141 - int(top >> 7), 126);
     const float factor = power_of_2(e);
     auto as_f16 = [&](u32 pair) {
@@ -163,17 +171,23 @@ __device__ __forceinline__ float load_queries(const Shared& shared, const T* q, 
     auto scaled = [&](u32 pair) {
         return pack<bf16>(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xffff0000) * factor);
     };
-#pragma unroll 2
-    for (u32 row = warp; row < kTileRows; row += kWarps) {
-        const Row v = load(row);
-        const uint4 a = v.codes[0], b = v.codes[1], c = v.last;
-        const u32 to = shared.base + kSmemQueries + row * 128, unit = row % 8 * 16;
-        const u32 at = to + lane / 4 * kQueryChunkBytes;
-        st_shared(at + (lane % 4 * 32 ^ unit), uint4{as_f16(a.x), as_f16(a.z), as_f16(b.x), as_f16(b.z)});
-        st_shared(at + (lane % 4 * 32 + 16 ^ unit), uint4{as_f16(a.y), as_f16(a.w), as_f16(b.y), as_f16(b.w)});
-        if (lane < 8)
-            st_shared(to + kCodeChunks * kQueryChunkBytes + (lane * 16 ^ unit),
-                      uint4{scaled(c.x), scaled(c.y), scaled(c.z), scaled(c.w)});
+    auto at = [&](u32 row, u32 unit) { return shared.base + kSmemQueries + row * 128 + (unit % 8 * 16 ^ row % 8 * 16); };
+#pragma unroll
+    for (u32 i = 0; i < kOwn; ++i) {
+        const u32 in_role = i * kWarps + warp, row = kRole.first_row + in_role;
+        const u32 lane = opaque(lane_index()), chunk = lane / 4 * kQueryChunkBytes;
+        const uint4 a = codes[i][0], b = codes[i][1];
+        if (in_role >= kRole.num_rows) continue;
+        st_shared(at(row, 2 * lane) + chunk, uint4{as_f16(a.x), as_f16(a.z), as_f16(b.x), as_f16(b.z)});
+        st_shared(at(row, 2 * lane + 1) + chunk, uint4{as_f16(a.y), as_f16(a.w), as_f16(b.y), as_f16(b.w)});
+    }
+#pragma unroll
+    for (u32 i = 0; i < kOwnLast; ++i) {
+        const u32 own = 4 * i + lane / 8, in_role = own * kWarps + warp;
+        const uint4 v = last[i];
+        if (own < kOwn && in_role < kRole.num_rows)
+            st_shared(at(kRole.first_row + in_role, lane) + kCodeChunks * kQueryChunkBytes,
+                      uint4{scaled(v.x), scaled(v.y), scaled(v.z), scaled(v.w)});
     }
     fence_proxy_async();
     named_barrier_sync<kMathThreads>(kAllMeet);
@@ -355,7 +369,7 @@ struct Scorer {
             if (warp_row == 0 && lane < 4) states.max[row_of(j, lane)] = -base[j];
         }
         named_barrier_sync<kScoreThreads>(kScoresMeet);
-        if (const u32 row = threadIdx.x; row < kTileRows) {
+        if (const u32 row = threadIdx.x; row < 64) {  // whole warps
             const float total =
                 (states.tops[0][row] + states.tops[1][row]) + (states.tops[2][row] + states.tops[3][row]);
             states.sum[row] = total;
@@ -497,9 +511,9 @@ struct Arguments {
     MlaPartials partials;
 };
 
-template <class Body>
+template <const Role& kRole, class Body>
 __device__ __forceinline__ void for_segments(const Shared& shared, const Arguments& arguments, Body body) {
-    const u32 tile = opaque(block_index() % kTiles);
+    const u32 tile = tile_index();
     u32 index = 0;
     for (u32 phase = 0;; phase ^= 1) {
         mbarrier_wait(shared.segment_full(), phase);
@@ -507,24 +521,23 @@ __device__ __forceinline__ void for_segments(const Shared& shared, const Argumen
         __syncwarp();
         if (segment.sequence == kNoSequence) return;
         if (lane_index() == 0) mbarrier_arrive(shared.segment_empty());
-        const float unit = load_queries(shared, arguments.q, arguments.pitch_q, segment.sequence, tile);
+        const float unit = load_queries<kRole>(shared, arguments.q, arguments.pitch_q, segment.sequence, tile);
         body(segment, index, unit, tile);
         index += segment.end - segment.begin;
     }
 }
 
 __device__ __forceinline__ void score_segments(const Shared& shared, const Arguments& arguments) {
-    const u32 part = block_index() / kTiles;
     Scorer scorer{shared, opaque(lane_index()), opaque(threadIdx.x / 32) * 16};
-    for_segments(shared, arguments, [&](const Segment& segment, u32 index, float unit, u32 tile) {
+    for_segments<kScoreRole>(shared, arguments, [&](const Segment& segment, u32 index, float unit, u32 tile) {
         scorer.run(segment, index, tile, unit, arguments.scale_log2);
         const TileState& states = shared.states();
-        const u32 row = threadIdx.x;
+        const u32 row = opaque(threadIdx.x);
         if (row < kTileRows) {
             if (segment.num_parts == 1) {
                 arguments.results.store_lse(segment.sequence, tile * kTileRows + row, states.max[row], states.sum[row]);
             } else {
-                const u64 at = arguments.partials.tile(part, segment.begin == 0, tile);
+                const u64 at = arguments.partials.tile(block_index() / kTiles, segment.begin == 0, tile);
                 arguments.partials.states[at * MlaPartials::kRows + row] = {states.max[row], states.sum[row]};
             }
         }
@@ -539,7 +552,7 @@ __device__ __forceinline__ void score_segments(const Shared& shared, const Argum
 __device__ __forceinline__ void sum_segments(const Shared& shared, const Arguments& arguments) {
     const u32 part = block_index() / kTiles, warp = opaque(threadIdx.x / 32) - 4;
     Summer summer{shared, opaque(lane_index()), warp / 4 * kHalfV + warp % 4 * 16};
-    for_segments(shared, arguments, [&](const Segment& segment, u32 index, float, u32 tile) {
+    for_segments<kOutRole>(shared, arguments, [&](const Segment& segment, u32 index, float, u32 tile) {
         summer.run(segment, index);
         named_barrier_sync<kMathThreads>(kAllMeet);
         if (segment.num_parts == 1) return summer.store_whole(arguments.results, segment.sequence, tile);
@@ -552,8 +565,8 @@ __device__ __forceinline__ void sum_segments(const Shared& shared, const Argumen
     if (announced.num_shared == 0) return;
     const u32 threads = kOutThreads / announced.num_shared, thread = threadIdx.x - kScoreThreads;
     const u32 which = thread / threads;
-    const Merger<MlaPartials, MlaResults, 8> merger{arguments.partials, arguments.results, announced.shared[which],
-                                                 block_index() % kTiles, false};
+    const Merger<MlaPartials, MlaResults, 10> merger{arguments.partials, arguments.results, announced.shared[which],
+                                                     block_index() % kTiles, false};
     const u32 scratch = shared.base + kSmemTokens + which * (kOutThreads * 32);  // all tokens have been read
     merger.run(part, thread % threads, threads, scratch, kMergeBarrier + which);
 }
@@ -642,7 +655,7 @@ void flash_fwd_splitkv_mla_fp8_kernel_bf16_h8_q2_d576x512_p64_causal_r16_s4_o3_t
     extern __shared__ __align__(1024) u8 smem[];
     const Shared shared{smem, smem_address(smem)};
     const u32 warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-    const u32 part = block_index() / kTiles, tile = opaque(block_index() % kTiles);
+    const u32 part = block_index() / kTiles, tile = tile_index();
     constexpr u32 kMathWarps = kMathThreads / 32;
     // Looked up before anything else, for all waits for it.
     Walker walker{{seqlens_k}, num_sequences};
