@@ -394,6 +394,29 @@ __device__ __forceinline__ void merge(u32 smem_base, const Announcement& announc
     merger.run(part_index(), threadIdx.x % threads, threads, scratch, kFirstReady + index);
 }
 
+// A block of keys that lies in one page, from row y of the cache on, by the producer's leader.
+template <bool kReadOnce>
+__device__ __forceinline__ void load_block(const Stage& stage, const TensorMap& map_kv, u32 y) {
+    auto expect = [&](u32 from, u32 to) {
+#pragma unroll
+        for (u32 chunk = from; chunk < to; chunk += kGroupChunks)
+            mbarrier_arrive_expect_tx(stage.full(chunk / kGroupChunks), kChunkBytes * min(kGroupChunks, to - chunk));
+    };
+    auto load = [&](u32 from, u32 to) {
+#pragma unroll
+        for (u32 chunk = from; chunk < to; ++chunk)
+            tma_load<false>(stage.keys + chunk * kChunkBytes, map_kv, stage.full(chunk / kGroupChunks), chunk * 64, y,
+                            0, kReadOnce);
+    };
+    mbarrier_wait(stage.empty(0), stage.phase ^ 1);
+    expect(0, kHalfChunks);
+    load(0, kHalfChunks);
+    // Said ahead of the wait: all chunks of the block before had been scored when its first half was given up.
+    expect(kHalfChunks, kChunks);
+    mbarrier_wait(stage.empty(1), stage.phase ^ 1);
+    load(kHalfChunks, kChunks);
+}
+
 // The producer's leader tells of a segment, of the end if there is none, and has the queries loaded.
 __device__ __forceinline__ void announce(Announcement& announced, Segment segment, bool is_some, bool is_apart,
                                          u32& num_shared, u32 smem_base, u32 q_phase, const TensorMap& map_q,
@@ -498,6 +521,16 @@ void flash_fwd_splitkv_mla_kernel_bf16_h16_q1_d576x512_p64_r64_c1_s2_f0_o3_t8(
                 for (u32 block = segment.begin; block < segment.end; ++block, ++index) {
                     table.seek(block * kBlockKeys / kPage, false);
                     const Stage stage(smem_base, index);
+                    // Of a block in one page, the row is looked up ahead of the wait for its stage, and all the rest is
+                    // one lane's: the lanes need not meet after each group.
+                    if constexpr (kPieces == 1 && kCluster == 1 && kPrefetch == 0) {
+                        const u32 y = table[block * kBlockKeys / kPage] * page_rows + block * kBlockKeys % kPage;
+                        if (is_leader && is_read_once) load_block<true>(stage, map_kv, y);
+                        if (is_leader && !is_read_once) load_block<false>(stage, map_kv, y);
+                        __syncwarp();
+                        if (block + 1 == segment.begin + keys_ahead) tell();
+                        continue;
+                    }
                     const u32 num_pieces = min(kPieces, ceil_div(segment.length - block * kBlockKeys, kPieceRows));
                     // Where piece i of a block begins in the cache.
                     auto row = [&](u32 of_block, u32 i) {
