@@ -69,8 +69,9 @@ using MlaPartials = Partials<kTiles, kDimV>;
 using MlaResults = Results<T, kHeads, kQueries, kDimV, kTokens, false, kTileRows>;
 // Outputs lie over the keys, sums over the queries: all have been read by then.
 using MlaMeeting = Meeting<MlaResults, kSmemQueryBarriers + 16, kSmemMaxima, 0, kSmemKeys>;
-// Named barriers of the math threads: results of one warpgroup that the other waits for, then those they both wait at.
-constexpr u32 kFirstReady = 1, kSecondReady = 2, kBoth = 3, kWarpgroupBarrier = 4;
+// Named barriers of the math threads: P of one warpgroup that the other waits for, those they both wait at, those of
+// one alone, and maxima of one that the other waits for.
+constexpr u32 kFirstReady = 1, kSecondReady = 2, kBoth = 3, kWarpgroupBarrier = 4, kFirstMax = 6, kSecondMax = 7;
 
 // A ring of kNumStages blocks of keys. The chunks of a block arrive in groups, and are given up by halves: the columns
 // of V of one math warpgroup each, and with the second what K has beyond V.
@@ -158,16 +159,17 @@ template <u32 kHalf> struct Math {
         softening.find_top(scores);
     }
 
-    // The new maxima, for this warpgroup and, in shared memory, for the other.
+    // The new maxima, for this warpgroup and, in shared memory, for the other, which takes them over before P is there.
     __device__ __forceinline__ void grow(Softening& softening) {
         softening.grow(state, scale);
         if (lane % 4 == 0) {
             st_shared(smem_max(kHalf) + (warp_row + lane / 4) * 4, state.max[0]);
             st_shared(smem_max(kHalf) + (warp_row + lane / 4 + 8) * 4, state.max[1]);
         }
+        named_barrier_arrive<kMathThreads>(kHalf == 0 ? kFirstMax : kSecondMax);
     }
 
-    // p of all keys, likewise.
+    // p of all keys, likewise. Their sums are added once the other has been told.
     __device__ __forceinline__ void exponentiate(Softening& softening) {
         const u32 fragment = opaque(smem_p(kHalf) + fragment_offset(warp_row, opaque(lane)));
 #pragma unroll
@@ -175,7 +177,6 @@ template <u32 kHalf> struct Math {
             softening.exponentiate<T>(scores, p, k, scale);
             stmatrix_x4(fragment ^ 32 * k, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3]);
         }
-        softening.add_sums(state);
         fence_proxy_async();
     }
 
@@ -244,23 +245,26 @@ template <u32 kHalf> struct Math {
                 grow(softening);
                 exponentiate(softening);
                 named_barrier_arrive<kMathThreads>(kFirstReady);
+                softening.add_sums(state);
                 rescale(out, softening.factors);
                 zero_tail(stage(i), block);
                 issue_out<true>(stage(i));
                 finish_out<true>(stage(i));
                 if (has_second) {
-                    named_barrier_sync<kMathThreads>(kSecondReady);
+                    named_barrier_sync<kMathThreads>(kSecondMax);
                     follow();
                     stage(i + 1).wait_values(kHalf);
+                    named_barrier_sync<kMathThreads>(kSecondReady);
                     zero_tail(stage(i + 1), block + 1);
                     issue_out<false>(stage(i + 1));
                     finish_out<false>(stage(i + 1));
                 }
                 if (i + 2 < count) score(stage(i + 2));
             } else {
-                named_barrier_sync<kMathThreads>(kFirstReady);
+                named_barrier_sync<kMathThreads>(kFirstMax);
                 follow();
                 stage(i).wait_values(kHalf);
+                named_barrier_sync<kMathThreads>(kFirstReady);
                 zero_tail(stage(i), block);
                 issue_out<false>(stage(i));
                 if (kScoreAhead && has_second) {
@@ -268,6 +272,7 @@ template <u32 kHalf> struct Math {
                     grow(softening);
                     exponentiate(softening);
                     named_barrier_arrive<kMathThreads>(kSecondReady);
+                    softening.add_sums(state);
                 }
                 finish_out<false>(stage(i));
                 if (has_second) {
@@ -277,6 +282,7 @@ template <u32 kHalf> struct Math {
                         grow(softening);
                         exponentiate(softening);
                         named_barrier_arrive<kMathThreads>(kSecondReady);
+                        softening.add_sums(state);
                     }
                     rescale(out, softening.factors);
                     zero_tail(stage(i + 1), block + 1);
