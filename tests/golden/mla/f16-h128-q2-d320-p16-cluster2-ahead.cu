@@ -179,10 +179,13 @@ template <u32 kHalf> struct Math {
 
     // Takes over the other warpgroup's maxima.
     __device__ __forceinline__ void follow() {
-        float factors[2];
+        float max[2], factors[2];
 #pragma unroll
         for (u32 row = 0; row < 2; ++row)
-            factors[row] = state.grow(row, ld_shared(smem_max(1 - kHalf) + (warp_row + lane / 4 + row * 8) * 4));
+            max[row] = ld_shared(smem_max(1 - kHalf) + (warp_row + lane / 4 + row * 8) * 4);
+        if (!__any_sync(0xffffffff, max[0] != state.max[0] || max[1] != state.max[1])) return;  // mostly
+#pragma unroll
+        for (u32 row = 0; row < 2; ++row) factors[row] = state.grow(row, max[row]);
         rescale(out, factors);
     }
 
