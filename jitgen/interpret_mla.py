@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from .dtypes import DType
 from .errors import ProblemError
 from .ir_mla import (
+    MAX_SLACK,
     Attend,
     Fill,
     ForKeys,
@@ -57,7 +58,6 @@ from .problem_mla import SCALE_COLUMNS
 from .tokens_mla import (
     CODE_UNITS,
     LEAST_UNIT,
-    MAX_SLACK,
     UNIT_SLACK,
     WEIGHT_EXPONENT,
     split_tokens,
@@ -335,7 +335,8 @@ class _Machine:
     def soften(self, op: Soften) -> None:
         scale = self.real.type(self.softmax_scale * LOG2_E)
         scores, top = self.buffers[op.scores.name], self.buffers[op.max.name]
-        new = np.maximum(top, scores.max(axis=1) * scale)
+        highest = scores.max(axis=1) * scale
+        new = np.where(highest > top + self.real.type(MAX_SLACK), highest, top)
         base = np.where(new == -np.inf, 0, new).astype(self.real)
         e = self.exp2(scores.astype(np.float64) * scale - base[:, None])
         factor = self.exp2(top.astype(np.float64) - base)

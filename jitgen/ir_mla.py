@@ -34,6 +34,10 @@ from .schedule import WARPGROUP_THREADS
 from .schedule_mla import MlaSchedule, MlaSmemPlan, registers
 from .target import Target
 
+# By which scores may exceed the maximum that p is relative to, in log2: kMaxSlack of
+# templates/include/jitgen/mla_softmax.cuh.
+MAX_SLACK = 8.0
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -203,9 +207,11 @@ class MaskTokens:
 class Soften:
     """Online softmax, in units of log2; scale = softmax_scale * log2(e), a run-time float32:
 
-    top = max(max, rowmax(scores) * scale); factor = 2^(max - top); max = top;
+    highest = rowmax(scores) * scale; top = highest if highest > max + MAX_SLACK, else max;
+    factor = 2^(max - top); max = top;
     e = 2^(scores * scale - top); sum = sum * factor + rowsum(e); p = e rounded to p's dtype.
-    Where top is -inf (no keys so far), 0 takes its place in the differences.
+    Where top is -inf (no keys so far), 0 takes its place in the differences. So e and p are
+    2^MAX_SLACK at most, and sums and outputs are hardly ever scaled.
     """
 
     p: Buffer
@@ -217,7 +223,8 @@ class Soften:
     def __str__(self) -> str:
         p, scores, top = self.p.name, self.scores.name, self.max.name
         return (
-            f"{top}, {self.factor.name} = max({top}, scale * {scores}), 2^(old - new);"
+            f"{top}, {self.factor.name} = max({top}, scale * {scores}) if that is more than"
+            f" {MAX_SLACK:g} above, 2^(old - new);"
             f" {p} = 2^(scale * {scores} - {top}); {self.sum.name} += rowsum({p})"
         )
 

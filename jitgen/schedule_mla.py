@@ -184,7 +184,7 @@ def select_mla(
         meet=2 if has_pairs else 1,
         num_stages=2 if problem.head_dim_qk > 320 else 4,
         evict_first=EVICT_FIRST_BLOCKS * min(tiles, 4),
-        score_ahead=num_tiles(problem) >= 4,
+        score_ahead=num_tiles(problem) >= 2,
         whole=batch_invariant,
     )
 

@@ -21,7 +21,6 @@ LEAST_UNIT = 2.0**-60  # of a token
 CODE_UNITS = 64.0  # that a code of the largest scale counts in a token's unit: a ratio in float16
 WEIGHT_EXPONENT = 4  # p <= 2^8 and units < 2^(exponent + 3): weighted p < 2^15, in float16
 UNIT_SLACK = 3  # by which units may exceed the exponent, in log2
-MAX_SLACK = 8.0  # by which scores may exceed the maximum that p is relative to, in log2
 NO_MAX = -1e38  # the maximum before the first key: below all that follow
 
 

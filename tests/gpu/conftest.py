@@ -42,7 +42,7 @@ MLA_EVERY_LANE = {
         " mbarrier_arrive_remote(stage.empty(kHalf), rank);",
     ),
     "} else if (lane == 0) {": (1, "} else {"),
-    "named_barrier_arrive<": (3, "named_barrier_sync<"),
+    "named_barrier_arrive<": (4, "named_barrier_sync<"),
 }
 # And for MLA decode over an FP8 cache.
 FP8_EVERY_LANE = {

@@ -26,6 +26,7 @@ class MlaDraw:
     lengths: tuple[int, ...]
     schedule: MlaSchedule | None
     seed: int
+    steepness: int = 1  # of scores; from 32 on maxima grow by more than the slack
 
     def __str__(self) -> str:
         p, shown = self.problem, "-".join(map(str, self.lengths[:6]))
@@ -97,7 +98,7 @@ def make_inputs(d: MlaDraw, gap: int = 0) -> dict[str, torch.Tensor]:
             kv_cache[int(free[at - 1]), length % p.page :] = poison
     kv_cache[free[at:].long()] = poison
     return {
-        "q": normal(batch, p.num_queries, p.num_heads, p.head_dim_qk) * 10,
+        "q": normal(batch, p.num_queries, p.num_heads, p.head_dim_qk) * (10 * d.steepness),
         "kv_cache": kv_cache,
         "block_table": table,
         "seqlens_k": torch.tensor(d.lengths, device="cuda", dtype=torch.int32),

@@ -91,6 +91,13 @@ def test_batch_invariant_calls_do_not_see_the_batch(problem: MlaDecode) -> None:
         assert torch.equal(bits(lse_few), bits(lse[some]))
 
 
+@pytest.mark.parametrize("steepness", [32, 128])
+@pytest.mark.parametrize("problem", [*MAIN, MlaDecode(128, 2, page=16, dtype=F16)], ids=str)
+def test_steep_scores_meet_float64(problem: MlaDecode, steepness: int) -> None:
+    for lengths in ((5000, 0, 1, 129), (700, 64, 1000) * 40):
+        run_and_compare(MlaDraw(problem, lengths, None, 13, steepness))
+
+
 def test_pages_that_lie_apart_meet_float64() -> None:
     run_and_compare(MlaDraw(MlaDecode(16, page=32), (1000, 3, 77), None, 9), gap=48)
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 import jitgen
 from jitgen import BF16, F16, F32, MlaDecode, MlaSchedule, ProblemError, ScheduleError
-from jitgen.interpret_mla import interpret_mla
-from jitgen.ir_mla import Split
+from jitgen.dtypes import DType
+from jitgen.interpret_mla import LOG2_E, _Machine, interpret_mla
+from jitgen.ir_mla import Segment, Soften, Split, walk_mla
 from jitgen.lower import lower_any
 from jitgen.lower_mla import lower_mla
 from jitgen.numerics_16 import wgmma_16
@@ -294,6 +295,43 @@ def test_interpret_meets_float64_however_it_is_split(
             kernel, inputs, softmax_scale=scale, num_parts=parts, numerics=numerics
         )
         check_results(problem, inputs, o, lse, numerics)
+
+
+@pytest.mark.parametrize("steepness", [32, 128])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_interpret_meets_float64_where_maxima_grow(
+    dtype: DType, steepness: int, rng: np.random.Generator
+) -> None:
+    problem = MlaDecode(16, 2, dtype=dtype)
+    inputs = make_inputs(problem, (700, 1, 130), rng)
+    inputs["q"] *= dtype.numpy.type(steepness)
+    kernel = lower_mla(problem, select_mla(problem))
+    for numerics in ("hopper", "exact"):
+        o, lse = interpret_mla(
+            kernel, inputs, softmax_scale=576**-0.5, num_parts=3, numerics=numerics
+        )
+        check_results(problem, inputs, o, lse, numerics)
+
+
+def test_maxima_grow_by_more_than_the_slack_or_not_at_all() -> None:
+    kernel = lower_mla(MlaDecode(3), MlaSchedule())
+    soften = next(op for op in walk_mla(kernel.body.body) if isinstance(op, Soften))
+    segment = Segment(0, 0, 4, 0, 1)
+    machine = _Machine(kernel, {}, segment, 256, 0, 1 / LOG2_E, True, np.empty(0), np.empty(0))
+    top, total = np.full(1, -np.inf), np.zeros(1)
+    for highest, want_top, want_sum in (
+        (-np.inf, -np.inf, 0),  # no keys so far
+        (-3, -3, 1),
+        (5, -3, 1 + 2.0**8),
+        (6, 6, 1 + 2.0**-9 + 2.0**-1),
+        (-np.inf, 6, 1 + 2.0**-9 + 2.0**-1),  # none in this block
+    ):
+        scores = np.array([[highest, -np.inf]])
+        machine.buffers |= {soften.scores.name: scores, soften.max.name: top}
+        machine.buffers[soften.sum.name] = total
+        machine.soften(soften)
+        top, total = machine.buffers[soften.max.name], machine.buffers[soften.sum.name]
+        np.testing.assert_allclose((top[0], total[0]), (want_top, want_sum), rtol=1e-12)
 
 
 def test_interpret_rows_without_keys_are_zero_with_infinite_lse(rng: np.random.Generator) -> None:

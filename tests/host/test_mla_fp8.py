@@ -28,7 +28,16 @@ from jitgen import (
 from jitgen.build import build
 from jitgen.codegen import headers
 from jitgen.interpret_mla import interpret_mla
-from jitgen.ir_mla import Fill, LoadKeys, Mask, MaskTokens, MlaKernel, StoreOutput, walk_mla
+from jitgen.ir_mla import (
+    MAX_SLACK,
+    Fill,
+    LoadKeys,
+    Mask,
+    MaskTokens,
+    MlaKernel,
+    StoreOutput,
+    walk_mla,
+)
 from jitgen.ir_mla_fp8 import (
     AttendTokens,
     LoadTokens,
@@ -455,13 +464,13 @@ def test_kernels_have_four_warpgroups_and_all_registers() -> None:
 
 
 def test_constants_are_the_headers() -> None:
-    text = headers()["jitgen/mla_codes.cuh"]
+    text = headers()["jitgen/mla_codes.cuh"] + headers()["jitgen/mla_softmax.cuh"]
     for name, value in (
         ("kLeastUnit", tokens_mla.LEAST_UNIT),
         ("kRatio", tokens_mla.CODE_UNITS),
         ("kWeightExponent", tokens_mla.WEIGHT_EXPONENT),
         ("kUnitSlack", tokens_mla.UNIT_SLACK),
-        ("kMaxSlack", tokens_mla.MAX_SLACK),
+        ("kMaxSlack", MAX_SLACK),
     ):
         (found,) = re.findall(rf"constexpr \w+ {name} = ([^;f]+)f?;", text)
         assert (float.fromhex if "x" in found else float)(found) == value

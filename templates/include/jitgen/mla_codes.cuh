@@ -99,6 +99,5 @@ constexpr float kLeastUnit = 0x1p-60f;  // of a token
 constexpr float kRatio = 64.0f;
 constexpr int kWeightExponent = 4;  // p <= 2^8 and units <= 2^(exponent + 3): products of both are <= 2^15 in f16
 constexpr int kUnitSlack = 3;
-constexpr float kMaxSlack = 8.0f;      // by which scores may exceed the maximum that p is relative to, in log2
 
 }  // namespace jitgen

@@ -8,7 +8,11 @@ namespace jitgen {
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000); }
 
-// Of rows g and g + 8: the largest score so far, in units of log2, and the sum of 2^(score - max), this lane's share.
+// By which scores may exceed the maximum that p is relative to, in log2.
+constexpr float kMaxSlack = 8.0f;
+
+// Of rows g and g + 8: the largest score so far, or less by kMaxSlack at most, in units of log2, and the sum of
+// 2^(score - max), this lane's share.
 struct RowState {
     float max[2] = {-infinity(), -infinity()}, sum[2] = {};
 
@@ -53,10 +57,12 @@ struct Softening {
             top[row] = fmaxf(value, __shfl_xor_sync(0xffffffff, value, 2));
         }
     }
+    // Maxima that are exceeded by no more than kMaxSlack stay: outputs are hardly ever scaled then.
     __device__ __forceinline__ void grow(RowState& state, float scale) {
 #pragma unroll
         for (u32 row = 0; row < 2; ++row) {
-            factors[row] = state.grow(row, fmaxf(state.max[row], top[row] * scale));
+            const float highest = top[row] * scale;
+            factors[row] = state.grow(row, highest > state.max[row] + kMaxSlack ? highest : state.max[row]);
             base[row] = state.max[row] == -infinity() ? 0.0f : -state.max[row];
         }
     }

@@ -66,8 +66,9 @@ static_assert(kSmemBytes <= 232448, "sm_90 allows 227 KiB of shared memory a blo
 using Walker = SegmentWalker<SequenceLengths, kBlockKeys, kOverhead, kSlack, kWhole>;
 using MlaPartials = Partials<kTiles, kDimV>;
 using MlaResults = Results<T, kHeads, kQueries, kDimV, kTokens, false, kTileRows>;
-// Named barriers of the math threads: results of one warpgroup that the other waits for, then those they both wait at.
-constexpr u32 kFirstReady = 1, kSecondReady = 2, kBoth = 3, kWarpgroupBarrier = 4;
+// Named barriers of the math threads: P of one warpgroup that the other waits for, those they both wait at, those of
+// one alone, and maxima of one that the other waits for.
+constexpr u32 kFirstReady = 1, kSecondReady = 2, kBoth = 3, kWarpgroupBarrier = 4, kFirstMax = 6, kSecondMax = 7;
 
 // A ring of kNumStages blocks of keys. The chunks of a block arrive in groups, and are given up by halves: the columns
 // of V of one math warpgroup each, and with the second what K has beyond V.
@@ -155,16 +156,17 @@ template <u32 kHalf> struct Math {
         softening.find_top(scores);
     }
 
-    // The new maxima, for this warpgroup and, in shared memory, for the other.
+    // The new maxima, for this warpgroup and, in shared memory, for the other, which takes them over before P is there.
     __device__ __forceinline__ void grow(Softening& softening) {
         softening.grow(state, scale);
         if (lane % 4 == 0) {
             st_shared(smem_max(kHalf) + (warp_row + lane / 4) * 4, state.max[0]);
             st_shared(smem_max(kHalf) + (warp_row + lane / 4 + 8) * 4, state.max[1]);
         }
+        named_barrier_arrive<kMathThreads>(kHalf == 0 ? kFirstMax : kSecondMax);
     }
 
-    // p of all keys, likewise.
+    // p of all keys, likewise. Their sums are added once the other has been told.
     __device__ __forceinline__ void exponentiate(Softening& softening) {
         const u32 fragment = opaque(smem_p(kHalf) + fragment_offset(warp_row, opaque(lane)));
 #pragma unroll
@@ -172,16 +174,18 @@ template <u32 kHalf> struct Math {
             softening.exponentiate<T>(scores, p, k, scale);
             stmatrix_x4(fragment ^ 32 * k, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3]);
         }
-        softening.add_sums(state);
         fence_proxy_async();
     }
 
     // Takes over the other warpgroup's maxima.
     __device__ __forceinline__ void follow() {
-        float factors[2];
+        float max[2], factors[2];
 #pragma unroll
         for (u32 row = 0; row < 2; ++row)
-            factors[row] = state.grow(row, ld_shared(smem_max(1 - kHalf) + (warp_row + lane / 4 + row * 8) * 4));
+            max[row] = ld_shared(smem_max(1 - kHalf) + (warp_row + lane / 4 + row * 8) * 4);
+        if (!__any_sync(0xffffffff, max[0] != state.max[0] || max[1] != state.max[1])) return;  // mostly
+#pragma unroll
+        for (u32 row = 0; row < 2; ++row) factors[row] = state.grow(row, max[row]);
         rescale(out, factors);
     }
 
@@ -241,23 +245,26 @@ template <u32 kHalf> struct Math {
                 grow(softening);
                 exponentiate(softening);
                 named_barrier_arrive<kMathThreads>(kFirstReady);
+                softening.add_sums(state);
                 rescale(out, softening.factors);
                 zero_tail(stage(i), block);
                 issue_out<true>(stage(i));
                 finish_out<true>(stage(i));
                 if (has_second) {
-                    named_barrier_sync<kMathThreads>(kSecondReady);
+                    named_barrier_sync<kMathThreads>(kSecondMax);
                     follow();
                     stage(i + 1).wait_values(kHalf);
+                    named_barrier_sync<kMathThreads>(kSecondReady);
                     zero_tail(stage(i + 1), block + 1);
                     issue_out<false>(stage(i + 1));
                     finish_out<false>(stage(i + 1));
                 }
                 if (i + 2 < count) score(stage(i + 2));
             } else {
-                named_barrier_sync<kMathThreads>(kFirstReady);
+                named_barrier_sync<kMathThreads>(kFirstMax);
                 follow();
                 stage(i).wait_values(kHalf);
+                named_barrier_sync<kMathThreads>(kFirstReady);
                 zero_tail(stage(i), block);
                 issue_out<false>(stage(i));
                 if (kScoreAhead && has_second) {
@@ -265,6 +272,7 @@ template <u32 kHalf> struct Math {
                     grow(softening);
                     exponentiate(softening);
                     named_barrier_arrive<kMathThreads>(kSecondReady);
+                    softening.add_sums(state);
                 }
                 finish_out<false>(stage(i));
                 if (has_second) {
@@ -274,6 +282,7 @@ template <u32 kHalf> struct Math {
                         grow(softening);
                         exponentiate(softening);
                         named_barrier_arrive<kMathThreads>(kSecondReady);
+                        softening.add_sums(state);
                     }
                     rescale(out, softening.factors);
                     zero_tail(stage(i + 1), block + 1);
@@ -394,6 +403,29 @@ __device__ __forceinline__ void merge(u32 smem_base, const Announcement& announc
     merger.run(part_index(), threadIdx.x % threads, threads, scratch, kFirstReady + index);
 }
 
+// A block of keys that lies in one page, from row y of the cache on, by the producer's leader.
+template <bool kReadOnce>
+__device__ __forceinline__ void load_block(const Stage& stage, const TensorMap& map_kv, u32 y) {
+    auto expect = [&](u32 from, u32 to) {
+#pragma unroll
+        for (u32 chunk = from; chunk < to; chunk += kGroupChunks)
+            mbarrier_arrive_expect_tx(stage.full(chunk / kGroupChunks), kChunkBytes * min(kGroupChunks, to - chunk));
+    };
+    auto load = [&](u32 from, u32 to) {
+#pragma unroll
+        for (u32 chunk = from; chunk < to; ++chunk)
+            tma_load<false>(stage.keys + chunk * kChunkBytes, map_kv, stage.full(chunk / kGroupChunks), chunk * 64, y,
+                            0, kReadOnce);
+    };
+    mbarrier_wait(stage.empty(0), stage.phase ^ 1);
+    expect(0, kHalfChunks);
+    load(0, kHalfChunks);
+    // Said ahead of the wait: all chunks of the block before had been scored when its first half was given up.
+    expect(kHalfChunks, kChunks);
+    mbarrier_wait(stage.empty(1), stage.phase ^ 1);
+    load(kHalfChunks, kChunks);
+}
+
 // The producer's leader tells of a segment, of the end if there is none, and has the queries loaded.
 __device__ __forceinline__ void announce(Announcement& announced, Segment segment, bool is_some, bool is_apart,
                                          u32& num_shared, u32 smem_base, u32 q_phase, const TensorMap& map_q,
@@ -498,6 +530,16 @@ void flash_fwd_splitkv_mla_kernel_bf16_h16_q1_d576x512_p64_r64_c1_s2_f0_o3_t8(
                 for (u32 block = segment.begin; block < segment.end; ++block, ++index) {
                     table.seek(block * kBlockKeys / kPage, false);
                     const Stage stage(smem_base, index);
+                    // Of a block in one page, the row is looked up ahead of the wait for its stage, and all the rest is
+                    // one lane's: the lanes need not meet after each group.
+                    if constexpr (kPieces == 1 && kCluster == 1 && kPrefetch == 0) {
+                        const u32 y = table[block * kBlockKeys / kPage] * page_rows + block * kBlockKeys % kPage;
+                        if (is_leader && is_read_once) load_block<true>(stage, map_kv, y);
+                        if (is_leader && !is_read_once) load_block<false>(stage, map_kv, y);
+                        __syncwarp();
+                        if (block + 1 == segment.begin + keys_ahead) tell();
+                        continue;
+                    }
                     const u32 num_pieces = min(kPieces, ceil_div(segment.length - block * kBlockKeys, kPieceRows));
                     // Where piece i of a block begins in the cache.
                     auto row = [&](u32 of_block, u32 i) {
