@@ -179,12 +179,13 @@ def select_mla(
     parts = num_parts(tiles, H100_SMS, 2)
     is_few = batch is not None and not is_single and 2 * batch <= parts
     has_pairs = is_few and not batch_invariant and parts * tiles > 0.95 * H100_SMS
+    stages = 2 if problem.head_dim_qk > 320 else 4
     return MlaSchedule(
         tile_rows=tile_rows,
         meet=2 if has_pairs else 1,
-        num_stages=2 if problem.head_dim_qk > 320 else 4,
+        num_stages=stages,
         evict_first=EVICT_FIRST_BLOCKS * min(tiles, 4),
-        score_ahead=num_tiles(problem) >= 2,
+        score_ahead=stages == 2 and num_tiles(problem) >= (4 if is_single else 2),
         whole=batch_invariant,
     )
 
@@ -221,6 +222,11 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
         raise ScheduleError(
             f"meet = {schedule.meet}: of tiles that share keys, and of sequences that are whole, no"
             " parts meet: choose 1"
+        )
+    if schedule.score_ahead and schedule.num_stages > 2:
+        raise ScheduleError(
+            f"score_ahead with num_stages = {schedule.num_stages}: nothing would keep the first"
+            " warpgroup from writing p while the second still reads it: choose 2"
         )
     if not fp8 and schedule.tile_rows < TILE_ROWS and problem.num_queries > problem.num_tokens:
         raise ScheduleError(

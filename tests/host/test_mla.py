@@ -133,6 +133,11 @@ def test_check_mla_rejects(change: dict[str, Any], message: str) -> None:
         (MlaDecode(16), MlaSchedule(meet=3), "meet = 3 must be one of 1, 2"),
         (MlaDecode(128), MlaSchedule(cluster=2, meet=2), "no parts meet: choose 1"),
         (MlaDecode(16), MlaSchedule(meet=2, whole=True), "no parts meet: choose 1"),
+        (
+            MlaDecode(16, head_dim_qk=320, head_dim_v=256),
+            MlaSchedule(num_stages=4, score_ahead=True),
+            "score_ahead with num_stages = 4: nothing would keep",
+        ),
         (MlaDecode(16), MlaSchedule(overhead=0), "overhead = 0"),
         (MlaDecode(16), MlaSchedule(prefetch=-1), "prefetch = -1"),
         (MlaDecode(16), MlaSchedule(score_ahead=1), "score_ahead = 1"),  # type: ignore[arg-type]
