@@ -19,7 +19,7 @@ from .merge import MergeSchedule, MergeStates
 from .problem import MAX_EXTENT, Gemm, GroupedGemm, check_problem, of_k_groups
 from .problem_mla import MlaDecode, check_mla
 from .quantization import Quantization, QuantizationSchedule
-from .schedule_mla import SHORT_KEYS
+from .schedule_mla import key_limits
 from .target import Gpu
 from .tuning.keys import TunedProblem, read_scale_block
 from .tuning.model import m_buckets
@@ -124,7 +124,7 @@ def select_kernels(
         dict.fromkeys(
             (problem, schedule(problem, m, max_keys))
             for problem, m in problems
-            for max_keys in ((None, SHORT_KEYS) if isinstance(problem, MlaDecode) else (None,))
+            for max_keys in (key_limits(problem) if isinstance(problem, MlaDecode) else (None,))
         )
     )
 

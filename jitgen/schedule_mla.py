@@ -24,6 +24,9 @@ FP8_REGISTERS = (40, 120, 176, 176)
 ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
 EVICT_FIRST_BLOCKS = 16  # a tile; of 132 parts 150 MB: beyond, keys lose 2%, below they gain 10%
 SHORT_KEYS = 12288  # of one sequence: up to there more blocks of fewer rows win
+# Tile rows over an FP8 cache, and up to how many tiles of 64 rows and 64 keys a multiprocessor they
+# win: at 4096 keys of 128 rows 18.6, 19.4, 24.6 us with 16, 32, 64; at 16384 34, 29, 32.
+FP8_SHARES = {16: 1, 32: 6}
 H100_SMS = 132
 # Structures over an FP8 cache: what is said of a block of tokens (mla_codes.cuh), what comes with
 # a P, what the warpgroups know of a tile (mla_decode_fp8.cu.j2).
@@ -166,7 +169,7 @@ def select_mla(
     batch_invariant : as for `mla_decode`; the others do not matter then
     """
     if problem.is_fp8:
-        tile_rows = next((rows for rows in (16, 32) if problem.num_rows <= rows), TILE_ROWS)
+        tile_rows = _fp8_tile_rows(problem, None if batch_invariant else batch, max_keys)
         stages = 3 if tile_rows == TILE_ROWS else 4
         return MlaSchedule(tile_rows=tile_rows, num_stages=stages, whole=batch_invariant)
     is_single = batch == 1 and not batch_invariant
@@ -188,6 +191,23 @@ def select_mla(
         score_ahead=stages == 2 and num_tiles(problem) >= (4 if is_single else 2),
         whole=batch_invariant,
     )
+
+
+def _fp8_tile_rows(problem: MlaDecode, batch: int | None, max_keys: int | None) -> int:
+    """As many as there are, at most; fewer where that occupies idle multiprocessors, for it makes
+    loads of queries and merges shorter, or where the keys of each are few."""
+    fitting = next((rows for rows in (16, 32) if problem.num_rows <= rows), TILE_ROWS)
+    if batch is None or max_keys is None:
+        return fitting
+    blocks = batch * problem.num_tokens * -(-max_keys // BLOCK_KEYS)
+    share = blocks * problem.num_rows / (TILE_ROWS * H100_SMS)
+    wanted = next((rows for rows, most in FP8_SHARES.items() if share <= most), TILE_ROWS)
+    return min(fitting, wanted)
+
+
+def key_limits(problem: MlaDecode) -> tuple[int | None, ...]:
+    """Values of `max_keys` among which are some for each schedule that `select_mla` chooses."""
+    return (None, *(BLOCK_KEYS << i for i in range(16))) if problem.is_fp8 else (None, SHORT_KEYS)
 
 
 def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A) -> None:

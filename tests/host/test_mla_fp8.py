@@ -50,7 +50,13 @@ from jitgen.ir_mla_fp8 import (
 from jitgen.lower_mla import lower_mla, mla_tensors
 from jitgen.problem_mla import check_mla
 from jitgen.runtime.store import KernelStore
-from jitgen.schedule_mla import check_mla_schedule, mla_smem_plan, registers, select_mla
+from jitgen.schedule_mla import (
+    check_mla_schedule,
+    key_limits,
+    mla_smem_plan,
+    registers,
+    select_mla,
+)
 from jitgen.tokens_mla import decode_tokens, split_tokens
 from jitgen.verify import verify
 from tests.mla_bounds import check, expected
@@ -495,6 +501,27 @@ def test_select_mla_fits_tiles_to_the_rows_of_an_fp8_cache() -> None:
         problem = MlaDecode(heads, queries, causal=False, cache="fp8", sparse=sparse)
         schedule = select_mla(problem)
         assert (schedule.tile_rows, schedule.num_stages) == expected_tile
+
+
+def test_select_mla_takes_fewer_rows_of_an_fp8_cache_where_sequences_are_few() -> None:
+    def rows(problem: MlaDecode, batch: int | None, **options: Any) -> int:
+        return select_mla(problem, batch=batch, **options).tile_rows
+
+    dense = MlaDecode(128, cache="fp8")
+    keys = (64, 4096, 8192, 16384, 32768)
+    assert [rows(dense, 1, max_keys=n) for n in keys] == [16, 16, 32, 32, 64]
+    assert [rows(dense, n, max_keys=4096) for n in (1, 2, 4, 8)] == [16, 32, 32, 64]
+    assert rows(MlaDecode(128, 2, causal=False, cache="fp8", sparse=True), 2, max_keys=2048) == 32
+    assert rows(MlaDecode(32, cache="fp8"), 64, max_keys=16384) == 32
+    assert rows(dense, 1) == rows(dense, None, max_keys=64) == 64
+    assert rows(dense, 1, max_keys=64, batch_invariant=True) == 64
+
+
+@pytest.mark.parametrize("problem", [DENSE, SPARSE, MlaDecode(128, cache="fp8"), MlaDecode(128)])
+def test_key_limits_name_every_schedule_that_is_chosen(problem: MlaDecode) -> None:
+    for batch in (1, 2, 8, 64):
+        named = {select_mla(problem, batch=batch, max_keys=n) for n in key_limits(problem)}
+        assert {select_mla(problem, batch=batch, max_keys=64 * n) for n in range(1, 2000)} <= named
 
 
 @pytest.mark.parametrize(
