@@ -37,7 +37,8 @@ class Tokens:
 @dataclass(frozen=True)
 class ScaleQueries:
     """e = 14 - floor(log2(the largest |q| of the tile)), 126 at most; q * 2^e, the columns that
-    meet codes in float16, the others in bfloat16; unit = 2^-e. Rows beyond the last one are 0."""
+    meet codes in float16, the others in bfloat16; unit = 2^-e. Rows beyond the last one are
+    without effect."""
 
     dst: Buffer
     tail: Buffer
