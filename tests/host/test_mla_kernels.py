@@ -49,7 +49,7 @@ GOLDEN_KERNELS = {
     "bf16-h64-p64-meet": (MlaDecode(64, causal=False), MlaSchedule(meet=2, evict_first=16)),
     "f16-h128-q2-d320-p16-cluster2-ahead": (
         MlaDecode(128, 2, 320, 256, 16, F16),
-        MlaSchedule(cluster=2, num_stages=4, prefetch=1, overhead=5),
+        MlaSchedule(cluster=2, prefetch=1, overhead=5, score_ahead=True),
     ),
     "fp8-h8-q2-p64": (
         MlaDecode(8, 2, cache="fp8"),
