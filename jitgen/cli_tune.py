@@ -143,7 +143,7 @@ def _read_pairs(
         listed = read_problems(problems)
         pairs = [(p, m) for p, m in listed if isinstance(p, TunedProblem) and is_tunable(p, m)]
         if left_out := len(listed) - len(pairs):
-            typer.echo(f"left out: {left_out} shapes of one sequence, not tuned", err=True)
+            typer.echo(f"left out: {left_out} shapes that are not tuned", err=True)
         return pairs
     problem = tuned_gemm(n or 0, k, num_groups, out_dtype, gated=gated)
     check_problem(problem)

@@ -41,9 +41,12 @@ def tuned(problem: TunedProblem) -> TunedProblem:
 
 
 def is_tunable(problem: TunedProblem, bucket: int) -> bool:
-    """Whether one schedule is best at `bucket`: for one sequence of MLA decode it depends on what
-    a bucket does not say, the most keys that it may have."""
-    return bucket > 1 or not isinstance(problem, MlaDecode)
+    """Whether one schedule is best at `bucket`: for one sequence of MLA decode, and for dense
+    decode over an FP8 cache, it depends on what a bucket does not say, the most keys that there may
+    be."""
+    if not isinstance(problem, MlaDecode):
+        return True
+    return bucket > 1 and (problem.sparse or not problem.is_fp8)
 
 
 def file_stem(problem: TunedProblem) -> str:

@@ -50,12 +50,17 @@ def mla_name(problem: MlaDecode) -> str:
 
 
 def mla_candidates(problem: MlaDecode, first: MlaSchedule) -> list[MlaSchedule]:
-    """Legal schedules, those first that are the fewest steps away from `first`."""
+    """Legal schedules, those first that are the fewest steps away from `first`.
+
+    Tiles of fewer rows win with few keys and lose with many, so only sparse decode, which looks at
+    TOPK, has others than `first`.
+    """
+    rows = VALUES["tile_rows"] if problem.sparse else (first.tile_rows,)
     found = []
     for (cluster, meet, prefetch), *values in itertools.product(PAIRINGS, *VALUES.values()):
         fields = dict(zip(VALUES, values, strict=True))
         found.append(replace(first, cluster=cluster, meet=meet, prefetch=prefetch, **fields))
-    legal = (schedule for schedule in found if is_legal(problem, schedule))
+    legal = (s for s in found if s.tile_rows in rows and is_legal(problem, s))
     return sorted(legal, key=lambda schedule: num_steps(problem, schedule, first))
 
 

@@ -109,7 +109,7 @@ def test_tune_records_k_grouped_gemms(records: Path, tmp_path: Path, entry: dict
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"cache": "fp8"}, {"num_queries": 2, "cache": "fp8", "sparse": True, "causal": False}],
+    [{}, {"num_queries": 2, "cache": "fp8", "sparse": True, "causal": False}],
     ids=str,
 )
 def test_tune_records_mla_decode(records: Path, tmp_path: Path, fields: dict[str, Any]) -> None:

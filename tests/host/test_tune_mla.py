@@ -88,13 +88,11 @@ def test_the_first_candidates_change_one_thing_each(problem: MlaDecode, batch: i
     wanted += [{"evict_first": blocks} for blocks in (fewer, more) if blocks <= 64]
     if problem.num_rows > 64:
         wanted += [{"cluster": 2, "meet": 1}, {"cluster": 2, "meet": 1, "prefetch": 1}]
-    if problem.num_queries == 1:
-        wanted.append({"tile_rows": 32})
     assert {first, *(replace(first, **changes) for changes in wanted)} <= set(eight)
 
 
-def test_candidates_over_an_fp8_cache_are_tiles_with_all_stages_that_fit() -> None:
-    problem = MlaDecode(64, cache="fp8")
+def test_candidates_of_sparse_decode_are_tiles_with_all_stages_that_fit() -> None:
+    problem = MlaDecode(64, causal=False, cache="fp8", sparse=True)
     found = mla_candidates(problem, select_mla(problem, batch=64))
     tiles = [(schedule.tile_rows, schedule.num_stages) for schedule in found]
     assert tiles[:4] == [(64, 3), (32, 4), (64, 2), (16, 4)]
@@ -182,6 +180,14 @@ def test_select_takes_the_record_of_the_batch(folder: Path) -> None:
     assert select(PROBLEM, 1, max_keys=9) == select_mla(PROBLEM, batch=1, max_keys=9)
     whole = select(PROBLEM, 16, batch_invariant=True)
     assert whole == select_mla(PROBLEM, batch_invariant=True)
+
+
+def test_what_depends_on_keys_is_not_tuned() -> None:
+    dense, sparse = MlaDecode(64, cache="fp8"), MlaDecode(64, cache="fp8", sparse=True)
+    assert [is_tunable(problem, 16) for problem in (PROBLEM, dense, sparse)] == [True, False, True]
+    for problem in (MlaDecode(64), dense):
+        first = select_mla(problem, batch=16)
+        assert {s.tile_rows for s in mla_candidates(problem, first)} == {first.tile_rows}
 
 
 def test_records_have_no_say_for_one_sequence(folder: Path) -> None:
