@@ -104,6 +104,8 @@ def check_mla_call(
     num_rows = batch * num_queries * num_heads
     if kv.shape[0] * page_rows > MAX_EXTENT or num_rows > MAX_EXTENT:
         raise ProblemError(f"{kv}; {q}: more than {MAX_EXTENT} rows cannot be addressed")
+    if is_fp8 and problem.num_rows * pitch_q > MAX_EXTENT:
+        raise ProblemError(f"{q}: the rows of a sequence are too far apart to be addressed")
     topk = views["indices"].shape[2] if is_sparse else 0
     return MlaCall(
         problem,

@@ -54,7 +54,7 @@ class Plan:
     def prebuild(self, *, num_processes: int | None = None) -> list[Prebuilt]:
         """Compile what is not in the store yet; needs no GPU. Errors as `jitgen.build.prebuild`.
 
-        No `gemm` with an m of the plan compiles afterwards.
+        No call with an m of the plan compiles afterwards.
         """
         from .build import prebuild
 
@@ -78,7 +78,8 @@ def plan(
     m_range : such as range(1, 4097), or [1, 2, 4, 8]: rows or, for MLA decode, sequences
     gpu, num_sms : its name as the driver gives it, and its multiprocessors; default as for
         `jitgen.tuning.select.named_gpu`
-    max_keys : of MLA decode, that a sequence may have: the columns of block_table times a page
+    max_keys : of MLA decode, that a sequence may have: the columns of block_table times a page, or
+        sparse topk. Calls with others may launch other kernels; `jitgen prebuild` has all of them
     batch_invariant : as for `gemm`
 
     A plan follows the tuning records of the machine and moment that it is made at; a call follows

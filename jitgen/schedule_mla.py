@@ -27,6 +27,7 @@ SHORT_KEYS = 12288  # of one sequence: up to there more blocks of fewer rows win
 # Tile rows over an FP8 cache, and up to how many tiles of 64 rows and 64 keys a multiprocessor they
 # win: at 4096 keys of 128 rows 18.6, 19.4, 24.6 us with 16, 32, 64; at 16384 34, 29, 32.
 FP8_SHARES = {16: 1, 32: 6}
+MAX_SMALL_TILES = 16  # each has a thread block at least
 H100_SMS = 132
 # Structures over an FP8 cache: what is said of a block of tokens (mla_codes.cuh), what comes with
 # a P, what the warpgroups know of a tile (mla_decode_fp8.cu.j2).
@@ -51,7 +52,7 @@ class MlaSchedule:
     evict_first : blocks of keys of a part, up to which their lines are the first to leave L2, so
         that others stay, which may have to be written back; beyond, it costs more than it saves
     score_ahead : the second math warpgroup scores its block of keys before it attends to the
-        first's, not after
+        first's, not after; with two stages only
     whole : sequences are not split, so that the results of one do not depend on the others of its
         batch
 
@@ -194,15 +195,18 @@ def select_mla(
 
 
 def _fp8_tile_rows(problem: MlaDecode, batch: int | None, max_keys: int | None) -> int:
-    """As many as there are, at most; fewer where that occupies idle multiprocessors, for it makes
-    loads of queries and merges shorter, or where the keys of each are few."""
-    fitting = next((rows for rows in (16, 32) if problem.num_rows <= rows), TILE_ROWS)
+    """As many as there are, at most; fewer, in MAX_SMALL_TILES tiles at most, where that occupies
+    idle multiprocessors, or where the keys of each are few: it makes loads of queries and merges
+    shorter."""
+    fitting = next((rows for rows in FP8_SHARES if problem.num_rows <= rows), TILE_ROWS)
     if batch is None or max_keys is None:
         return fitting
-    blocks = batch * problem.num_tokens * -(-max_keys // BLOCK_KEYS)
+    blocks = batch * problem.num_tokens * max(-(-max_keys // BLOCK_KEYS), 1)
     share = blocks * problem.num_rows / (TILE_ROWS * H100_SMS)
-    wanted = next((rows for rows, most in FP8_SHARES.items() if share <= most), TILE_ROWS)
-    return min(fitting, wanted)
+    for rows, most in FP8_SHARES.items():
+        if share <= most and num_tiles(problem, rows) <= MAX_SMALL_TILES:
+            return min(rows, fitting)
+    return fitting
 
 
 def key_limits(problem: MlaDecode) -> tuple[int | None, ...]:

@@ -22,6 +22,7 @@ from .keys import TunedProblem, TunedSchedule, is_tunable, tuned
 from .model import choose, choose_for_all, m_bucket
 from .records import Key, file_of, read_file, shipped_folder, user_folder
 from .space import is_legal
+from .space_mla import is_as_measured
 
 
 @overload
@@ -57,15 +58,16 @@ def select(
     problem : its epilogue and layout do not matter, unless they rule a schedule out
     m : rows of A; of a grouped problem those of all groups, see `jitgen.groups.expected_rows`; of
         MLA decode sequences
-    max_keys : that a sequence of MLA decode may have; None for many. What is best for one sequence
-        depends on it, so records have no say there
+    max_keys : that a sequence of MLA decode may have, or a query token lists; None for many. Where
+        what is best depends on it, records have no say: `is_tunable`, `is_as_measured`
     batch_invariant : one schedule for every m, so that the bits of a row do not depend on m
 
     The records are read once in a process, see `reload_records`. A records file that is broken
     costs a warning and is ignored.
     """
     bucket = m_bucket(m, problem)
-    recorded = None if batch_invariant else _recorded(problem, bucket, gpu)
+    is_measured = not isinstance(problem, MlaDecode) or is_as_measured(problem, max_keys)
+    recorded = _recorded(problem, bucket, gpu) if is_measured and not batch_invariant else None
     if recorded is not None:
         return recorded
     if isinstance(problem, MlaDecode):

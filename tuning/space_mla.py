@@ -37,6 +37,12 @@ def mla_as_tuned(problem: MlaDecode) -> MlaDecode:
     return replace(problem, dtype=BF16, causal=not problem.sparse, sink=False)
 
 
+def is_as_measured(problem: MlaDecode, max_keys: int | None) -> bool:
+    """Whether calls with so many keys are like those that schedules were measured with: tiles of
+    sparse decode depend on how many tokens are listed."""
+    return not problem.sparse or max_keys is None or max_keys <= 2 * TOPK
+
+
 def mla_lengths(problem: MlaDecode) -> tuple[int, ...]:
     """Tokens of a sequence, of each launch that a measurement is of."""
     return SPARSE_LENGTHS if problem.sparse else LENGTHS

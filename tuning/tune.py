@@ -20,7 +20,7 @@ from .keys import TunedProblem, TunedSchedule, job_name, place, place_in_file, t
 from .model import m_bucket, rank
 from .select import select
 from .space import numerics_class
-from .space_mla import mla_candidates, mla_lengths
+from .space_mla import TOPK, mla_candidates, mla_lengths
 
 NUM_CANDIDATES = 32
 MAX_PREDICTED = 1.6  # of the least predicted time: what is worth a measurement
@@ -135,8 +135,9 @@ def shortlist(problem: TunedProblem, m: int, gpu: Gpu, count: int) -> tuple[Tune
     """
     first: TunedSchedule
     if isinstance(problem, MlaDecode):
-        first = select(problem, m, gpu)
-        found = mla_candidates(problem, select_mla(problem, batch=m))
+        keys = TOPK if problem.sparse else None
+        first = select(problem, m, gpu, max_keys=keys)
+        found = mla_candidates(problem, select_mla(problem, batch=m, max_keys=keys))
         return tuple(dict.fromkeys([first, *found]))[:count]
     predicted = rank(problem, m, gpu.num_sms)
     limit = MAX_PREDICTED * min(predicted.values())

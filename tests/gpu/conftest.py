@@ -19,8 +19,8 @@ EVERY_LANE = {
         "mbarrier_init(empty_scales + 8 * stage, kTileThreads);"
     ),
 }
-# Under racecheck a kernel does not end if a thread arrives at its cluster's barrier and leaves
-# without having waited there.
+# Under racecheck a GEMM in clusters does not end if threads arrive at the cluster's barrier and
+# leave without having waited there; MLA decode does.
 EVERY_THREAD = {
     "if constexpr (kClusterSize > 1) cluster_arrive();": (
         "if constexpr (kClusterSize > 1) cluster_arrive(), cluster_wait();"

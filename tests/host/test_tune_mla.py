@@ -183,7 +183,8 @@ def test_select_takes_the_record_of_the_batch(folder: Path) -> None:
 
 
 def test_what_depends_on_keys_is_not_tuned() -> None:
-    dense, sparse = MlaDecode(64, cache="fp8"), MlaDecode(64, cache="fp8", sparse=True)
+    dense = MlaDecode(64, cache="fp8")
+    sparse = replace(dense, causal=False, sparse=True)
     assert [is_tunable(problem, 16) for problem in (PROBLEM, dense, sparse)] == [True, False, True]
     for problem in (MlaDecode(64), dense):
         first = select_mla(problem, batch=16)
@@ -195,6 +196,26 @@ def test_records_have_no_say_for_one_sequence(folder: Path) -> None:
     reload_records()
     assert [is_tunable(PROBLEM, b) for b in (1, 2)] == [False, True]
     assert select(PROBLEM, 1) == select_mla(PROBLEM, batch=1) != FASTER
+
+
+def test_records_of_sparse_decode_are_for_about_as_many_tokens_as_were_measured(
+    folder: Path,
+) -> None:
+    sparse = mla_as_tuned(MlaDecode(128, causal=False, cache="fp8", sparse=True))
+    recorded = MlaSchedule(tile_rows=16, num_stages=2)
+    save(folder, [replace(record(sparse), schedule=recorded)])
+    reload_records()
+    assert [select(sparse, 16, max_keys=n) == recorded for n in (64, 2048, 4096, 4097)] == [
+        *[True] * 3,
+        False,
+    ]
+    assert select(sparse, 16, max_keys=65536) == select_mla(sparse, batch=16, max_keys=65536)
+
+
+def test_the_tuner_compares_with_what_a_call_of_sparse_decode_takes() -> None:
+    sparse = mla_as_tuned(MlaDecode(128, causal=False, cache="fp8", sparse=True))
+    (job,) = make_jobs([(sparse, 2)], H100, 5)
+    assert job.schedules[0] == select_mla(sparse, batch=2, max_keys=2048) != select_mla(sparse)
 
 
 def test_select_ignores_a_record_that_cannot_run_the_problem(folder: Path) -> None:
