@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -198,15 +199,15 @@ def _fp8_tile_rows(problem: MlaDecode, batch: int | None, max_keys: int | None) 
     """As many as there are, at most; fewer, in MAX_SMALL_TILES tiles at most, where that occupies
     idle multiprocessors, or where the keys of each are few: it makes loads of queries and merges
     shorter."""
-    fitting = next((rows for rows in FP8_SHARES if problem.num_rows <= rows), TILE_ROWS)
-    if batch is None or max_keys is None:
-        return fitting
-    blocks = batch * problem.num_tokens * max(-(-max_keys // BLOCK_KEYS), 1)
-    share = blocks * problem.num_rows / (TILE_ROWS * H100_SMS)
+    share = math.inf
+    if batch is not None and max_keys is not None:
+        blocks = batch * problem.num_tokens * max(-(-max_keys // BLOCK_KEYS), 1)
+        share = blocks * problem.num_rows / (TILE_ROWS * H100_SMS)
     for rows, most in FP8_SHARES.items():
-        if share <= most and num_tiles(problem, rows) <= MAX_SMALL_TILES:
-            return min(rows, fitting)
-    return fitting
+        is_small = share <= most and num_tiles(problem, rows) <= MAX_SMALL_TILES
+        if problem.num_rows <= rows or is_small:
+            return rows
+    return TILE_ROWS
 
 
 def key_limits(problem: MlaDecode) -> tuple[int | None, ...]:

@@ -28,7 +28,7 @@ from ..problem import (
 from ..problem_mla import MlaDecode, check_mla
 from ..schedule import Schedule
 from ..schedule_mla import MlaSchedule
-from .space_mla import mla_as_tuned, mla_name
+from .space_mla import TOPK, mla_as_tuned, mla_name
 
 TunedProblem = Gemm | MlaDecode
 TunedSchedule = Schedule | MlaSchedule
@@ -40,13 +40,17 @@ def tuned(problem: TunedProblem) -> TunedProblem:
     return mla_as_tuned(problem) if isinstance(problem, MlaDecode) else as_tuned(problem)
 
 
-def is_tunable(problem: TunedProblem, bucket: int) -> bool:
-    """Whether one schedule is best at `bucket`: for one sequence of MLA decode, and for dense
-    decode over an FP8 cache, it depends on what a bucket does not say, the most keys that there may
-    be."""
+def is_tunable(problem: TunedProblem, bucket: int, max_keys: int | None = None) -> bool:
+    """Whether one schedule is best at `bucket`, the measured one, for calls with `max_keys`.
+
+    For one sequence of MLA decode, and for dense decode over an FP8 cache, it depends on what a
+    bucket does not say, the most keys that there may be; sparse decode is measured with TOPK.
+    """
     if not isinstance(problem, MlaDecode):
         return True
-    return bucket > 1 and (problem.sparse or not problem.is_fp8)
+    if problem.sparse:
+        return bucket > 1 and (max_keys is None or max_keys <= 2 * TOPK)
+    return bucket > 1 and not problem.is_fp8
 
 
 def file_stem(problem: TunedProblem) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import CandidateError, VerifyError
@@ -38,14 +39,13 @@ class KGroupedCase:
         """Run on a known D, and compare all of it with what is proven, or else tiles of it with the
         interpreter."""
         for length, operands in zip(LENGTHS, self._operands, strict=True):
-            operands.fill()
-            before = [operands.part(tile) for tile in operands.tiles]
-            operands.run(schedule)
             if length in self._proven:
+                operands.fill()
+                operands.run(schedule)
                 self._compare(operands, schedule, *self._proven[length])
                 continue
-            for tile, part in zip(operands.tiles, before, strict=True):
-                _check_tile(operands, schedule, tile, part)
+            with _blaming(schedule):
+                operands.check(schedule)
             self._proven[length] = schedule, operands.d.clone()
 
     def _compare(
@@ -67,18 +67,18 @@ class KGroupedCase:
         tile = operands.tile_of(group, row, column)
         got = operands.part(tile)
         operands.fill()
-        _check_tile(operands, schedule, tile, operands.part(tile), got)
+        with _blaming(schedule):
+            operands.check_tile(tile, operands.part(tile), got)
         raise VerifyError(
             f"{self.problem}, m = {self.m}: {proven_by} is wrong at [{group}, {row}, {column}],"
             f" where {schedule} has the interpreter's bits: report this"
         )
 
 
-def _check_tile(
-    operands: KGroupedOperands, schedule: Schedule, tile: Any, before: Any, got: Any = None
-) -> None:
-    """Raise CandidateError unless the tile, of D as it is or as `got`, is the interpreter's."""
+@contextlib.contextmanager
+def _blaming(schedule: Schedule) -> Iterator[None]:
+    """What is not verified is the schedule's fault: a CandidateError."""
     try:
-        operands.check_tile(tile, before, operands.part(tile) if got is None else got)
+        yield
     except VerifyError as error:
         raise CandidateError(f"{schedule}: {error}") from None

@@ -94,6 +94,14 @@ class KGroupedOperands:
         else:
             self.d.fill_(float("nan"))
 
+    def check(self, schedule: Schedule) -> None:
+        """Run on a known D, and raise VerifyError unless tiles of it are the interpreter's."""
+        self.fill()
+        before = [self.part(tile) for tile in self.tiles]
+        self.run(schedule)
+        for tile, part in zip(self.tiles, before, strict=True):
+            self.check_tile(tile, part, self.part(tile))
+
     def part(self, tile: KTile) -> Any:
         """The tile of D as it is now, a copy."""
         return self.d[tile.group][self._rows(tile), self._columns(tile)].clone()

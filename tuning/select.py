@@ -22,7 +22,6 @@ from .keys import TunedProblem, TunedSchedule, is_tunable, tuned
 from .model import choose, choose_for_all, m_bucket
 from .records import Key, file_of, read_file, shipped_folder, user_folder
 from .space import is_legal
-from .space_mla import is_as_measured
 
 
 @overload
@@ -59,15 +58,14 @@ def select(
     m : rows of A; of a grouped problem those of all groups, see `jitgen.groups.expected_rows`; of
         MLA decode sequences
     max_keys : that a sequence of MLA decode may have, or a query token lists; None for many. Where
-        what is best depends on it, records have no say: `is_tunable`, `is_as_measured`
+        what is best depends on it, records have no say: `is_tunable`
     batch_invariant : one schedule for every m, so that the bits of a row do not depend on m
 
     The records are read once in a process, see `reload_records`. A records file that is broken
     costs a warning and is ignored.
     """
     bucket = m_bucket(m, problem)
-    is_measured = not isinstance(problem, MlaDecode) or is_as_measured(problem, max_keys)
-    recorded = _recorded(problem, bucket, gpu) if is_measured and not batch_invariant else None
+    recorded = None if batch_invariant else _recorded(problem, bucket, gpu, max_keys)
     if recorded is not None:
         return recorded
     if isinstance(problem, MlaDecode):
@@ -105,9 +103,11 @@ def reload_records() -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _recorded(problem: TunedProblem, bucket: int, gpu: Gpu) -> TunedSchedule | None:
+def _recorded(
+    problem: TunedProblem, bucket: int, gpu: Gpu, max_keys: int | None
+) -> TunedSchedule | None:
     plain = tuned(problem)
-    if not is_tunable(plain, bucket):
+    if not is_tunable(plain, bucket, max_keys):
         return None
     for folder in (user_folder(), shipped_folder()):
         schedule = _schedules(file_of(folder, gpu, plain)).get((gpu, plain, bucket))

@@ -37,12 +37,6 @@ def mla_as_tuned(problem: MlaDecode) -> MlaDecode:
     return replace(problem, dtype=BF16, causal=not problem.sparse, sink=False)
 
 
-def is_as_measured(problem: MlaDecode, max_keys: int | None) -> bool:
-    """Whether calls with so many keys are like those that schedules were measured with: tiles of
-    sparse decode depend on how many tokens are listed."""
-    return not problem.sparse or max_keys is None or max_keys <= 2 * TOPK
-
-
 def mla_lengths(problem: MlaDecode) -> tuple[int, ...]:
     """Tokens of a sequence, of each launch that a measurement is of."""
     return SPARSE_LENGTHS if problem.sparse else LENGTHS
@@ -61,12 +55,12 @@ def mla_candidates(problem: MlaDecode, first: MlaSchedule) -> list[MlaSchedule]:
     Tiles of fewer rows win with few keys and lose with many, so only sparse decode, which looks at
     TOPK, has others than `first`.
     """
-    rows = VALUES["tile_rows"] if problem.sparse else (first.tile_rows,)
+    choices = VALUES if problem.sparse else VALUES | {"tile_rows": (first.tile_rows,)}
     found = []
-    for (cluster, meet, prefetch), *values in itertools.product(PAIRINGS, *VALUES.values()):
-        fields = dict(zip(VALUES, values, strict=True))
+    for (cluster, meet, prefetch), *values in itertools.product(PAIRINGS, *choices.values()):
+        fields = dict(zip(choices, values, strict=True))
         found.append(replace(first, cluster=cluster, meet=meet, prefetch=prefetch, **fields))
-    legal = (s for s in found if s.tile_rows in rows and is_legal(problem, s))
+    legal = (schedule for schedule in found if is_legal(problem, schedule))
     return sorted(legal, key=lambda schedule: num_steps(problem, schedule, first))
 
 

@@ -47,19 +47,9 @@ __device__ __forceinline__ u16 round_f16(float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
     return bits;
 }
-__device__ __forceinline__ u32 ld_shared_u16(u32 smem) {
-    u16 v;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(smem) : "memory");
-    return v;
-}
 __device__ __forceinline__ uint2 ld_shared_u2(u32 smem) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(smem) : "memory");
-    return v;
-}
-__device__ __forceinline__ float2 ld_shared_v2(u32 smem) {
-    float2 v;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(smem) : "memory");
     return v;
 }
 __device__ __forceinline__ void st_shared(u32 smem, uint4 v) {
