@@ -30,20 +30,18 @@ class SingleFlight:
     ----------
     timeout_s : longest wait for whoever holds a lock
     counters : for waits
-    on_unwritable : told why, where lock files cannot be written; the work goes on without
     """
 
-    def __init__(
-        self, *, timeout_s: float, counters: Counters, on_unwritable: Callable[[str], None]
-    ) -> None:
+    def __init__(self, *, timeout_s: float, counters: Counters) -> None:
         self._timeout_s = timeout_s
         self._counters = counters
-        self._on_unwritable = on_unwritable
         self._mutex = threading.Lock()  # guards the locks between threads
         self._locks: dict[str, threading.Lock] = {}
 
     @contextlib.contextmanager
-    def hold(self, digest: str, name: str, root: Path | None) -> Iterator[None]:
+    def hold(
+        self, digest: str, name: str, root: Path | None, on_unwritable: Callable[[str], None]
+    ) -> Iterator[None]:
         """Hold the locks of one kernel.
 
         Parameters
@@ -51,6 +49,7 @@ class SingleFlight:
         digest : of its key
         name : of the kernel, for people
         root : folder of the store, for the lock file; None for none
+        on_unwritable : told why, where the lock file cannot be written; the work goes on without
 
         Raises
         ------
@@ -74,7 +73,7 @@ class SingleFlight:
                     try:
                         held.enter_context(file_lock)
                     except OSError as error:
-                        self._on_unwritable(str(error))
+                        on_unwritable(str(error))
                 yield
         finally:
             lock.release()

@@ -90,9 +90,7 @@ class KernelStore:
         self._memory: dict[str, Entry] = {}
         self._writable = True
         self._counters = Counters(PROCESS)
-        self._flights = SingleFlight(
-            timeout_s=lock_timeout_s, counters=self._counters, on_unwritable=self._fall_back
-        )
+        self._flights = SingleFlight(timeout_s=lock_timeout_s, counters=self._counters)
         self._configured = tiers
         self._root = self._open_root(tiers.own)
         self._tiers = open_tiers(tiers, self._counters)
@@ -340,7 +338,7 @@ class KernelStore:
     @contextlib.contextmanager
     def _single_flight(self, digest: str, name: str) -> Iterator[None]:
         root = self._root if self._locking and self._writable else None
-        with self._flights.hold(digest, name, root):
+        with self._flights.hold(digest, name, root, self._fall_back):
             yield
 
     def _keep(self, entry: Entry, *, heal: bool) -> Entry:

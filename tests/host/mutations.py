@@ -169,10 +169,12 @@ def litter(store: Store) -> None:
     names = ["tmp", "locks", "stats.jsonl", f"locks/{digest}.lock", f"locks/{digest}.holder"]
     names += [f"tmp/{digest}.1.00000000", f"{digest[:2]}/stranger", "ff", "zz"]
     path = store.root / store.rng.choice(names)
+    if not path.parent.is_dir():  # litter too
+        path.parent.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-    path.parent.mkdir(exist_ok=True)
     kind = store.rng.randrange(3)
     if kind == 0:
         path.write_bytes(store.rng.randbytes(50))
