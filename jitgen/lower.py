@@ -51,7 +51,6 @@ from .schedule import (
     SCALE_BLOCKS,
     WGMMA_M,
     Schedule,
-    check_schedule,
     is_scaled_by_row,
     num_sfb_rows,
     slice_columns,
@@ -60,6 +59,7 @@ from .schedule import (
     tile_columns,
 )
 from .schedule_mla import MlaSchedule
+from .schedule_rules import check_schedule
 from .target import SM90A, Target
 from .traversal import Traversal
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from .errors import ScheduleError
 from .problem import Gemm
-from .schedule import Schedule, check_ranges, max_stages
+from .schedule import Schedule, max_stages
+from .schedule_rules import check_ranges
 from .target import Gpu
 
 SCHEDULE_HELP = (

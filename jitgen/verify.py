@@ -61,12 +61,12 @@ from .schedule import (
     BLOCK_K,
     SCALE_BLOCKS,
     Schedule,
-    check_schedule,
     part_columns,
     slice_columns,
     split_blocks,
     tile_columns,
 )
+from .schedule_rules import check_schedule
 from .traversal import Traversal
 from .verify_mla import verify_mla
 

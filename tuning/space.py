@@ -9,8 +9,9 @@ from dataclasses import fields, replace
 from ..errors import ScheduleError
 from ..problem import Gemm, GroupedGemm
 from ..problem_mla import MlaDecode
-from ..schedule import Promotion, Schedule, check_schedule, max_stages
+from ..schedule import Promotion, Schedule, max_stages
 from ..schedule_mla import MlaSchedule, check_mla_schedule
+from ..schedule_rules import check_schedule
 from ..target import SM90A, Target
 
 # (rows of wgmma's, math warpgroups): 64 or 128 rows a warpgroup.

@@ -22,7 +22,8 @@ from jitgen.problem import Gemm
 from jitgen.problem_list import read_problems
 from jitgen.runtime import nvrtc
 from jitgen.runtime.driver import Device
-from jitgen.schedule import Schedule, check_schedule
+from jitgen.schedule import Schedule
+from jitgen.schedule_rules import check_schedule
 from jitgen.schedule_text import parse_schedule
 from jitgen.tuning import bench, host, plot, report
 from jitgen.tuning.select import named_gpu, select

@@ -40,11 +40,11 @@ from jitgen.problem import of_k_groups
 from jitgen.runtime.store import KernelStore
 from jitgen.schedule import (
     ACCUMULATOR_REGISTERS,
-    check_schedule,
     part_columns,
     part_registers,
     products_ahead,
 )
+from jitgen.schedule_rules import check_schedule
 from jitgen.tuning.model import rank
 from jitgen.tuning.select import select
 from jitgen.tuning.space import candidates

@@ -17,7 +17,8 @@ from jitgen.errors import ProblemError, ScheduleError
 from jitgen.ir import Evaluate, ForK, Load, Mma, Promote, Reduce, Store, walk
 from jitgen.kernel import Kernel
 from jitgen.lower import kernel_name, lower, store_box
-from jitgen.schedule import check_schedule, slice_columns, smem_plan
+from jitgen.schedule import slice_columns, smem_plan
+from jitgen.schedule_rules import check_schedule
 from jitgen.target import SM90A
 from jitgen.tuning.space import VARIANTS, candidates
 from jitgen.verify import verify

@@ -20,7 +20,6 @@ from jitgen.schedule import (
     SCALE_BLOCKS,
     Promotion,
     accumulator_registers,
-    check_schedule,
     max_stages,
     num_barriers,
     num_k_blocks,
@@ -33,6 +32,7 @@ from jitgen.schedule import (
     smem_plan,
     split_blocks,
 )
+from jitgen.schedule_rules import check_schedule
 from jitgen.target import SM90A
 from jitgen.tuning.model import M_BUCKETS, choose, choose_for_all, m_bucket, predict_us
 from jitgen.tuning.space import (

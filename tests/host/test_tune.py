@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from jitgen.errors import CandidateError, DeviceError
 from jitgen.problem import Gemm
-from jitgen.schedule import Schedule, check_schedule
+from jitgen.schedule import Schedule
+from jitgen.schedule_rules import check_schedule
 from jitgen.target import H100
 from jitgen.tuning import tune as search
 from jitgen.tuning.model import predict_us, rank
