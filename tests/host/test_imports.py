@@ -22,6 +22,7 @@ COMPILER = (
     ("groups",),  # which rows are whose
     ("layouts",),  # as users say it
     ("schedule",),  # how it is mapped to the GPU: what may be tuned
+    ("schedule_rules",),  # what of that kernels, registers and shared memory allow
     ("schedule_mla",),  # of MLA decode
     ("traversal",),  # the order of its tiles
     ("ir",),  # the tile program that both become
