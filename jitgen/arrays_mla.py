@@ -84,9 +84,10 @@ def check_mla_call(
     if not (math.isfinite(scale) and scale > 0):
         raise ProblemError(f"softmax_scale = {softmax_scale} must be positive and finite")
     pitch_q = _row_pitch(q, (num_queries * num_heads, num_heads, 1))
-    pitch_kv = kv.strides[1]
+    # A page of one token has no next row: its stride may be anything.
+    pitch_kv = TOKEN_BYTES if is_fp8 and kv.shape[1] == 1 else kv.strides[1]
     page_rows, rest = divmod(kv.strides[0], max(pitch_kv, 1))
-    if is_fp8 and pitch_kv != TOKEN_BYTES and kv.shape[1] > 1:
+    if is_fp8 and pitch_kv != TOKEN_BYTES:
         raise ProblemError(f"{kv}: the tokens of a page must follow one another")
     if kv.shape[0] > 1 and (rest or page_rows < 1):  # pages may overlap
         raise ProblemError(f"{kv}: pages must be whole multiples of its row stride apart")

@@ -315,7 +315,8 @@ def test_interpret_meets_float64_where_maxima_grow(
         o, lse = interpret_mla(
             kernel, inputs, softmax_scale=576**-0.5, num_parts=3, numerics=numerics
         )
-        check_results(problem, inputs, o, lse, numerics)
+        # An lse may be near 0 though scores are large: float32 has 2^-24 of those.
+        check_results(problem, inputs, o, lse, numerics, lse_error=1e-6 * steepness)
 
 
 def test_maxima_grow_by_more_than_the_slack_or_not_at_all() -> None:

@@ -375,6 +375,10 @@ def test_calls_reject_arrays_that_break_a_rule(rng: np.random.Generator) -> None
     wide = np.zeros((*cache.shape[:3], 672), np.uint8)[..., :656]
     with pytest.raises(ProblemError, match="must follow one another"):
         jitgen.mla_decode(*(inputs | {"kv_cache": wide}).values())
+    of_one = cache.reshape(-1, 1, 1, 656)
+    apart = np.zeros((len(of_one), 1, 1, 704), np.uint8)[..., :656]  # of 656 and 48 more each
+    with pytest.raises(ProblemError, match="pages must be whole multiples"):
+        jitgen.mla_decode(*(inputs | {"kv_cache": apart}).values())
     with pytest.raises(ProblemError, match=r"queries of bfloat16, got .* and float16"):
         jitgen.mla_decode(*(inputs | {"q": q.astype(np.float16)}).values())
     for change, message in (
