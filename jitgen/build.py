@@ -211,8 +211,9 @@ def prebuild(
     if unfinished:
         names = ", ".join(lower_any(*kernel).name for kernel in unfinished)
         raise CompileError(
-            f"a compile process died (out of memory?), one of {workers}: prebuild again with fewer"
-            f" processes; unfinished: {names}"
+            f"a compile process died, one of {workers}: out of memory (prebuild again with fewer"
+            " processes), or started by a script that does not guard what it does with"
+            f' `if __name__ == "__main__":`; unfinished: {names}'
         ) from failure
     if failure:
         raise failure
