@@ -85,7 +85,7 @@ def check_mla_call(
         raise ProblemError(f"softmax_scale = {softmax_scale} must be positive and finite")
     pitch_q = _row_pitch(q, (num_queries * num_heads, num_heads, 1))
     # A page of one token has no next row: its stride may be anything.
-    pitch_kv = TOKEN_BYTES if is_fp8 and kv.shape[1] == 1 else kv.strides[1]
+    pitch_kv = kv.strides[1] if kv.shape[1] > 1 else kv.shape[3]
     page_rows, rest = divmod(kv.strides[0], max(pitch_kv, 1))
     if is_fp8 and pitch_kv != TOKEN_BYTES:
         raise ProblemError(f"{kv}: the tokens of a page must follow one another")

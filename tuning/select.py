@@ -65,7 +65,8 @@ def select(
     costs a warning and is ignored.
     """
     bucket = m_bucket(m, problem)
-    recorded = None if batch_invariant else _recorded(problem, bucket, gpu, max_keys)
+    records_decide = is_tunable(problem, bucket, max_keys) and not batch_invariant
+    recorded = _recorded(problem, bucket, gpu) if records_decide else None
     if recorded is not None:
         return recorded
     if isinstance(problem, MlaDecode):
@@ -103,12 +104,8 @@ def reload_records() -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _recorded(
-    problem: TunedProblem, bucket: int, gpu: Gpu, max_keys: int | None
-) -> TunedSchedule | None:
+def _recorded(problem: TunedProblem, bucket: int, gpu: Gpu) -> TunedSchedule | None:
     plain = tuned(problem)
-    if not is_tunable(plain, bucket, max_keys):
-        return None
     for folder in (user_folder(), shipped_folder()):
         schedule = _schedules(file_of(folder, gpu, plain)).get((gpu, plain, bucket))
         # That of an old record may be legal no more.
