@@ -34,7 +34,7 @@ COMPILER = (
     ("tokens_mla",),  # of an FP8 cache
     ("limits",),  # what the hardware takes of a kernel
     ("lower_mla", "interpret_mla", "codegen_mla"),  # as below, for MLA decode
-    ("verify_mla",),
+    ("verify_mla", "verify_tile"),  # by `verify`
     ("merge",),  # a kernel of its own, from problem to meaning
     ("quantization",),  # another
     ("lower", "verify", "interpret", "codegen"),  # make it, check it, run it, print it
