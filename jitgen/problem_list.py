@@ -124,7 +124,7 @@ def select_kernels(
         dict.fromkeys(
             (problem, schedule(problem, m, max_keys))
             for problem, m in problems
-            for max_keys in (key_limits(problem) if isinstance(problem, MlaDecode) else (None,))
+            for max_keys in (key_limits() if isinstance(problem, MlaDecode) else (None,))
         )
     )
 

@@ -24,7 +24,9 @@ REGISTER_CHUNKS = 1  # of Q that the math warpgroups keep in registers: over one
 FP8_REGISTERS = (40, 120, 176, 176)
 ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
 EVICT_FIRST_BLOCKS = 16  # a tile; of 132 parts 150 MB: beyond, keys lose 2%, below they gain 10%
-SHORT_KEYS = 12288  # of one sequence: up to there more blocks of fewer rows win
+# Keys of a part, up to which parts of 32 rows win (twice that for one tile of 64), and, for each
+# tile of a sequence, parts that meet.
+SHORT_KEYS, MEET_KEYS = 320, 256
 # Tile rows over an FP8 cache, and up to how many tiles of 64 rows and 64 keys a multiprocessor they
 # win: at 4096 keys of 128 rows 18.6, 19.4, 24.6 us with 16, 32, 64; at 16384 34, 29, 32.
 FP8_SHARES = {16: 1, 32: 6}
@@ -174,25 +176,46 @@ def select_mla(
         tile_rows = _fp8_tile_rows(problem, None if batch_invariant else batch, max_keys)
         stages = 3 if tile_rows == TILE_ROWS else 4
         return MlaSchedule(tile_rows=tile_rows, num_stages=stages, whole=batch_invariant)
-    is_single = batch == 1 and not batch_invariant
-    # Parts of one sequence have few keys: with tiles of fewer rows they leave less for the merge.
-    is_short = max_keys is not None and max_keys <= SHORT_KEYS
-    is_split = problem.num_queries == 1 and 32 < problem.num_rows <= (128 if is_short else 64)
-    tile_rows = 32 if is_single and is_split else TILE_ROWS
-    tiles = num_tiles(problem, tile_rows)
-    # Two parts or more of each of a few sequences, if that leaves hardly a multiprocessor idle.
-    parts = num_parts(tiles, H100_SMS, 2)
-    is_few = batch is not None and not is_single and 2 * batch <= parts
-    has_pairs = is_few and not batch_invariant and parts * tiles > 0.95 * H100_SMS
-    stages = 2 if problem.head_dim_qk > 320 else 4
+    rows, meet = TILE_ROWS, 1
+    if batch is not None and not batch_invariant:
+        rows = _tile_rows(problem, batch, max_keys)
+        meet = _meet(problem, rows, batch, max_keys)
+    tiles, stages = num_tiles(problem, rows), 2 if problem.head_dim_qk > 320 else 4
+    least = 2 if rows == TILE_ROWS and meet == 1 else 4  # tiles with which it pays to score ahead
     return MlaSchedule(
-        tile_rows=tile_rows,
-        meet=2 if has_pairs else 1,
+        tile_rows=rows,
+        meet=meet,
         num_stages=stages,
         evict_first=EVICT_FIRST_BLOCKS * min(tiles, 4),
-        score_ahead=stages == 2 and num_tiles(problem) >= (4 if is_single else 2),
+        score_ahead=stages == 2 and tiles >= least,
         whole=batch_invariant,
     )
+
+
+def _tile_rows(problem: MlaDecode, batch: int, max_keys: int | None) -> int:
+    """Parts of few keys have fewer rows, which leaves less for the merge."""
+    few = 32
+    parts = num_parts(num_tiles(problem, few), H100_SMS, 2)
+    if max_keys is None or problem.num_rows <= few or 2 * batch > parts:
+        return TILE_ROWS
+    most = SHORT_KEYS * (2 if num_tiles(problem) == 1 else 1)
+    return few if batch * max_keys <= most * parts else TILE_ROWS
+
+
+def _meet(problem: MlaDecode, tile_rows: int, batch: int, max_keys: int | None) -> int:
+    """2 if there are two parts or more of each sequence, hardly a multiprocessor is idle, and what
+    meetings save is more than what they cost."""
+    tiles = num_tiles(problem, tile_rows)
+    parts = num_parts(tiles, H100_SMS, 2)
+    if 2 * batch > parts or parts * tiles < 0.95 * H100_SMS:
+        return 1
+    if tiles == 1:
+        return 2 if problem.num_rows > 16 or batch > 8 else 1
+    if max_keys is None:
+        return 1
+    # With as many sequences as pairs of parts none is cut elsewhere.
+    most = MEET_KEYS * tiles * (2 if 2 * batch > 0.9 * parts else 1)
+    return 2 if batch * max_keys <= most * parts else 1
 
 
 def _fp8_tile_rows(problem: MlaDecode, batch: int | None, max_keys: int | None) -> int:
@@ -210,9 +233,9 @@ def _fp8_tile_rows(problem: MlaDecode, batch: int | None, max_keys: int | None) 
     return TILE_ROWS
 
 
-def key_limits(problem: MlaDecode) -> tuple[int | None, ...]:
+def key_limits() -> tuple[int | None, ...]:
     """Values of `max_keys` among which are some for each schedule that `select_mla` chooses."""
-    return (None, *(BLOCK_KEYS << i for i in range(16))) if problem.is_fp8 else (None, SHORT_KEYS)
+    return (None, *(BLOCK_KEYS << i for i in range(16)))
 
 
 def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target = SM90A) -> None:
@@ -252,11 +275,6 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
         raise ScheduleError(
             f"score_ahead with num_stages = {schedule.num_stages}: nothing would keep the first"
             " warpgroup from writing p while the second still reads it: choose 2"
-        )
-    if not fp8 and schedule.tile_rows < TILE_ROWS and problem.num_queries > problem.num_tokens:
-        raise ScheduleError(
-            f"tile_rows = {schedule.tile_rows} takes one query token, not {problem.num_queries}: a"
-            f" mask by rows would spill registers: choose {TILE_ROWS}"
         )
     total = mla_smem_plan(problem, schedule).total_bytes
     if total > target.smem_per_block_bytes:

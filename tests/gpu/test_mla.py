@@ -67,9 +67,9 @@ def test_schedules_meet_float64(schedule: MlaSchedule) -> None:
     batches = [(5000,), (150,), (700, 0, 129, 64) * 5, (1000,) * 33, (900, 1000, 330) * 4]
     if schedule.meet > 1:  # sequences that share parts
         batches += [(700, 0, 129, 64) * 40, (1000,) * 150, (130, 3000, 1) * 50]
-    for page in (16, 64):
+    for problem in (MlaDecode(128, page=16), MlaDecode(128), MlaDecode(64, 2)):
         for lengths in batches:
-            run_and_compare(MlaDraw(MlaDecode(128, page=page), lengths, schedule, 5))
+            run_and_compare(MlaDraw(problem, lengths, schedule, 5))
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,22 @@ def test_pages_that_lie_apart_meet_float64() -> None:
     run_and_compare(MlaDraw(MlaDecode(16, page=32), (1000, 3, 77), None, 9), gap=48)
 
 
-@pytest.mark.parametrize("problem", [MlaDecode(3, 2), MlaDecode(128, dtype=F16)], ids=str)
-def test_small_equals_interpreter_within_tolerance(problem: MlaDecode) -> None:
+@pytest.mark.parametrize(
+    ("problem", "schedule"),
+    [
+        (MlaDecode(3, 2), None),
+        (MlaDecode(128, dtype=F16), None),
+        (MlaDecode(40, 2), MlaSchedule(tile_rows=32, meet=2)),
+    ],
+    ids=str,
+)
+def test_small_equals_interpreter_within_tolerance(
+    problem: MlaDecode, schedule: MlaSchedule | None
+) -> None:
     """See jitgen/interpret_mla.py: 2^-7 of the largest |v| / sqrt(n)."""
     lengths = (0, 1, 63, 130, 321)
     inputs = make_inputs(MlaDraw(problem, lengths, None, 11))
-    schedule = select_mla(problem, batch=len(lengths))
+    schedule = schedule or select_mla(problem, batch=len(lengths))
     o, lse = jitgen.mla_decode(*inputs.values(), causal=problem.causal, schedule=schedule)
     kernel = lower_mla(problem, schedule)
     sms = torch.cuda.get_device_properties(0).multi_processor_count

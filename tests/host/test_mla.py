@@ -439,28 +439,26 @@ def test_mla_decode_rejects_torch_tensors_on_the_host() -> None:
         jitgen.mla_decode(q, cache, table, lengths)
 
 
-def test_small_tiles_take_one_query_token() -> None:
-    check_mla_schedule(MlaDecode(64), MlaSchedule(tile_rows=32))
-    with pytest.raises(ScheduleError, match="takes one query token, not 2"):
-        check_mla_schedule(MlaDecode(64, 2), MlaSchedule(tile_rows=32))
+def test_select_mla_takes_fewer_rows_where_parts_have_few_keys() -> None:
+    def rows(problem: MlaDecode, batch: int, max_keys: int | None) -> int:
+        return select_mla(problem, batch=batch, max_keys=max_keys).tile_rows
 
-
-def test_select_mla_knows_a_single_sequence() -> None:
-    assert select_mla(MlaDecode(64), batch=1).tile_rows == 32
-    assert select_mla(MlaDecode(64), batch=67) == select_mla(MlaDecode(64))
-    rows = [select_mla(MlaDecode(128), batch=1, max_keys=n).tile_rows for n in (8192, 16384)]
-    assert rows == [32, 64]
+    assert [rows(MlaDecode(64), 1, n) for n in (32768, 65536, None)] == [32, 64, 64]
+    assert [rows(MlaDecode(64), 8, n) for n in (4096, 8192)] == [32, 64]
+    assert [rows(MlaDecode(128, 2), 1, n) for n in (4096, 8192)] == [32, 64]
+    assert rows(MlaDecode(32), 1, 64) == 64  # in one tile, with as many wgmmas
 
 
 def test_select_mla_has_pairs_where_sequences_have_two_parts() -> None:
-    def meet(problem: MlaDecode, batch: int | None, batch_invariant: bool = False) -> int:
-        return select_mla(problem, batch=batch, batch_invariant=batch_invariant).meet
+    def meet(problem: MlaDecode, batch: int, max_keys: int | None = 1024) -> int:
+        return select_mla(problem, batch=batch, max_keys=max_keys).meet
 
-    assert [meet(MlaDecode(64), batch) for batch in (None, 1, 2, 66, 67)] == [1, 1, 2, 2, 1]
+    assert [meet(MlaDecode(64), batch) for batch in (1, 2, 66, 67)] == [2, 2, 2, 1]
+    assert [meet(MlaDecode(16), batch) for batch in (1, 8, 16)] == [1, 1, 2]
     assert [meet(MlaDecode(128, 2), batch) for batch in (16, 17)] == [2, 1]
-    assert meet(MlaDecode(64), 2, batch_invariant=True) == 1
+    assert [meet(MlaDecode(128), 8, n) for n in (4096, 8192, None)] == [2, 1, 1]
     assert meet(MlaDecode(128, 6), 2) == 1  # 12 tiles: 120 blocks of 132 would run
-    whole = select_mla(MlaDecode(64), batch=1, batch_invariant=True)
+    whole = select_mla(MlaDecode(64), batch=1, max_keys=64, batch_invariant=True)
     assert whole == select_mla(MlaDecode(64), batch_invariant=True)
 
 
