@@ -43,14 +43,12 @@ def tuned(problem: TunedProblem) -> TunedProblem:
 def is_tunable(problem: TunedProblem, bucket: int, max_keys: int | None = None) -> bool:
     """Whether one schedule is best at `bucket`, the measured one, for calls with `max_keys`.
 
-    For one sequence of MLA decode, and for dense decode over an FP8 cache, it depends on what a
-    bucket does not say, the most keys that there may be; sparse decode is measured with TOPK.
+    For dense MLA decode, and for one sequence, it depends on what a bucket does not say, the most
+    keys that there may be; sparse decode is measured with TOPK.
     """
     if not isinstance(problem, MlaDecode):
         return True
-    if problem.sparse:
-        return bucket > 1 and (max_keys is None or max_keys <= 2 * TOPK)
-    return bucket > 1 and not problem.is_fp8
+    return problem.sparse and bucket > 1 and (max_keys is None or max_keys <= 2 * TOPK)
 
 
 def file_stem(problem: TunedProblem) -> str:

@@ -10,7 +10,7 @@ from ..errors import CandidateError, VerifyError
 from ..problem_mla import MlaDecode
 from ..schedule_mla import MlaSchedule
 from .operands_mla import MlaOperands, make_cache
-from .space_mla import TOPK, mla_lengths
+from .space_mla import LENGTHS, TOPK
 
 
 class MlaCase:
@@ -18,9 +18,8 @@ class MlaCase:
 
     def __init__(self, problem: MlaDecode, batch: int) -> None:
         self.problem, self.m = problem, batch
-        lengths, topk = mla_lengths(problem), TOPK if problem.sparse else 0
-        cache = make_cache(problem, batch * -(-max(lengths) // problem.page))
-        self._operands = [MlaOperands(problem, batch, length, cache, topk) for length in lengths]
+        cache = make_cache(problem, batch * -(-max(LENGTHS) // problem.page))
+        self._operands = [MlaOperands(problem, batch, length, cache, TOPK) for length in LENGTHS]
 
     def calls(self, schedule: Any) -> list[Callable[[], None]]:
         """One of each length, launched as a user would."""

@@ -20,7 +20,7 @@ from .keys import TunedProblem, TunedSchedule, job_name, place, place_in_file, t
 from .model import m_bucket, rank
 from .select import select
 from .space import numerics_class
-from .space_mla import TOPK, mla_candidates, mla_lengths
+from .space_mla import LENGTHS, TOPK, mla_candidates
 
 NUM_CANDIDATES = 32
 MAX_PREDICTED = 1.6  # of the least predicted time: what is worth a measurement
@@ -135,9 +135,8 @@ def shortlist(problem: TunedProblem, m: int, gpu: Gpu, count: int) -> tuple[Tune
     """
     first: TunedSchedule
     if isinstance(problem, MlaDecode):
-        keys = TOPK if problem.sparse else None
-        first = select(problem, m, gpu, max_keys=keys)
-        found = mla_candidates(problem, select_mla(problem, batch=m, max_keys=keys))
+        first = select(problem, m, gpu, max_keys=TOPK)
+        found = mla_candidates(problem, select_mla(problem, batch=m, max_keys=TOPK))
         return tuple(dict.fromkeys([first, *found]))[:count]
     predicted = rank(problem, m, gpu.num_sms)
     limit = MAX_PREDICTED * min(predicted.values())
@@ -286,7 +285,7 @@ def _tile_elements(schedule: TunedSchedule) -> int:
 
 def num_launches(problem: TunedProblem) -> int:
     """Launches that a call of the measurer's counts for."""
-    return len(mla_lengths(problem)) if isinstance(problem, MlaDecode) else 1
+    return len(LENGTHS) if isinstance(problem, MlaDecode) else 1
 
 
 def num_final_calls(kernel_us: float, launches: int = 1) -> int:

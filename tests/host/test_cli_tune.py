@@ -196,11 +196,12 @@ def test_tune_records_groups_for_every_layout(run: Run, fake: Fake, records: Pat
 
 def test_tune_takes_every_family_of_a_list(run: Run, fake: Fake, records: Path) -> None:
     path = records.parent / "list.json"
+    sparse: dict[str, Any] = {"cache": "fp8", "sparse": True, "causal": False}
     entries = [
         {"n": 256, "k": 512, "m": [16], "num_groups": 3, "layout": "masked"},
         {"n": 256, "k": 512, "m": [16]},
         {"n": 256, "m": [16], "num_groups": 3, "layout": "k_grouped"},
-        {"num_heads": 16, "b": [1, 5, 9]},
+        {"num_heads": 16, "b": [1, 5, 9]} | sparse,
     ]
     path.write_text(json.dumps(entries))
     result = run("tune", "--problems", path, "--candidates", 2)
@@ -212,7 +213,7 @@ def test_tune_takes_every_family_of_a_list(run: Run, fake: Fake, records: Path) 
     select.reload_records()
     assert select.select(of_k_groups(256, 3), 16) == gradient.schedule
     attention = [r for r in found if isinstance(r.problem, MlaDecode)]
-    assert [(r.problem, r.m) for r in attention] == [(MlaDecode(16), 8), (MlaDecode(16), 16)]
+    assert [(r.problem, r.m) for r in attention] == [(MlaDecode(16, **sparse), b) for b in (8, 16)]
 
 
 def test_tune_of_weight_gradients_goes_on_where_it_was(run: Run, fake: Fake, records: Path) -> None:

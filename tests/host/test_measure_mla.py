@@ -14,19 +14,12 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from jitgen import BF16, MlaDecode, MlaSchedule, api_mla  # noqa: E402
 from jitgen.errors import CandidateError  # noqa: E402
 from jitgen.schedule_mla import select_mla  # noqa: E402
-from jitgen.tuning import measure, measure_mla, operands_mla, space_mla  # noqa: E402
+from jitgen.tuning import measure, measure_mla, operands_mla  # noqa: E402
 from jitgen.tuning.bench import to_numpy  # noqa: E402
 from jitgen.tuning.measure import GpuMeasurer  # noqa: E402
-from jitgen.tuning.space_mla import mla_as_tuned, mla_candidates  # noqa: E402
+from jitgen.tuning.space_mla import mla_candidates  # noqa: E402
 
-PROBLEMS = [
-    mla_as_tuned(problem)
-    for problem in (
-        MlaDecode(3, 2, 320, 256),
-        MlaDecode(3, 2, cache="fp8"),
-        MlaDecode(3, 2, causal=False, cache="fp8", sparse=True),
-    )
-]
+PROBLEM = MlaDecode(3, 2, causal=False, cache="fp8", sparse=True)
 BATCH = 2
 Decode = Callable[..., Any]
 
@@ -66,44 +59,39 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
     for name in ("mla_decode", "mla_decode_sparse"):
         monkeypatch.setattr(operands_mla, name, played.play(getattr(api_mla, name)))
     monkeypatch.setattr(torch, "Generator", lambda device: generator("cpu"))
-    monkeypatch.setattr(space_mla, "LENGTHS", (5, 64, 70))
-    monkeypatch.setattr(space_mla, "SPARSE_LENGTHS", (64, 90))
+    monkeypatch.setattr(measure_mla, "LENGTHS", (64, 90))
     monkeypatch.setattr(measure_mla, "TOPK", 20)
     monkeypatch.setattr(measure, "check_machine", lambda: None)
     with OnHost():
         yield played
 
 
-def schedules(problem: MlaDecode) -> list[MlaSchedule]:
-    return mla_candidates(problem, select_mla(problem, batch=BATCH))[:3]
+def schedules() -> list[MlaSchedule]:
+    return mla_candidates(PROBLEM, select_mla(PROBLEM, batch=BATCH))[:3]
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_check_runs_each_length_and_finds_what_is_wrong(played: Played, problem: MlaDecode) -> None:
-    measurer, (first, second, wrong) = GpuMeasurer(), schedules(problem)
+def test_check_runs_each_length_and_finds_what_is_wrong(played: Played) -> None:
+    measurer, (first, second, wrong) = GpuMeasurer(), schedules()
     for schedule in (first, second):
-        measurer.check(problem, BATCH, schedule)
-    lengths = space_mla.mla_lengths(problem)
-    assert played.launched == [first] * len(lengths) + [second] * len(lengths)
+        measurer.check(PROBLEM, BATCH, schedule)
+    assert played.launched == [first] * 2 + [second] * 2
 
     def spoil(o: Any, schedule: MlaSchedule) -> None:
         if schedule == wrong:
             o[-1, -1, 2, 200] += 0.5
 
     played.spoil = spoil
-    measurer.check(problem, BATCH, first)
+    measurer.check(PROBLEM, BATCH, first)
     with pytest.raises(CandidateError, match=r"b = 2, .* 1 of \d+ outputs are off"):
-        measurer.check(problem, BATCH, wrong)
+        measurer.check(PROBLEM, BATCH, wrong)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS[1:], ids=str)
 def test_a_time_is_the_geometric_mean_of_the_lengths(
-    played: Played, problem: MlaDecode, monkeypatch: pytest.MonkeyPatch
+    played: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def time_in_turns(calls: Sequence[Decode], num_calls: int) -> list[list[float]]:
         return [[2.0**i, 3 * 2.0**i][:num_calls] for i, _ in enumerate(calls)]
 
     monkeypatch.setattr(measure, "time_in_turns", time_in_turns)
-    times = GpuMeasurer().time(problem, BATCH, schedules(problem)[:2], 2)
-    means = (2**0.5, 2**2.5) if problem.sparse else (2.0, 16.0)
-    assert times == [pytest.approx([mean, 3 * mean]) for mean in means]
+    times = GpuMeasurer().time(PROBLEM, BATCH, schedules()[:2], 2)
+    assert times == [pytest.approx([mean, 3 * mean]) for mean in (2**0.5, 2**2.5)]
