@@ -12,14 +12,16 @@ torch = pytest.importorskip("torch")
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from jitgen import BF16, MlaDecode, MlaSchedule, api_mla  # noqa: E402
-from jitgen.errors import CandidateError  # noqa: E402
+from jitgen.errors import CandidateError, VerifyError  # noqa: E402
 from jitgen.schedule_mla import select_mla  # noqa: E402
 from jitgen.tuning import measure, measure_mla, operands_mla  # noqa: E402
 from jitgen.tuning.bench import to_numpy  # noqa: E402
 from jitgen.tuning.measure import GpuMeasurer  # noqa: E402
+from jitgen.tuning.operands_mla import MlaOperands, make_cache  # noqa: E402
 from jitgen.tuning.space_mla import mla_candidates  # noqa: E402
 
 PROBLEM = MlaDecode(3, 2, causal=False, cache="fp8", sparse=True)
+DENSE = [MlaDecode(3, 2, 320, 256), MlaDecode(3, 2, cache="fp8")]
 BATCH = 2
 Decode = Callable[..., Any]
 
@@ -84,6 +86,21 @@ def test_check_runs_each_length_and_finds_what_is_wrong(played: Played) -> None:
     measurer.check(PROBLEM, BATCH, first)
     with pytest.raises(CandidateError, match=r"b = 2, .* 1 of \d+ outputs are off"):
         measurer.check(PROBLEM, BATCH, wrong)
+
+
+@pytest.mark.parametrize("problem", DENSE, ids=str)
+@pytest.mark.parametrize("num_keys", [5, 64, 70])
+def test_operands_of_dense_decode_find_what_is_wrong(
+    played: Played, problem: MlaDecode, num_keys: int
+) -> None:
+    """Those of the benchmark."""
+    cache = make_cache(problem, BATCH * -(-num_keys // problem.page))
+    operands = MlaOperands(problem, BATCH, num_keys, cache)
+    operands.run()
+    operands.check()
+    operands.o[-1, -1, 2, 200] += 0.5
+    with pytest.raises(VerifyError, match=r"b = 2, .* 1 of \d+ outputs are off"):
+        operands.check()
 
 
 def test_a_time_is_the_geometric_mean_of_the_lengths(

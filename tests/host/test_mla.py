@@ -447,13 +447,27 @@ def test_select_mla_takes_fewer_rows_where_parts_have_few_keys() -> None:
     assert [rows(MlaDecode(64), 8, n) for n in (4096, 8192)] == [32, 64]
     assert [rows(MlaDecode(128, 2), 1, n) for n in (4096, 8192)] == [32, 64]
     assert rows(MlaDecode(32), 1, 64) == 64  # in one tile, with as many wgmmas
+    assert select_mla(MlaDecode(64), batch=67) == select_mla(MlaDecode(64))
+
+
+def test_small_tiles_take_several_query_tokens() -> None:
+    for problem in (MlaDecode(64), MlaDecode(64, 2), MlaDecode(5, 8)):
+        check_mla_schedule(problem, MlaSchedule(tile_rows=32))
 
 
 def test_select_mla_has_pairs_where_sequences_have_two_parts() -> None:
-    def meet(problem: MlaDecode, batch: int, max_keys: int | None = 1024) -> int:
-        return select_mla(problem, batch=batch, max_keys=max_keys).meet
+    def meet(
+        problem: MlaDecode,
+        batch: int | None,
+        max_keys: int | None = 1024,
+        batch_invariant: bool = False,
+    ) -> int:
+        options: dict[str, Any] = {"max_keys": max_keys, "batch_invariant": batch_invariant}
+        return select_mla(problem, batch=batch, **options).meet
 
-    assert [meet(MlaDecode(64), batch) for batch in (1, 2, 66, 67)] == [2, 2, 2, 1]
+    assert [meet(MlaDecode(64), batch) for batch in (None, 1, 2, 66, 67)] == [1, 2, 2, 2, 1]
+    assert [meet(MlaDecode(64), batch, None) for batch in (None, 2, 67)] == [1, 2, 1]
+    assert meet(MlaDecode(64), 2, batch_invariant=True) == 1
     assert [meet(MlaDecode(16), batch) for batch in (1, 8, 16)] == [1, 1, 2]
     assert [meet(MlaDecode(128, 2), batch) for batch in (16, 17)] == [2, 1]
     assert [meet(MlaDecode(128), 8, n) for n in (4096, 8192, None)] == [2, 1, 1]
