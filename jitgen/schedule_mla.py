@@ -24,9 +24,10 @@ REGISTER_CHUNKS = 1  # of Q that the math warpgroups keep in registers: over one
 FP8_REGISTERS = (40, 120, 176, 176)
 ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
 EVICT_FIRST_BLOCKS = 16  # a tile; of 132 parts 150 MB: beyond, keys lose 2%, below they gain 10%
-# Keys of a part, up to which parts of 32 rows win (twice that for one tile of 64), and, for each
-# tile of a sequence, parts that meet.
-SHORT_KEYS, MEET_KEYS = 320, 256
+# Keys of a part, up to which parts of 32 rows win, or twice that; up to which parts meet, for each
+# tile of a sequence, or for all of one whose two parts they are; beyond which it pays to score
+# ahead, for one and for two tiles. By 114 shapes, each with up to 16 schedules.
+SHORT_KEYS, MEET_KEYS, PAIR_KEYS, AHEAD_KEYS = 320, 256, 8192, {1: 960, 2: 2048}
 # Tile rows over an FP8 cache, and up to how many tiles of 64 rows and 64 keys a multiprocessor they
 # win: at 4096 keys of 128 rows 18.6, 19.4, 24.6 us with 16, 32, 64; at 16384 34, 29, 32.
 FP8_SHARES = {16: 1, 32: 6}
@@ -176,46 +177,56 @@ def select_mla(
         tile_rows = _fp8_tile_rows(problem, None if batch_invariant else batch, max_keys)
         stages = 3 if tile_rows == TILE_ROWS else 4
         return MlaSchedule(tile_rows=tile_rows, num_stages=stages, whole=batch_invariant)
-    rows, meet = TILE_ROWS, 1
-    if batch is not None and not batch_invariant:
-        rows = _tile_rows(problem, batch, max_keys)
-        meet = _meet(problem, rows, batch, max_keys)
+    if batch is None or batch_invariant:
+        batch = max_keys = None
+    rows = _tile_rows(problem, batch, max_keys)
+    meet = _meet(problem, rows, batch, max_keys)
     tiles, stages = num_tiles(problem, rows), 2 if problem.head_dim_qk > 320 else 4
-    least = 2 if rows == TILE_ROWS and meet == 1 else 4  # tiles with which it pays to score ahead
     return MlaSchedule(
         tile_rows=rows,
         meet=meet,
         num_stages=stages,
         evict_first=EVICT_FIRST_BLOCKS * min(tiles, 4),
-        score_ahead=stages == 2 and tiles >= least,
+        score_ahead=stages == 2 and _score_ahead(tiles, meet, batch, max_keys),
         whole=batch_invariant,
     )
 
 
-def _tile_rows(problem: MlaDecode, batch: int, max_keys: int | None) -> int:
+def _tile_rows(problem: MlaDecode, batch: int | None, max_keys: int | None) -> int:
     """Parts of few keys have fewer rows, which leaves less for the merge."""
     few = 32
     parts = num_parts(num_tiles(problem, few), H100_SMS, 2)
-    if max_keys is None or problem.num_rows <= few or 2 * batch > parts:
+    if batch is None or max_keys is None or problem.num_rows <= few or 2 * batch > parts:
         return TILE_ROWS
-    most = SHORT_KEYS * (2 if num_tiles(problem) == 1 else 1)
+    most = SHORT_KEYS * (2 if num_tiles(problem) == 1 or _are_pairs(batch, parts) else 1)
     return few if batch * max_keys <= most * parts else TILE_ROWS
 
 
-def _meet(problem: MlaDecode, tile_rows: int, batch: int, max_keys: int | None) -> int:
-    """2 if there are two parts or more of each sequence, hardly a multiprocessor is idle, and what
-    meetings save is more than what they cost."""
+def _meet(problem: MlaDecode, tile_rows: int, batch: int | None, max_keys: int | None) -> int:
+    """2 if hardly a multiprocessor is idle then, and what meetings save is more than what they
+    cost."""
     tiles = num_tiles(problem, tile_rows)
     parts = num_parts(tiles, H100_SMS, 2)
-    if 2 * batch > parts or parts * tiles < 0.95 * H100_SMS:
+    if batch is None or parts * tiles < 0.95 * H100_SMS:
         return 1
     if tiles == 1:
-        return 2 if problem.num_rows > 16 or batch > 8 else 1
-    if max_keys is None:
+        return 2 if problem.num_rows > 16 or 4 * batch > parts else 1
+    if max_keys is None or 2 * batch > parts:
         return 1
-    # With as many sequences as pairs of parts none is cut elsewhere.
-    most = MEET_KEYS * tiles * (2 if 2 * batch > 0.9 * parts else 1)
+    most = PAIR_KEYS // tiles if _are_pairs(batch, parts) else MEET_KEYS * tiles
     return 2 if batch * max_keys <= most * parts else 1
+
+
+def _are_pairs(batch: int, parts: int) -> bool:
+    """Whether each of so many sequences has two parts, as a rule."""
+    return 0.9 * parts < 2 * batch <= parts
+
+
+def _score_ahead(tiles: int, meet: int, batch: int | None, max_keys: int | None) -> bool:
+    """Whether it pays: not for few keys of one or two tiles."""
+    if batch is None or max_keys is None or tiles not in AHEAD_KEYS:
+        return True
+    return batch * max_keys > AHEAD_KEYS[tiles] * num_parts(tiles, H100_SMS, meet)
 
 
 def _fp8_tile_rows(problem: MlaDecode, batch: int | None, max_keys: int | None) -> int:

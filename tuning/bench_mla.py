@@ -59,6 +59,11 @@ class MlaShape:
         return self.topk or self.s_k
 
     @property
+    def num_pages(self) -> int:
+        """Of all sequences."""
+        return self.b * -(-self.s_k // PAGE)
+
+    @property
     def flops(self) -> int:
         """As the baselines count them: no mask."""
         return 2 * self.b * self.s_q * self.h * self.num_keys * (576 + 512)
@@ -141,10 +146,11 @@ def bench_mla(shapes: Iterable[MlaShape], device: driver.Device) -> Iterator[Mla
             baselines |= mla_baselines(form)
     for name in dict.fromkeys(shape.cache for shape in shapes):
         some = [shape for shape in shapes if shape.cache == name]
-        num_pages = max(shape.b * -(-shape.s_k // PAGE) for shape in some)
-        cache = make_cache(some[0].problem, num_pages)
+        cache = make_cache(some[0].problem, max(shape.num_pages for shape in some))
         for shape in some:
-            yield MlaRow(shape, _time(shape, cache), baselines.get(shape))
+            # No more than its own: pages that lie further apart take longer to look up.
+            us = _time(shape, cache[: shape.num_pages])
+            yield MlaRow(shape, us, baselines.get(shape))
 
 
 def _time(shape: MlaShape, cache: Any) -> float:

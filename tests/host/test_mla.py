@@ -446,8 +446,10 @@ def test_select_mla_takes_fewer_rows_where_parts_have_few_keys() -> None:
     assert [rows(MlaDecode(64), 1, n) for n in (32768, 65536, None)] == [32, 64, 64]
     assert [rows(MlaDecode(64), 8, n) for n in (4096, 8192)] == [32, 64]
     assert [rows(MlaDecode(128, 2), 1, n) for n in (4096, 8192)] == [32, 64]
+    assert [rows(MlaDecode(128), 16, n) for n in (1024, 2048)] == [32, 64]  # pairs of parts
+    assert [rows(MlaDecode(128), batch, 1024) for batch in (12, 32)] == [64, 64]
     assert rows(MlaDecode(32), 1, 64) == 64  # in one tile, with as many wgmmas
-    assert select_mla(MlaDecode(64), batch=67) == select_mla(MlaDecode(64))
+    assert rows(MlaDecode(64), 67, 64) == 64
 
 
 def test_small_tiles_take_several_query_tokens() -> None:
@@ -465,15 +467,28 @@ def test_select_mla_has_pairs_where_sequences_have_two_parts() -> None:
         options: dict[str, Any] = {"max_keys": max_keys, "batch_invariant": batch_invariant}
         return select_mla(problem, batch=batch, **options).meet
 
-    assert [meet(MlaDecode(64), batch) for batch in (None, 1, 2, 66, 67)] == [1, 2, 2, 2, 1]
-    assert [meet(MlaDecode(64), batch, None) for batch in (None, 2, 67)] == [1, 2, 1]
+    assert [meet(MlaDecode(64), batch) for batch in (None, 1, 2, 66, 67)] == [1, 2, 2, 2, 2]
+    assert [meet(MlaDecode(64), batch, None) for batch in (None, 2, 67)] == [1, 2, 2]
     assert meet(MlaDecode(64), 2, batch_invariant=True) == 1
-    assert [meet(MlaDecode(16), batch) for batch in (1, 8, 16)] == [1, 1, 2]
+    assert [meet(MlaDecode(16), batch) for batch in (1, 33, 34)] == [1, 1, 2]
+    assert [meet(MlaDecode(128), 32, n) for n in (8192, 16384)] == [2, 1]
+    assert [meet(MlaDecode(128, 2), 16, n) for n in (4096, 8192)] == [2, 1]
     assert [meet(MlaDecode(128, 2), batch) for batch in (16, 17)] == [2, 1]
     assert [meet(MlaDecode(128), 8, n) for n in (4096, 8192, None)] == [2, 1, 1]
     assert meet(MlaDecode(128, 6), 2) == 1  # 12 tiles: 120 blocks of 132 would run
     whole = select_mla(MlaDecode(64), batch=1, max_keys=64, batch_invariant=True)
     assert whole == select_mla(MlaDecode(64), batch_invariant=True)
+
+
+def test_select_mla_scores_ahead_where_parts_have_many_keys() -> None:
+    def ahead(problem: MlaDecode, batch: int | None, max_keys: int | None) -> bool:
+        return select_mla(problem, batch=batch, max_keys=max_keys).score_ahead
+
+    assert [ahead(MlaDecode(16), 128, n) for n in (960, 1024, None)] == [False, True, True]
+    assert [ahead(MlaDecode(128), 128, n) for n in (1024, 4096)] == [False, True]
+    assert ahead(MlaDecode(128, 2), 1, 64)
+    assert ahead(MlaDecode(16), None, None)
+    assert not ahead(MlaDecode(16, head_dim_qk=320, head_dim_v=256), None, None)  # four stages
 
 
 def test_num_parts_is_what_runs_at_once() -> None:

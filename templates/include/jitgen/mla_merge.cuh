@@ -34,8 +34,8 @@ template <u32 kTiles, u32 kDimV, class Units_ = RowUnits<kDimV>> struct Partials
     u32* counters;  // [part][tile], of the sequence that begins in the part: all zero between launches
 
     // Of the part that begins the sequence it is the last segment, of the others the first.
-    __device__ __forceinline__ u64 tile(u32 part, bool begins, u32 index) const {
-        return u64(part * 2 + begins) * kTiles + index;
+    __device__ __forceinline__ u32 tile(u32 part, bool begins, u32 index) const {
+        return (part * 2 + begins) * kTiles + index;
     }
     __device__ __forceinline__ u32* counter(const Segment& segment, u32 index) const {
         return counters + segment.first_part * kTiles + index;
@@ -104,28 +104,33 @@ struct Results {
     // A unit of four merged outputs.
     template <class Units> __device__ __forceinline__ void store_unit(u32 sequence, u32 tile, u32 unit,
                                                                       const Merged& v) const {
-        const u32 row = tile * kTileRows + Units::row(unit), column = Units::column(unit);
-        const u32 other = row + Units::kSecondRow;
+        const u32 row = tile * kTileRows + Units::row(unit), other = row + Units::kSecondRow;
         const float first = factor(denominator(row, v.max[0], v.sum[0]));
         const float second = factor(denominator(other, v.max[1], v.sum[1]));
-        u32* to = reinterpret_cast<u32*>(at(sequence, row, column));
-        if (row < kRows) *to = pack<T>(v.out.x * first, v.out.y * first);
-        if (other < kRows) to[Units::kSecondRow * kDimV / 2] = pack<T>(v.out.z * second, v.out.w * second);
-        if (column > 0) return;
+        store_outputs<Units>(sequence, tile, unit, {v.out.x * first, v.out.y * first, v.out.z * second, v.out.w * second});
+        if (Units::column(unit) > 0) return;
         store_lse(sequence, row, v.max[0], v.sum[0]);
         store_lse(sequence, other, v.max[1], v.sum[1]);
+    }
+    template <class Units> __device__ __forceinline__ void store_outputs(u32 sequence, u32 tile, u32 unit,
+                                                                         float4 v) const {
+        const u32 row = tile * kTileRows + Units::row(unit);
+        u32* to = reinterpret_cast<u32*>(at(sequence, row, Units::column(unit)));
+        if (row < kRows) *to = pack<T>(v.x, v.y);
+        if (row + Units::kSecondRow < kRows) to[Units::kSecondRow * kDimV / 2] = pack<T>(v.z, v.w);
     }
 };
 
 // Merges a part's share of the outputs of a sequence that it shares with others, with kSlots partial results on a
-// thread's way at a time: L2 answers after 700 clocks.
-template <class Shares, class Outcome, u32 kSlots = 12> struct Merger {
+// thread's way at a time, with their states, or kFewSlots without: L2 answers after 700 clocks.
+template <class Shares, class Outcome, u32 kSlots = 12, u32 kFewSlots = 32> struct Merger {
     using Units = typename Shares::Units;
     static constexpr u32 kRows = Outcome::kRows;
+    static constexpr u32 kFewSplits = 8, kFewUnits = 8 * 32;  // of so few splits a warp merges so many units at a time
 
     const Shares& partials;
     const Outcome& results;
-    const Segment& segment;
+    const Segment segment;
     const u32 tile;
     const bool has_pairs;  // parts 2 i and 2 i + 1 left what they have together, as the former's
 
@@ -133,8 +138,10 @@ template <class Shares, class Outcome, u32 kSlots = 12> struct Merger {
         const u32 last = segment.first_part + segment.num_parts - 1;
         return (last >> has_pairs) - (segment.first_part >> has_pairs) + 1;
     }
-    __device__ __forceinline__ u32 part_of(u32 split) const {
-        return max((segment.first_part >> has_pairs) + split << has_pairs, segment.first_part);
+    // Which tile of partial results is that of a split.
+    __device__ __forceinline__ u32 at(u32 split) const {
+        const u32 part = (segment.first_part >> has_pairs) + split << has_pairs;
+        return split == 0 ? partials.tile(segment.first_part, true, tile) : partials.tile(part, false, tile);
     }
 
     // Units `unit` + k * stride, below `last`, of the splits `from`, `from` + step ..
@@ -148,13 +155,14 @@ template <class Shares, class Outcome, u32 kSlots = 12> struct Merger {
 #pragma unroll
             for (u32 i = 0; i < kSplits; ++i) {
                 const u32 split = base + i * step;
-                const u64 at = partials.tile(part_of(split), split == 0, tile);
+                const float2* its_states = partials.states + u64(at(split)) * Shares::kRows;
+                const float4* its_outs = partials.out + u64(at(split)) * Shares::kTileUnits;
 #pragma unroll
                 for (u32 k = 0; k < kUnits; ++k) {
                     const u32 index = unit + k * stride;
                     const bool is_there = split < num_splits() && index < last;
-                    const float2* state = partials.states + at * Shares::kRows + Units::row(index);
-                    outs[k][i] = ld_l2_if(is_there, partials.out + at * Shares::kTileUnits + index, float4{});
+                    const float2* state = its_states + Units::row(index);
+                    outs[k][i] = ld_l2_if(is_there, its_outs + index, float4{});
                     states[k][0][i] = ld_l2_if(is_there, state, {-infinity(), 0.0f});
                     states[k][1][i] = ld_l2_if(is_there, state + Units::kSecondRow, {-infinity(), 0.0f});
                 }
@@ -178,10 +186,60 @@ template <class Shares, class Outcome, u32 kSlots = 12> struct Merger {
         }
     }
 
+    // Of few splits each warp adds up units of the same rows: their factors are made once.
+    template <u32 kSplits>
+    __device__ __forceinline__ void merge_few(u32 first, u32 last, u32 thread, u32 threads) const {
+        constexpr u32 kUnits = kFewSlots / kSplits < 8 ? kFewSlots / kSplits : 8;
+        static_assert(Units::kStripUnits % (kUnits * 32) == 0, "of one strip, where a lane's rows are the same");
+#pragma unroll 1
+        for (u32 base = first + thread / 32 * (kUnits * 32); base < last; base += threads * kUnits) {
+            const u32 unit = base + thread % 32, row = Units::row(unit);
+            float2 states[2][kSplits];
+            float4 outs[kUnits][kSplits];
+#pragma unroll
+            for (u32 i = 0; i < kSplits; ++i) {
+                const float2* state = partials.states + u64(at(i)) * Shares::kRows + row;
+                const float4* out = partials.out + u64(at(i)) * Shares::kTileUnits + unit;
+#pragma unroll
+                for (u32 k = 0; k < 2; ++k)
+                    states[k][i] = ld_l2_if(i < num_splits(), state + k * Units::kSecondRow, {-infinity(), 0.0f});
+#pragma unroll
+                for (u32 k = 0; k < kUnits; ++k) outs[k][i] = ld_l2_if(i < num_splits(), out + k * 32, float4{});
+            }
+            float factors[2][kSplits];
+#pragma unroll
+            for (u32 k = 0; k < 2; ++k) {
+                const u32 of_row = tile * Outcome::kTileRows + row + k * Units::kSecondRow;
+                float max = states[k][0].x, sum = 0.0f;
+#pragma unroll
+                for (u32 i = 1; i < kSplits; ++i) max = fmaxf(max, states[k][i].x);
+                const float base = max == -infinity() ? 0.0f : max;  // without keys all are -inf, all factors 0
+#pragma unroll
+                for (u32 i = 0; i < kSplits; ++i)
+                    factors[k][i] = exp2_approx(states[k][i].x - base), sum += factors[k][i] * states[k][i].y;
+                const float factor = results.factor(results.denominator(of_row, max, sum));
+#pragma unroll
+                for (u32 i = 0; i < kSplits; ++i) factors[k][i] *= factor;
+                if (Units::column(unit) == 0) results.store_lse(segment.sequence, of_row, max, sum);
+            }
+#pragma unroll
+            for (u32 k = 0; k < kUnits; ++k) {
+                float4 sum = {};
+#pragma unroll
+                for (u32 i = 0; i < kSplits; ++i) {
+                    const float4 v = outs[k][i];
+                    sum = {sum.x + factors[0][i] * v.x, sum.y + factors[0][i] * v.y, sum.z + factors[1][i] * v.z,
+                           sum.w + factors[1][i] * v.w};
+                }
+                results.template store_outputs<Units>(segment.sequence, tile, unit + k * 32, sum);
+            }
+        }
+    }
+
     // Groups of threads share the splits of one unit, and add up by way of 32 bytes of shared memory a thread.
     __device__ __forceinline__ void merge_grouped(u32 first, u32 last, u32 thread, u32 threads, u32 smem,
                                                   u32 barrier) const {
-        u32 width = threads / 2;
+        u32 width = threads;
         while (width / 2 >= last - first) width /= 2;
         const u32 unit = first + thread % width, groups = threads / width;
         Merged merged[1];
@@ -209,14 +267,15 @@ template <class Shares, class Outcome, u32 kSlots = 12> struct Merger {
         // The share, in units of four outputs, whole 32-byte sectors of O.
         const u32 num_rows = min(Outcome::kTileRows, kRows - tile * Outcome::kTileRows);
         const u32 num_units = ceil_div(num_rows, Units::kStripRows) * Units::kStripUnits;
-        const u32 share = round_up(ceil_div(num_units, segment.num_parts), 8);
+        const bool are_few = num_splits() <= kFewSplits;
+        const u32 share = round_up(ceil_div(num_units, segment.num_parts), are_few ? kFewUnits : 8);
         const u32 first = (part - segment.first_part) * share, last = min(first + share, num_units);
-        if (share <= threads / 2) {
+        if (are_few) {
+            if (num_splits() <= 2) merge_few<2>(first, last, thread, threads);
+            else if (num_splits() <= 4) merge_few<4>(first, last, thread, threads);
+            else merge_few<kFewSplits>(first, last, thread, threads);
+        } else if (share <= threads) {
             if (first < last) merge_grouped(first, last, thread, threads, smem, barrier);
-        } else if (num_splits() <= 2) {
-            merge_units<kSlots / 2>(first, last, thread, threads);
-        } else if (num_splits() <= 4) {
-            merge_units<kSlots / 4>(first, last, thread, threads);
         } else {
             merge_units<kSlots / 6>(first, last, thread, threads);
         }

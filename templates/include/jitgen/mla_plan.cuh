@@ -20,40 +20,55 @@ struct Announcement {
 };
 constexpr u32 kNoSequence = 0xffffffff;
 
-// How many keys a sequence has.
+// How many keys a sequence has, by what memory has of it.
 struct SequenceLengths {
     const int* seqlens;
-    __device__ __forceinline__ u32 operator()(u32 sequence) const {
-        return u32(max(int(ld_global(seqlens + sequence)), 0));
-    }
+    __device__ __forceinline__ int look_up(u32 sequence) const { return int(ld_global(seqlens + sequence)); }
+    __device__ __forceinline__ u32 num_keys(int found) const { return u32(max(found, 0)); }
 };
 // How many of its `topk` keys one of the kTokens query tokens of a sequence is to look at: all, or as many as there is
 // a number for the sequence.
 template <u32 kTokens> struct TopkLengths {
     const int* lengths;
     u32 topk;
-    __device__ __forceinline__ u32 operator()(u32 token) const {
-        return lengths ? min(u32(max(int(ld_global(lengths + token / kTokens)), 0)), topk) : topk;
+    __device__ __forceinline__ int look_up(u32 token) const {
+        return lengths ? int(ld_global(lengths + token / kTokens)) : int(topk);
     }
+    __device__ __forceinline__ u32 num_keys(int found) const { return min(u32(max(found, 0)), topk); }
 };
 
 template <class Lengths, u32 kBlockKeys, u32 kOverhead, u32 kSlack, bool kWhole> struct SegmentWalker {
-    Lengths num_keys;
+    // What memory has of the lengths of four times 32 sequences, one of each 32 a lane.
+    static constexpr u32 kLines = 4;
+    struct Lines { int of[kLines]; };
+
+    Lengths lengths;
     u32 num_sequences, span;  // cost of a part
     u32 lead, unit;           // of a sequence's cost: what is beside its blocks, and what they are rounded up to
     u32 begin, end;           // of this part
     u32 sequence, position;   // the next sequence, and where its cost begins
 
+    // From sequence `first` on, all at once; beyond the last sequence that one's: with a branch around a load ptxas
+    // would wait for it there.
+    __device__ __forceinline__ Lines look_up(u32 first) const {
+        Lines lines;
+#pragma unroll
+        for (u32 i = 0; i < kLines; ++i)
+            lines.of[i] = lengths.look_up(min(first + i * 32 + lane_index(), num_sequences - 1));
+        return lines;
+    }
     // Of the lane's sequence among the 32 from `first` on; 0 beyond the last.
+    __device__ __forceinline__ u32 num_blocks(u32 first, int found) const {
+        return first + lane_index() < num_sequences ? max(ceil_div(lengths.num_keys(found), kBlockKeys), 1) : 0;
+    }
     __device__ __forceinline__ u32 num_blocks(u32 first) const {
-        const u32 i = first + lane_index();
-        return i < num_sequences ? max(ceil_div(num_keys(i), kBlockKeys), 1) : 0;
+        return num_blocks(first, lengths.look_up(min(first + lane_index(), num_sequences - 1)));
     }
     __device__ __forceinline__ u32 cost(u32 num_blocks) const {
         return num_blocks == 0 ? 0 : lead + round_up(num_blocks, unit);
     }
     // Calls visit(first sequence, the lane's blocks) for 32 sequences at a time, until it returns false or all were
-    // visited; true if all were. The first 32 are looked up once, by `start`.
+    // visited; true if all were.
     template <class Visit> __device__ __forceinline__ bool visit_all(u32 blocks, Visit visit) const {
 #pragma unroll 1
         for (u32 first = 0; visit(first, blocks); blocks = num_blocks(first)) {
@@ -89,13 +104,17 @@ template <class Lengths, u32 kBlockKeys, u32 kOverhead, u32 kSlack, bool kWhole>
         });
     }
 
-    // By a whole warp, for the part of that index.
-    __device__ __forceinline__ void start(u32 part, u32 num_parts, u32 first_blocks) {
-        u32 total = 0;
-        visit_all(first_blocks, [&](u32, u32 blocks) {
-            total += __reduce_add_sync(0xffffffff, blocks);
-            return true;
-        });
+    // By a whole warp, for the part of that index; `lines` is look_up(0). Later on L1 has all.
+    __device__ __forceinline__ void start(u32 part, u32 num_parts, Lines lines) {
+        const u32 first_blocks = num_blocks(0, lines.of[0]);
+        u32 own = 0;
+#pragma unroll 1
+        for (u32 first = 0;; lines = look_up(first)) {
+#pragma unroll
+            for (u32 i = 0; i < kLines; ++i) own += num_blocks(first + i * 32, lines.of[i]);
+            if ((first += kLines * 32) >= num_sequences) break;
+        }
+        const u32 total = __reduce_add_sync(0xffffffff, own);
         span = ceil_div(total, num_parts), lead = 0, unit = 1;
         if (num_sequences > 1) {
             // The least of kSlack spans with which they fit.
@@ -108,10 +127,10 @@ template <class Lengths, u32 kBlockKeys, u32 kOverhead, u32 kSlack, bool kWhole>
         begin = part * span, end = begin + span, sequence = num_sequences, position = 0;
         u32 before = 0;
         visit_all(first_blocks, [&](u32 first, u32 blocks) {
-            const u32 own = cost(blocks), to = before + scan(own), from = to - own;
+            const u32 own = cost(blocks), all = __reduce_add_sync(0xffffffff, own);
+            if (begin >= before + all) return before += all, true;
+            const u32 to = before + scan(own), from = to - own;
             const u32 owner = __ballot_sync(0xffffffff, begin >= from && begin < to);
-            before = __shfl_sync(0xffffffff, to, 31);
-            if (owner == 0) return true;
             sequence = first + __ffs(owner) - 1;
             position = __shfl_sync(0xffffffff, from, sequence - first);
             return false;
@@ -124,7 +143,7 @@ template <class Lengths, u32 kBlockKeys, u32 kOverhead, u32 kSlack, bool kWhole>
     // The part's next segment; one without keys is the part's in whose range its cost begins.
     __device__ __forceinline__ bool next(Segment& segment) {
         while (sequence < num_sequences && position < end) {
-            const u32 length = num_keys(sequence), blocks = ceil_div(length, kBlockKeys);
+            const u32 length = lengths.num_keys(lengths.look_up(sequence)), blocks = ceil_div(length, kBlockKeys);
             const u32 first = position + lead, last = first + blocks;
             const bool has_start = position >= begin;
             if constexpr (kWhole) {

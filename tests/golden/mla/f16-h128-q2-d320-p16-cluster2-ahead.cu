@@ -466,13 +466,13 @@ void flash_fwd_splitkv_mla_kernel_f16_h128_q2_d320x256_p16_causal_r64_c2_s2_f1_o
     // ---- setup ---------------------------------------------------------------------------------------------------
     extern __shared__ __align__(1024) u8 smem[];
     const u32 smem_base = smem_address(smem);
+    // Looked up before anything else, for all waits for it.
+    Walker walker{{seqlens_k}, num_sequences};
+    const Walker::Lines lines = walker.look_up(0);
     const u32 warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
     const u32 q_full = smem_base + kSmemQueryBarriers, q_empty = q_full + 8;
     const u32 part = part_index(), tile = tile_index();
-    const bool is_math = warp < kMathThreads / 32;
-    // Looked up before anything else, for all waits for it.
-    Walker walker{{seqlens_k}, num_sequences};
-    const u32 first_blocks = is_math ? 0 : walker.num_blocks(0);
+    constexpr u32 kMathWarps = kMathThreads / 32;
     if (warp == 0 && elect_one()) {
         tma_prefetch_descriptor(map_q);
         tma_prefetch_descriptor(map_kv);
@@ -485,10 +485,11 @@ void flash_fwd_splitkv_mla_kernel_f16_h128_q2_d320x256_p16_causal_r64_c2_s2_f1_o
         fence_mbarrier_init();
     }
     Announcement& announced = *reinterpret_cast<Announcement*>(smem + kSmemAnnouncement);
+    if (warp == kMathWarps) walker.start(part, gridDim.x / kTiles, lines);
     __syncthreads();
     if constexpr (kCluster * kMeet > 1) cluster_arrive();  // who writes there waits for the peers
 
-    if (is_math) {
+    if (warp < kMathWarps) {
         // ---- compute ---------------------------------------------------------------------------------------------
         setmaxnreg_inc<kMathRegisters>();
         const MlaPartials partials{reinterpret_cast<float4*>(partial_out), reinterpret_cast<float2*>(partial_states),
@@ -499,10 +500,9 @@ void flash_fwd_splitkv_mla_kernel_f16_h128_q2_d320x256_p16_causal_r64_c2_s2_f1_o
         else compute<1>(smem_base, announced, outputs, scale);
         merge(smem_base, announced, outputs);
     } else {
-        walker.start(part, gridDim.x / kTiles, first_blocks);
         // ---- load ------------------------------------------------------------------------------------------------
         setmaxnreg_dec<kProducerRegisters>();
-        if (warp == kMathThreads / 32) {
+        if (warp == kMathWarps) {
             if constexpr (kCluster > 1) cluster_wait();  // the peers' barriers are ready
             const bool is_leader = elect_one();
             const bool is_read_once = walker.span <= kEvictFirst;

@@ -565,7 +565,7 @@ __device__ __forceinline__ void sum_segments(const Shared& shared, const Argumen
     if (announced.num_shared == 0) return;
     const u32 threads = kOutThreads / announced.num_shared, thread = threadIdx.x - kScoreThreads;
     const u32 which = thread / threads;
-    const Merger<MlaPartials, MlaResults, 10> merger{arguments.partials, arguments.results, announced.shared[which],
+    const Merger<MlaPartials, MlaResults, 10, 16> merger{arguments.partials, arguments.results, announced.shared[which],
                                                      block_index() % kTiles, false};
     const u32 scratch = shared.base + kSmemTokens + which * (kOutThreads * 32);  // all tokens have been read
     merger.run(part, thread % threads, threads, scratch, kMergeBarrier + which);
@@ -654,12 +654,12 @@ void flash_fwd_splitkv_mla_fp8_kernel_bf16_h8_q2_d576x512_p64_causal_r16_s4_o3_t
     // ---- setup ---------------------------------------------------------------------------------------------------
     extern __shared__ __align__(1024) u8 smem[];
     const Shared shared{smem, smem_address(smem)};
+    // Looked up before anything else, for all waits for it.
+    Walker walker{{seqlens_k}, num_sequences};
+    const Walker::Lines lines = walker.look_up(0);
     const u32 warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
     const u32 part = block_index() / kTiles, tile = tile_index();
     constexpr u32 kMathWarps = kMathThreads / 32;
-    // Looked up before anything else, for all waits for it.
-    Walker walker{{seqlens_k}, num_sequences};
-    const u32 first_blocks = warp == kMathWarps ? walker.num_blocks(0) : 0;
     if (warp == 0 && elect_one()) {
         for (u32 i = 0; i < kNumStages; ++i) {
             const Stage stage = shared.stage(i);
@@ -675,6 +675,7 @@ void flash_fwd_splitkv_mla_fp8_kernel_bf16_h8_q2_d576x512_p64_causal_r16_s4_o3_t
         mbarrier_init(shared.segment_empty(), kMathWarps + 1 + kLoaders);
         fence_mbarrier_init();
     }
+    if (warp == kMathWarps) walker.start(part, gridDim.x / kTiles, lines);
     __syncthreads();
 
     // Of each role's own, or what follows from it would be computed for all, and spill.
@@ -696,7 +697,6 @@ void flash_fwd_splitkv_mla_fp8_kernel_bf16_h8_q2_d576x512_p64_causal_r16_s4_o3_t
         setmaxnreg_dec<kProducerRegisters>();
         if (warp == kMathWarps) {
             // ---- plan --------------------------------------------------------------------------------------------
-            walker.start(part, gridDim.x / kTiles, first_blocks);
             u32 num_shared = 0;
             for (u32 phase = 1;; phase ^= 1) {
                 Segment segment = {};
