@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ NUM_CALLS = 12
 NUM_WARMUP_CALLS = 20
 NUM_PROFILES = 3  # attempts: CUPTI may lose a record
 FLUSH_BYTES = 256 * 2**20  # several times the L2 of any Hopper GPU
+WARMUP_MS, REPEAT_MS = 25.0, 100.0  # of calls between events: those of triton.testing.do_bench
 HOST_CLOCKS = 500_000  # of the GPU, in which a busy host has enqueued a call too
+CALLS_AHEAD = 30  # that are enqueued before the first of them runs
 
 
 @dataclass(frozen=True)
@@ -107,25 +110,33 @@ def profile_in_turns(
     return attempt()
 
 
-def measure_event_us(call: Callable[[], object], *, calls: int = 30) -> float:
+def measure_event_us(call: Callable[[], object]) -> float:
     """The median of the times between two CUDA events around a `call()`, with a cold L2.
 
-    What `triton.testing.do_bench` measures: more than the kernels' own time by a launch. The GPU
-    waits before the first of them until all are enqueued, or a busy host's pauses would count.
+    What `triton.testing.do_bench` measures: more than the kernels' own time by a launch, of as many
+    calls as REPEAT_MS have room for. How many matters where power limits clocks. The GPU waits
+    before the first of them until some are enqueued, or a busy host's pauses would count.
     """
     import torch
 
     flush = _flush_buffer(torch.cuda.current_device())
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-    for _ in range(3):
-        call()
-    torch.cuda._sleep(calls * HOST_CLOCKS)
-    for begin, end in events:
-        flush.fill_(1)
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
+
+    def enqueue(calls: int) -> list[list[Any]]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        torch.cuda._sleep(min(calls, CALLS_AHEAD) * HOST_CLOCKS)
+        for begin, end in events:
+            flush.fill_(1)
+            begin.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return events
+
+    enqueue(3)
+    few = enqueue(5)
+    period_ms = few[0][0].elapsed_time(few[-1][0]) / (len(few) - 1)
+    enqueue(math.ceil(WARMUP_MS / period_ms))
+    events = enqueue(math.ceil(REPEAT_MS / period_ms))
     return float(statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in events))
 
 
