@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 FAMILY = "mla"  # that a file of results names
 METHOD = (
     "Times: the median between two CUDA events around a call, as `triton.testing.do_bench` takes"
-    f" it, of as many as {REPEAT_MS:g} ms have room for, after {WARMUP_MS:g} ms of others: more than"
-    " the kernel's own by a launch. Before each call a buffer of 256 MB is overwritten, which"
-    " flushes L2. Head dims 576 and 512, a cache of the shape's pages alone, 64 keys each, in random"
-    " order, as FlashMLA's own tests have it, causal where s_q > 1, random normal data. Before a"
-    " call is timed, its result for two of the sequences is compared with float64, within the bounds"
-    " of FlashMLA's own tests: each output by"
+    f" it, of as many as {REPEAT_MS:g} ms have room for, after {WARMUP_MS:g} ms of others: more"
+    " than the kernel's own by a launch. Before each call a buffer of 256 MB is overwritten, which"
+    " flushes L2. Head dims 576 and 512, a cache of the shape's pages alone, 64 keys each, in"
+    " random order, as FlashMLA's own tests have it, causal where s_q > 1, random normal data."
+    " Before a call is timed, its result for two of the sequences is compared with float64, within"
+    " the bounds of FlashMLA's own tests: each output by"
     f" {ABSOLUTE_ERROR:g} or {RELATIVE_ERROR:.3g} of itself, all by a cosine difference of"
     f" {COSINE_ERROR:g}, lse by {LSE_ERROR:.2g} of itself. TFLOPS count all keys, masked or not;"
     " GB/s each key, query and output once."
