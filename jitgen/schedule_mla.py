@@ -24,10 +24,9 @@ REGISTER_CHUNKS = 1  # of Q that the math warpgroups keep in registers: over one
 FP8_REGISTERS = (40, 120, 176, 176)
 ANNOUNCEMENT_BYTES = 4 * (3 * 6 + 2)  # segments that the producer tells of: mla_plan.cuh
 EVICT_FIRST_BLOCKS = 16  # a tile; of 132 parts 150 MB: beyond, keys lose 2%, below they gain 10%
-# Keys of a part, up to which parts of 32 rows win, or twice that; up to which parts meet, for each
-# tile of a sequence, or for all of one whose two parts they are; beyond which it pays to score
-# ahead, for one and for two tiles. By 114 shapes, each with up to 16 schedules.
-SHORT_KEYS, MEET_KEYS, PAIR_KEYS, AHEAD_KEYS = 320, 256, 8192, {1: 960, 2: 2048}
+# Keys of a part, up to which parts of 32 rows win, and, for each tile of a sequence, parts that
+# meet, or twice as many; beyond which it pays to score ahead, for one and for two tiles.
+SHORT_KEYS, MEET_KEYS, AHEAD_KEYS = 320, 256, {1: 960, 2: 2048}
 # Tile rows over an FP8 cache, and up to how many tiles of 64 rows and 64 keys a multiprocessor they
 # win: at 4096 keys of 128 rows 18.6, 19.4, 24.6 us with 16, 32, 64; at 16384 34, 29, 32.
 FP8_SHARES = {16: 1, 32: 6}
@@ -211,9 +210,11 @@ def _meet(problem: MlaDecode, tile_rows: int, batch: int | None, max_keys: int |
         return 1
     if tiles == 1:
         return 2 if problem.num_rows > 16 or 4 * batch > parts else 1
+    if tile_rows < TILE_ROWS:  # for few keys
+        return 2
     if max_keys is None or 2 * batch > parts:
         return 1
-    most = PAIR_KEYS // tiles if _are_pairs(batch, parts) else MEET_KEYS * tiles
+    most = MEET_KEYS * tiles * (2 if _are_pairs(batch, parts) else 1)
     return 2 if batch * max_keys <= most * parts else 1
 
 

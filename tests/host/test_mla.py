@@ -471,7 +471,7 @@ def test_select_mla_has_pairs_where_sequences_have_two_parts() -> None:
     assert [meet(MlaDecode(64), batch, None) for batch in (None, 2, 67)] == [1, 2, 2]
     assert meet(MlaDecode(64), 2, batch_invariant=True) == 1
     assert [meet(MlaDecode(16), batch) for batch in (1, 33, 34)] == [1, 1, 2]
-    assert [meet(MlaDecode(128), 32, n) for n in (8192, 16384)] == [2, 1]
+    assert [meet(MlaDecode(128), 32, n) for n in (2048, 4096)] == [2, 1]
     assert [meet(MlaDecode(128, 2), 16, n) for n in (4096, 8192)] == [2, 1]
     assert [meet(MlaDecode(128, 2), batch) for batch in (16, 17)] == [2, 1]
     assert [meet(MlaDecode(128), 8, n) for n in (4096, 8192, None)] == [2, 1, 1]

@@ -521,9 +521,13 @@ def test_select_mla_takes_fewer_rows_of_an_fp8_cache_where_sequences_are_few() -
     assert rows(dense, 1, max_keys=64, batch_invariant=True) == 64
 
 
-@pytest.mark.parametrize("problem", [DENSE, SPARSE, MlaDecode(128, cache="fp8"), MlaDecode(128)])
+@pytest.mark.parametrize(
+    "problem",
+    [DENSE, SPARSE, MlaDecode(128, cache="fp8")]
+    + [MlaDecode(heads, queries) for heads in (16, 64, 128) for queries in (1, 2, 3)],
+)
 def test_key_limits_name_every_schedule_that_is_chosen(problem: MlaDecode) -> None:
-    for batch in (1, 2, 8, 64, 256):
+    for batch in (1, 2, 8, 16, 24, 32, 64, 128, 256):
         named = {select_mla(problem, batch=batch, max_keys=n) for n in key_limits()}
         assert {select_mla(problem, batch=batch, max_keys=64 * n) for n in range(2000)} <= named
 
