@@ -1,7 +1,7 @@
-// The split-KV plan, made by the producer's warps of every thread block, each for itself, from the lengths of the
-// sequences (jitgen/ir_mla.py, Split): a part owns the blocks of keys in a range of costs, and so at most two sequences
-// that it shares with other parts: its first and its last. With kWhole it owns the sequences whose cost begins in the
-// range, and shares none.
+// The split-KV plan, made by a warp of every thread block, each for itself, from the lengths of the sequences
+// (jitgen/ir_mla.py, Split): a part owns the blocks of keys in a range of costs, and so at most two sequences that it
+// shares with other parts: its first and its last. With kWhole it owns the sequences whose cost begins in the range, and
+// shares none.
 #pragma once
 #include "jitgen/attention.cuh"
 

@@ -562,8 +562,8 @@ __device__ __forceinline__ void sum_segments(const Shared& shared, const Argumen
     if (announced.num_shared == 0) return;
     const u32 threads = kOutThreads / announced.num_shared, thread = threadIdx.x - kScoreThreads;
     const u32 which = thread / threads;
-    const Merger<MlaPartials, MlaResults, 10, 16> merger{arguments.partials, arguments.results, announced.shared[which],
-                                                     block_index() % kTiles, false};
+    const Merger<MlaPartials, MlaResults, 10, 16> merger{arguments.partials, arguments.results,
+                                                         announced.shared[which], block_index() % kTiles, false};
     const u32 scratch = shared.base + kSmemTokens + which * (kOutThreads * 32);  // all tokens have been read
     merger.run(part, thread % threads, threads, scratch, kMergeBarrier + which);
 }
