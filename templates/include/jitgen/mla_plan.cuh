@@ -48,22 +48,23 @@ template <class Lengths, u32 kBlockKeys, u32 kOverhead, u32 kSlack, bool kWhole>
     u32 begin, end;           // of this part
     u32 sequence, position;   // the next sequence, and where its cost begins
 
-    // From sequence `first` on, all at once; beyond the last sequence that one's: with a branch around a load ptxas
-    // would wait for it there.
+    // What memory has of the lane's sequence among the 32 from `first` on; beyond the last sequence of that one: with a
+    // branch around a load ptxas would wait for it there.
+    __device__ __forceinline__ int look_up_32(u32 first) const {
+        return lengths.look_up(min(first + lane_index(), num_sequences - 1));
+    }
+    // From sequence `first` on, all at once.
     __device__ __forceinline__ Lines look_up(u32 first) const {
         Lines lines;
 #pragma unroll
-        for (u32 i = 0; i < kLines; ++i)
-            lines.of[i] = lengths.look_up(min(first + i * 32 + lane_index(), num_sequences - 1));
+        for (u32 i = 0; i < kLines; ++i) lines.of[i] = look_up_32(first + i * 32);
         return lines;
     }
     // Of the lane's sequence among the 32 from `first` on; 0 beyond the last.
     __device__ __forceinline__ u32 num_blocks(u32 first, int found) const {
         return first + lane_index() < num_sequences ? max(ceil_div(lengths.num_keys(found), kBlockKeys), 1) : 0;
     }
-    __device__ __forceinline__ u32 num_blocks(u32 first) const {
-        return num_blocks(first, lengths.look_up(min(first + lane_index(), num_sequences - 1)));
-    }
+    __device__ __forceinline__ u32 num_blocks(u32 first) const { return num_blocks(first, look_up_32(first)); }
     __device__ __forceinline__ u32 cost(u32 num_blocks) const {
         return num_blocks == 0 ? 0 : lead + round_up(num_blocks, unit);
     }
