@@ -57,9 +57,7 @@ def _plain_constants(kernel: MlaKernel) -> dict[str, int]:
     offsets = _offsets(kernel)
     del offsets["kSmemQueries"]  # they come first
     return {
-        "kCluster": kernel.body.cluster,
         "kMeet": merge.meet,
-        "kPrefetch": schedule.prefetch,
         "kEvictFirst": schedule.evict_first,
         "kScoreAhead": int(schedule.score_ahead),
         "kQueryBoxRows": queries.box[0],

@@ -151,19 +151,17 @@ class LoadQueries:
 
 @dataclass(frozen=True)
 class LoadKeys:
-    """`box`: as above, within one page; `multicast`: blocks of a cluster that share the load."""
+    """`box`: as above, within one page."""
 
     dst: Buffer
     src: MlaTensor
     table: MlaTensor
     box: tuple[int, int]
-    multicast: int
 
     def __str__(self) -> str:
-        note = f" multicast {self.multicast}" if self.multicast > 1 else ""
         return (
             f"{self.dst.name} = load {self.src.name}[{self.table.name}[sequence, key / page],"
-            f" key % page] for key:+{self.dst.shape[0]} via tma{note}"
+            f" key % page] for key:+{self.dst.shape[0]} via tma"
         )
 
 
@@ -294,13 +292,12 @@ class ForKeys:
 class ForSegments:
     """`body` for each segment of the part, for a tile of `tile_rows` query rows.
 
-    `tiles` blocks, in clusters of `cluster`, work on the tiles of a part.
+    `tiles` blocks work on the tiles of a part.
     """
 
     split: Split
     tile_rows: int
     tiles: int
-    cluster: int
     body: tuple[MlaStmt, ...]
 
 

@@ -72,13 +72,11 @@ def mla_kernel_name(problem: MlaDecode, schedule: MlaSchedule) -> str:
     """The kernel's `extern "C"` name: stable, and found by those who look for FlashMLA's."""
     p, s = problem, schedule
     form = "_fp8" * p.is_fp8 + "_sparse" * p.sparse
-    meet, ahead = f"_m{s.meet}" * (s.meet > 1), f"_f{s.prefetch}" * (not p.is_fp8)
-    cluster = f"_c{s.cluster}{meet}" * (not p.is_fp8)
-    once = f"_e{s.evict_first}" * (s.evict_first > 0)
+    meet, once = f"_m{s.meet}" * (s.meet > 1), f"_e{s.evict_first}" * (s.evict_first > 0)
     return (
         f"flash_fwd_splitkv_mla{form}_kernel{'_sink' * p.sink}_{p.dtype}_h{p.num_heads}"
         f"_q{p.num_queries}_d{p.head_dim_qk}x{p.head_dim_v}_p{p.page}"
-        f"{'_causal' * p.causal}_r{s.tile_rows}{cluster}_s{s.num_stages}{ahead}_o{s.overhead}"
+        f"{'_causal' * p.causal}_r{s.tile_rows}{meet}_s{s.num_stages}_o{s.overhead}"
         f"_t{s.slack}{once}{'_ahead' * s.score_ahead}{'_whole' * s.whole}"
     )
 
@@ -130,7 +128,6 @@ def _body(problem: MlaDecode, schedule: MlaSchedule) -> ForSegments:
         Split(BLOCK_KEYS, schedule.overhead, schedule.slack, schedule.whole),
         rows,
         num_tiles(problem, rows),
-        schedule.cluster,
         (
             *of_cache(problem, schedule, _Carried(scores, out, top, total, factor)),
             Merge(out, top, total, schedule.meet),
@@ -147,11 +144,11 @@ def _over_keys(problem: MlaDecode, schedule: MlaSchedule, carried: _Carried) -> 
     smem_k = Buffer("smem_k", dtype, (BLOCK_KEYS, columns), "smem", True, 128)
     p = Buffer("p", dtype, (rows, BLOCK_KEYS), "registers")
     q_box = (min(rows, problem.num_rows), CHUNK_COLUMNS)
-    kv_box = (min(problem.page, BLOCK_KEYS // schedule.cluster), CHUNK_COLUMNS)
+    kv_box = (min(problem.page, BLOCK_KEYS), CHUNK_COLUMNS)
     loop = ForKeys(
         BLOCK_KEYS,
         (
-            LoadKeys(smem_k, tensors["kv_cache"], tensors["block_table"], kv_box, schedule.cluster),
+            LoadKeys(smem_k, tensors["kv_cache"], tensors["block_table"], kv_box),
             Score(scores, smem_q, smem_k),
             Mask(scores, tensors["seqlens_k"], problem.causal),
             Soften(p, scores, top, total, factor),

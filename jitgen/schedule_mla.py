@@ -44,12 +44,9 @@ class MlaSchedule:
     """
     tile_rows : query rows of a thread block, 32 or 64, or 16 of an FP8 cache; with fewer, more
         blocks share the work of merging a sequence's parts, and read the same keys
-    cluster : thread blocks that work on neighbouring tiles of a sequence and share its keys, 1 or 2
     num_stages : blocks of 64 keys in shared memory, 2 or 4, or 3 of an FP8 cache
     meet : 2 if the thread blocks of parts 2 i and 2 i + 1 of a tile form a cluster: what they have
         of one sequence meets in shared memory, where each sequence has parts of its own; else 1
-    prefetch : blocks of keys by which loads into L2 run ahead of those into shared memory, 0 for
-        none
     overhead : what a sequence costs beside its keys, in blocks of keys, when parts of equal cost
         are cut
     slack : by fewer than how many blocks of keys a part may exceed an equal share, if sequences
@@ -62,14 +59,12 @@ class MlaSchedule:
     whole : sequences are not split, so that the results of one do not depend on the others of its
         batch
 
-    Over an FP8 cache cluster, meet, prefetch, evict_first and score_ahead are as their defaults.
+    Over an FP8 cache meet, evict_first and score_ahead are as their defaults.
     """
 
     tile_rows: int = TILE_ROWS
-    cluster: int = 1
     meet: int = 1
     num_stages: int = 2
-    prefetch: int = 0
     overhead: int = 3
     slack: int = 8
     evict_first: int = 0
@@ -78,10 +73,9 @@ class MlaSchedule:
 
     def __str__(self) -> str:
         return (
-            f"tile_rows={self.tile_rows} cluster={self.cluster} meet={self.meet}"
-            f" num_stages={self.num_stages} prefetch={self.prefetch} overhead={self.overhead}"
-            f" slack={self.slack} evict_first={self.evict_first} score_ahead={self.score_ahead}"
-            f" whole={self.whole}"
+            f"tile_rows={self.tile_rows} meet={self.meet} num_stages={self.num_stages}"
+            f" overhead={self.overhead} slack={self.slack} evict_first={self.evict_first}"
+            f" score_ahead={self.score_ahead} whole={self.whole}"
         )
 
 
@@ -260,10 +254,8 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
     fp8 = problem.is_fp8
     for name, legal, of_fp8 in (
         ("tile_rows", (32, 64), (16, 32, 64)),
-        ("cluster", (1, 2), (1,)),
         ("meet", (1, 2), (1,)),
         ("num_stages", (2, 4), (2, 3, 4)),
-        ("prefetch", range(9), (0,)),
         ("overhead", range(1, 65), range(1, 65)),
         ("slack", range(1, 17), range(1, 17)),
         ("evict_first", (*range(65), EVICT_ALWAYS), (0,)),
@@ -275,16 +267,9 @@ def check_mla_schedule(problem: MlaDecode, schedule: MlaSchedule, target: Target
             note = " over an FP8 cache" * (fp8 and of_fp8 != legal)
             choices = ", ".join(map(str, allowed))
             raise ScheduleError(f"{name} = {value!r} must be one of {choices}{note}")
-    tiles = num_tiles(problem, schedule.tile_rows)
-    if tiles % schedule.cluster:
+    if schedule.meet > 1 and schedule.whole:
         raise ScheduleError(
-            f"cluster = {schedule.cluster} does not divide the {tiles} tiles of"
-            f" {problem.num_rows} query rows: choose 1"
-        )
-    if schedule.meet > 1 and (schedule.cluster > 1 or schedule.whole):
-        raise ScheduleError(
-            f"meet = {schedule.meet}: of tiles that share keys, and of sequences that are whole, no"
-            " parts meet: choose 1"
+            f"meet = {schedule.meet}: of sequences that are whole, no parts meet: choose 1"
         )
     if schedule.score_ahead and schedule.num_stages > 2:
         raise ScheduleError(

@@ -114,12 +114,11 @@ def _check_split(kernel: MlaKernel) -> None:
     """The parts of a few batches cover every block once, in order, and agree on who shares what."""
     body, schedule = kernel.body, kernel.schedule
     split = body.split
-    shape = (split, body.tile_rows, body.tiles, body.cluster)
+    shape = (split, body.tile_rows, body.tiles)
     planned = (
         Split(BLOCK_KEYS, schedule.overhead, schedule.slack, schedule.whole),
         schedule.tile_rows,
         num_tiles(kernel.problem, schedule.tile_rows),
-        schedule.cluster,
     )
     require(shape == planned, split, f"is {shape}, the schedule's is {planned}")
     for lengths in NUM_SPLIT_TRIALS:
@@ -265,9 +264,7 @@ class _Block:
         if isinstance(op, LoadKeys):
             require(op.src == tensors["kv_cache"], op, "must load the cache")
             require(op.table == tensors["block_table"], op, "must look up the block table")
-            require(op.multicast == self.kernel.body.cluster, op, "must be shared by the cluster")
-            whole = BLOCK_KEYS % (op.box[0] * op.multicast) == 0
-            fits = whole and problem.page % op.box[0] == 0
+            fits = BLOCK_KEYS % op.box[0] == problem.page % op.box[0] == 0
             require(fits, op, f"boxes of {op.box[0]} keys do not make up blocks and pages")
             self.write(op, "keys", op.dst, problem.dtype, (BLOCK_KEYS, columns))
         else:

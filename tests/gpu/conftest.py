@@ -35,13 +35,11 @@ EVERY_THREAD = {
 MLA_EVERY_LANE = {
     "if (lane == 0) mbarrier_arrive(q_empty);": (1, "mbarrier_arrive(q_empty);"),
     "mbarrier_init(q_empty, kMathThreads / 32);": (1, "mbarrier_init(q_empty, kMathThreads);"),
-    ".empty(half), 4 * kCluster);": (1, ".empty(half), 128 * kCluster);"),
-    "if (lane < kCluster) mbarrier_arrive_remote(stage.empty(kHalf), lane);": (
+    ".empty(half), 4);": (1, ".empty(half), 128);"),
+    "if (lane == 0) mbarrier_arrive(stage.empty(kHalf));": (
         1,
-        "for (u32 rank = 0; rank < kCluster; ++rank)"
-        " mbarrier_arrive_remote(stage.empty(kHalf), rank);",
+        "mbarrier_arrive(stage.empty(kHalf));",
     ),
-    "} else if (lane == 0) {": (1, "} else {"),
     "named_barrier_arrive<": (4, "named_barrier_sync<"),
 }
 # And for MLA decode over an FP8 cache.

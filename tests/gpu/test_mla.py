@@ -13,7 +13,7 @@ from jitgen import BF16, F16, MlaDecode, MlaPlan, MlaSchedule
 from jitgen.errors import CaptureError
 from jitgen.interpret_mla import interpret_mla
 from jitgen.lower_mla import lower_mla
-from jitgen.schedule_mla import num_parts, select_mla
+from jitgen.schedule_mla import EVICT_ALWAYS, num_parts, select_mla
 from tests.gpu.draws import to_numpy
 from tests.gpu.mla_draws import (
     MlaDraw,
@@ -49,14 +49,12 @@ def test_edge_lengths_meet_float64(problem: MlaDecode) -> None:
 @pytest.mark.parametrize(
     "schedule",
     [
-        MlaSchedule(cluster=1, prefetch=0),
-        MlaSchedule(cluster=1, prefetch=4, overhead=1),
-        MlaSchedule(cluster=2, prefetch=0, overhead=17),
-        MlaSchedule(cluster=2, prefetch=2),
-        MlaSchedule(cluster=1, score_ahead=True),
-        MlaSchedule(cluster=2, score_ahead=True),
+        MlaSchedule(),
+        MlaSchedule(overhead=1, evict_first=EVICT_ALWAYS),
+        MlaSchedule(overhead=17),
+        MlaSchedule(score_ahead=True),
         MlaSchedule(tile_rows=32, evict_first=8),
-        MlaSchedule(tile_rows=32, cluster=2, slack=1),
+        MlaSchedule(tile_rows=32, slack=1),
         MlaSchedule(meet=2, score_ahead=True),
         MlaSchedule(meet=2, evict_first=32),
         MlaSchedule(tile_rows=32, meet=2),

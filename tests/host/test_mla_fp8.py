@@ -159,9 +159,7 @@ def test_check_mla_rejects(problem: MlaDecode, message: str) -> None:
 def test_check_mla_schedule_rejects_what_an_fp8_cache_cannot() -> None:
     wide = replace(DENSE, num_heads=128, num_queries=1)
     for schedule, message in (
-        (MlaSchedule(cluster=2), "cluster = 2 must be one of 1 over an FP8 cache"),
         (MlaSchedule(meet=2), "meet = 2 must be one of 1 over an FP8 cache"),
-        (MlaSchedule(prefetch=1), "prefetch = 1 must be one of 0 over an FP8 cache"),
         (MlaSchedule(evict_first=1), "evict_first = 1 must be one of 0 over an FP8 cache"),
         (MlaSchedule(score_ahead=True), "score_ahead = True must be one of False over an FP8"),
         (MlaSchedule(tile_rows=48), "tile_rows = 48 must be one of 16, 32, 64 over an FP8 cache"),
@@ -431,7 +429,7 @@ OTHER_TABLE = mla_tensors(DENSE)["block_table"]
         (
             DENSE,
             LoadTokens,
-            lambda op: LoadKeys(op.tokens.codes, op.src, op.where, (16, 64), 1),
+            lambda op: LoadKeys(op.tokens.codes, op.src, op.where, (16, 64)),
             "cannot load for an FP8 cache",
         ),
         (

@@ -32,7 +32,7 @@ from jitgen.runtime import launch
 from jitgen.runtime.driver import LoadedKernel
 from jitgen.runtime.nvrtc import headers_used
 from jitgen.runtime.store import KernelStore
-from jitgen.schedule_mla import MlaSmemPlan, num_tiles, select_mla
+from jitgen.schedule_mla import EVICT_ALWAYS, MlaSmemPlan, select_mla
 from jitgen.tuning.bench_mla import (
     MlaRow,
     MlaShape,
@@ -47,9 +47,9 @@ GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "mla"
 GOLDEN_KERNELS = {
     "bf16-h16-p64": (MlaDecode(16, causal=False), MlaSchedule()),
     "bf16-h64-p64-meet": (MlaDecode(64, causal=False), MlaSchedule(meet=2, evict_first=16)),
-    "f16-h128-q2-d320-p16-cluster2-ahead": (
+    "f16-h128-q2-d320-p16-ahead": (
         MlaDecode(128, 2, 320, 256, 16, F16),
-        MlaSchedule(cluster=2, prefetch=1, overhead=5, score_ahead=True),
+        MlaSchedule(overhead=5, score_ahead=True),
     ),
     "fp8-h8-q2-p64": (
         MlaDecode(8, 2, cache="fp8"),
@@ -120,7 +120,6 @@ def without(_: MlaStmt) -> None:
         (Fill, lambda op: replace(op, value=1.0), "begins? at 0"),
         (LoadKeys, lambda op: replace(op, box=(48, 64)), "do not make up blocks and pages"),
         (LoadKeys, lambda op: replace(op, box=(64, 32)), "not one swizzle span wide"),
-        (LoadKeys, lambda op: replace(op, multicast=2), "must be shared by the cluster"),
         (ForKeys, lambda op: replace(op, step=32), "must step by 64"),
         (ForKeys, without, "must come after the loop"),
     ],
@@ -142,7 +141,7 @@ def test_verify_rejects_another_split_plan_and_tensors() -> None:
         ),
         (replace(kernel, smem=MlaSmemPlan(kernel.smem.sizes[1:])), "must be MlaSmemPlan"),
         (replace(kernel, tensors=kernel.tensors[:-1]), "takes"),
-        (replace(kernel, schedule=MlaSchedule(cluster=2)), "does not divide"),
+        (replace(kernel, schedule=MlaSchedule(num_stages=3)), "must be one of 2, 4"),
     ):
         with pytest.raises(VerifyError, match=message):
             verify(made)
@@ -195,12 +194,11 @@ def test_str_reads_as_a_program() -> None:
 
 SCHEDULES = [
     MlaSchedule(),
-    MlaSchedule(prefetch=4, overhead=1, score_ahead=True),
-    MlaSchedule(cluster=2, prefetch=1),
-    MlaSchedule(cluster=2, score_ahead=True, whole=True),
+    MlaSchedule(overhead=1, score_ahead=True, evict_first=EVICT_ALWAYS),
     MlaSchedule(meet=2, evict_first=32),
-    MlaSchedule(meet=2, score_ahead=True),
+    MlaSchedule(score_ahead=True, whole=True),
     MlaSchedule(tile_rows=32, meet=2),
+    MlaSchedule(meet=2, score_ahead=True),
 ]
 
 
@@ -211,7 +209,6 @@ SCHEDULES = [
         for index, problem in enumerate(PROBLEMS)
         for schedule in SCHEDULES[index % 2 :: 2]
         for stages in (4 if problem.head_dim_qk == 320 else 2,)
-        if num_tiles(problem) % schedule.cluster == 0
     ],
     ids=str,
 )

@@ -90,9 +90,4 @@ __device__ __forceinline__ void named_barrier_sync(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The lines of the box at (x, y) on their way into L2.
-__device__ __forceinline__ void tma_prefetch(const TensorMap& map, u32 x, u32 y) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(x), "r"(y) : "memory");
-}
-
 }  // namespace jitgen
