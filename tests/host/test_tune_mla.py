@@ -202,7 +202,7 @@ def test_the_tuner_compares_with_what_a_call_of_sparse_decode_takes() -> None:
 
 
 def test_select_ignores_a_record_that_cannot_run_the_problem(folder: Path) -> None:
-    save(folder, [replace(record(), schedule=MlaSchedule(cluster=2))])  # of BF16
+    save(folder, [replace(record(), schedule=MlaSchedule(meet=2))])  # of BF16
     reload_records()
     assert select(PROBLEM, 16) == select_mla(PROBLEM, batch=16)
 
