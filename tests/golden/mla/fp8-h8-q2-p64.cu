@@ -64,8 +64,8 @@ using Walker = SegmentWalker<Lengths, kBlockKeys, kOverhead, kSlack, kWhole>;
 using MlaPartials = Partials<kTiles, kDimV, ColumnUnits<kDimV>>;
 using MlaResults = Results<T, kHeads, kQueries, kDimV, kTokens, kHasSink, kTileRows>;
 
-// Named barriers: that of the states is its own because racecheck (CUDA 13.0) loses the order of a barrier that the same
-// threads wait at three times in a row.
+// Named barriers. The states have one of their own: with kAllMeet in its place racecheck (CUDA 13.0) reports what is
+// written ahead of it and read behind it.
 constexpr u32 kScoresMeet = 1, kAllMeet = 2, kMergeBarrier = 3, kStatesMeet = 5;
 
 // A P on its way to the warpgroups that sum outputs, of which there are two.
