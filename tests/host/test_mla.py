@@ -25,6 +25,7 @@ from jitgen.lower_mla import lower_mla
 from jitgen.numerics_16 import wgmma_16
 from jitgen.problem_mla import HEAD_DIMS, PAGES, check_mla
 from jitgen.schedule_mla import (
+    EVICT_ALWAYS,
     check_mla_schedule,
     num_parts,
     num_tiles,
@@ -486,6 +487,14 @@ def test_select_mla_scores_ahead_where_parts_have_many_keys() -> None:
     assert ahead(MlaDecode(128, 2), 1, 64)
     assert ahead(MlaDecode(16), None, None)
     assert not ahead(MlaDecode(16, head_dim_qk=320, head_dim_v=256), None, None)  # four stages
+
+
+def test_select_mla_evicts_keys_first_at_any_length_of_four_tiles_and_more() -> None:
+    def blocks(heads: int, queries: int) -> int:
+        return select_mla(MlaDecode(heads, queries)).evict_first
+
+    assert [blocks(64, queries) for queries in (1, 2, 3)] == [16, 32, 48]
+    assert [blocks(128, queries) for queries in (2, 3)] == [EVICT_ALWAYS, EVICT_ALWAYS]
 
 
 def test_num_parts_is_what_runs_at_once() -> None:
